@@ -1,1 +1,1 @@
-"""stub"""
+"""WHICH blocks are computed: one file a method, and the catalogue of them."""

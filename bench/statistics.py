@@ -1,0 +1,58 @@
+"""Statistics derived from raw samples; each is one pure function."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A median and the interval that covers the true one with 95 % confidence.
+
+    `low` and `high` are None where there are too few samples for an interval.
+    """
+
+    median: float
+    low: float | None
+    high: float | None
+
+
+def paired_ratio(baseline: Sequence[float], samples: Sequence[float]) -> Interval:
+    """How many times faster `samples` are than `baseline`: the median of the ratios of pairs.
+
+    The interval is the exact, distribution-free one of the sign test (order statistics of the ratios): it assumes
+    nothing about the noise, and needs at least six pairs.
+
+    Args:
+        baseline, samples: seconds; element i of both was measured in the same round.
+
+    Raises:
+        ValueError: the lengths differ, there is none, or a time is not positive.
+    """
+    if len(baseline) != len(samples) or not samples:
+        raise ValueError(f"pairs are needed: got {len(baseline)} baseline and {len(samples)} samples")
+    if min(*baseline, *samples) <= 0:
+        raise ValueError("times must be positive")
+    ratios = sorted(b / s for b, s in zip(baseline, samples, strict=True))
+    rank = _sign_test_rank(len(ratios))
+    return Interval(
+        median=statistics.median(ratios),
+        low=None if rank is None else ratios[rank],
+        high=None if rank is None else ratios[-1 - rank],
+    )
+
+
+def _sign_test_rank(count: int) -> int | None:
+    """Largest r for which [ratios[r], ratios[-1-r]] covers the median with the wanted confidence, if any does."""
+    best, tail = None, 0.0
+    for rank in range(count // 2):
+        tail += math.comb(count, rank) / 2**count
+        if 2 * tail > 1 - CONFIDENCE:
+            break
+        best = rank
+    return best

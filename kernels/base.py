@@ -1,0 +1,81 @@
+"""What a kernel is, what it says when it cannot run, and the check that all of them share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from calibatt.kernels.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """Why something does not apply here, and what would help: a value, not an error."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What a kernel would be asked to do: enough to say whether it can.
+
+    Args:
+        device, dtype: of q, k and v.
+        head_dim: channels of one head.
+        block: tokens of a query block and of a key block; None for dense plans.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    block: tuple[int, int] | None = None
+
+
+class Kernel(Protocol):
+    """Computes attention under a plan. Importing one is free; optional packages load inside the calls."""
+
+    name: str
+
+    def refusal(self, task: Task) -> Unsupported | None:
+        """Why this kernel cannot do the task on this machine, or None when it can."""
+        ...
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch heads tokens head_dim"],
+        k: Float[Tensor, "batch heads tokens head_dim"],
+        v: Float[Tensor, "batch heads tokens head_dim"],
+        plan: Plan,
+    ) -> Float[Tensor, "batch heads tokens head_dim"]:
+        """Softmax attention, scaled by 1/√head_dim, over the blocks of the plan; a row with no block gives zeros.
+
+        Raises:
+            ValueError: inputs and plan do not belong together.
+        """
+        ...
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
+    """Refuse inputs that do not belong together, naming both sides.
+
+    Raises:
+        ValueError: shapes, dtypes or devices differ, or the plan is for other heads or tokens.
+    """
+    for name, other in (("k", k), ("v", v)):
+        if other.shape != q.shape or other.dtype != q.dtype or other.device != q.device:
+            raise ValueError(
+                f"q is {list(q.shape)} {q.dtype} on {q.device}, "
+                f"{name} is {list(other.shape)} {other.dtype} on {other.device}"
+            )
+    if q.ndim != 4 or (q.shape[1], q.shape[2]) != (len(plan.kinds), plan.tokens):
+        raise ValueError(
+            f"the plan is for {len(plan.kinds)} heads × {plan.tokens} tokens, "
+            f"q is [batch, heads, tokens, head_dim] = {list(q.shape)}"
+        )
+    for part in (plan.mask and plan.mask.bits, plan.reuse and plan.reuse.source):
+        if part is not None and part.device != q.device:
+            raise ValueError(f"the plan is on {part.device}, q on {q.device}: move it with .to()")

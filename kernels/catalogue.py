@@ -1,0 +1,14 @@
+"""Every kernel there is, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from calibatt.kernels.base import Kernel
+from calibatt.kernels.flex import Flex
+from calibatt.kernels.sdpa import SDPA_CUDNN, SDPA_FLASH, SDPA_MATH
+
+KERNELS: Mapping[str, Kernel] = MappingProxyType(
+    {kernel.name: kernel for kernel in (SDPA_FLASH, SDPA_CUDNN, SDPA_MATH, Flex())}
+)

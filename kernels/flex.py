@@ -1,0 +1,106 @@
+"""FlexAttention, compiled: the portable block-sparse kernel, on CPU and GPU."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from calibatt.kernels.base import Task, Unsupported, check
+from calibatt.kernels.plan import BlockMask, Plan
+
+# a suite that walks over geometries compiles more variants than Dynamo's default limit of 8, past which it would
+# give up; fullgraph makes it raise instead of running eager in silence
+_RECOMPILE_LIMIT = 1024
+
+
+class Flex:
+    """torch's FlexAttention under torch.compile.
+
+    Every masked head is computed in one launch of fixed shape; the rows of reused heads, and plans that are wholly
+    dense, go through scaled_dot_product_attention, which is faster where nothing is skipped.
+    """
+
+    name = "flex"
+
+    def refusal(self, task: Task) -> Unsupported | None:
+        """Why this kernel cannot do the task on this machine, or None when it can."""
+        if task.device.type == "cpu" and _cpp_compiler() is None:
+            return Unsupported("FlexAttention on a CPU needs a C++ compiler: install g++ (Debian: apt-get install g++)")
+        if task.device.type not in ("cpu", "cuda"):
+            return Unsupported(f"FlexAttention runs on cpu and cuda, not on {task.device.type}")
+        if task.block is not None and any(size % 16 for size in task.block):
+            return Unsupported(f"FlexAttention needs blocks that are multiples of 16: got {task.block}")
+        return None
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch heads tokens head_dim"],
+        k: Float[Tensor, "batch heads tokens head_dim"],
+        v: Float[Tensor, "batch heads tokens head_dim"],
+        plan: Plan,
+    ) -> Float[Tensor, "batch heads tokens head_dim"]:
+        """Attention under a plan; a row with no block gives zeros.
+
+        Raises:
+            ValueError: inputs and plan do not belong together.
+        """
+        check(q, k, v, plan)
+        mask = plan.launch_mask()
+        if mask is not None:
+            out = _launch(q, k, v, mask)
+        elif (dense := plan.heads_of("dense")) and len(dense) == len(plan.kinds):
+            return scaled_dot_product_attention(q, k, v)
+        else:
+            out = torch.empty_like(q)
+            out[:, dense] = scaled_dot_product_attention(q[:, dense], k[:, dense], v[:, dense])
+        if plan.reuse is not None:
+            reused = plan.heads_of("reused")
+            rows = scaled_dot_product_attention(
+                q[:, reused].index_select(2, plan.reuse.computed), k[:, reused], v[:, reused]
+            )
+            out[:, reused] = rows.index_select(2, plan.reuse.source)
+        return out
+
+
+def _launch(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    from torch.nn.attention.flex_attention import BlockMask as FlexMask
+
+    indices, counts = mask.lists()
+    # all kept blocks are "full": nothing inside a block is masked, so no mask function is evaluated
+    blocks = FlexMask.from_kv_blocks(
+        torch.zeros_like(counts)[None],
+        torch.zeros_like(indices)[None],
+        counts[None],
+        indices[None],
+        BLOCK_SIZE=(mask.block_q, mask.block_k),
+        seq_lengths=(mask.tokens, mask.tokens),
+    )
+    options: dict[str, Any] = {}
+    if q.is_cuda:
+        # the Triton tile must divide the mask's block; 64 keys a tile is what Flex itself takes at head dim 128
+        options = {"kernel_options": {"BLOCK_M": min(mask.block_q, 128), "BLOCK_N": min(mask.block_k, 64)}}
+    with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
+        out: Tensor = _compiled()(q, k, v, block_mask=blocks, **options)
+    return out
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return compiled
+
+
+def _cpp_compiler() -> str | None:
+    """The compiler that torch.compile would use for CPU code."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    return next(filter(None, map(shutil.which, candidates)), None)

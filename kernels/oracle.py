@@ -1,0 +1,74 @@
+"""The oracle: dense fp64 attention under a plan. Slow, plain, and never optimised."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from calibatt.kernels.base import check
+from calibatt.kernels.plan import Plan
+
+# query rows computed at a time, so that 118,800 tokens fit in memory
+_CHUNK = 1024
+
+
+def token_mask(plan: Plan, head: int, rows: slice) -> Bool[Tensor, "rows tokens"]:
+    """Which keys each of the given queries of one masked head attends to, token by token."""
+    if plan.mask is None:
+        raise ValueError("the plan has no mask")
+    mask = plan.mask
+    keep = mask.keep()[head if mask.heads > 1 else 0]
+    queries = torch.arange(plan.tokens, device=keep.device)[rows] // mask.block_q
+    keys = torch.arange(plan.tokens, device=keep.device) // mask.block_k
+    return keep[queries][:, keys]
+
+
+def attend(
+    q: Float[Tensor, "batch heads tokens head_dim"],
+    k: Float[Tensor, "batch heads tokens head_dim"],
+    v: Float[Tensor, "batch heads tokens head_dim"],
+    plan: Plan,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Float[Tensor, "batch heads tokens head_dim"]:
+    """Attention under a plan, in fp64, or in another dtype to see what eager arithmetic in it loses.
+
+    A query row with no key block gives zeros.
+
+    Raises:
+        ValueError: inputs and plan do not belong together.
+    """
+    check(q, k, v, plan)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    out = torch.empty_like(q)
+    for head, kind in enumerate(plan.kinds):
+        for start in range(0, plan.tokens, _CHUNK):
+            rows = slice(start, min(start + _CHUNK, plan.tokens))
+            scores = q[:, head, rows] @ k[:, head].transpose(-1, -2) / math.sqrt(q.shape[-1])
+            if kind == "masked":
+                scores = scores.masked_fill(~token_mask(plan, head, rows), -math.inf)
+            # softmax of a row of -inf is NaN: a row with no block is defined as zeros
+            out[:, head, rows] = torch.softmax(scores, dim=-1).nan_to_num(0.0) @ v[:, head]
+        if kind == "reused" and plan.reuse is not None:
+            out[:, head] = out[:, head, plan.reuse.computed[plan.reuse.source]]
+    return out
+
+
+def error_budget(
+    q: Float[Tensor, "batch heads tokens head_dim"],
+    k: Float[Tensor, "batch heads tokens head_dim"],
+    v: Float[Tensor, "batch heads tokens head_dim"],
+    plan: Plan,
+    oracle: Float[Tensor, "batch heads tokens head_dim"],
+) -> float:
+    """Largest absolute error a correct kernel may make on these inputs.
+
+    Twice the error that plain eager attention makes in the same dtype, plus one rounding of the largest output:
+    derived, so that there is nothing to tune.
+    """
+    eager = attend(q, k, v, plan, dtype=q.dtype)
+    rounding = torch.finfo(q.dtype).eps * oracle.abs().max().item()
+    return 2 * (eager.double() - oracle).abs().max().item() + rounding

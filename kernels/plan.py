@@ -1,0 +1,267 @@
+"""The plan, which is all that a method tells a kernel, and its two parts: block masks and row reuse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int, Int32, UInt8
+from torch import Tensor
+
+from calibatt.kernels.geometry import Geometry
+
+HeadKind = Literal["dense", "masked", "reused"]
+
+# rows of bits are padded to whole 32-bit words, so that a kernel can read them as int32
+_ROW_BYTES = 4
+
+
+def block_count(tokens: int, block: int) -> int:
+    """Blocks that cover the tokens, a shorter last one included."""
+    return -(-tokens // block)
+
+
+def block_sizes(tokens: int, block: int, device: torch.device | str = "cpu") -> Int[Tensor, "blocks"]:
+    """Real tokens in each block: `block` everywhere, fewer in the last one."""
+    starts = torch.arange(0, tokens, block, device=device)
+    return (tokens - starts).clamp(max=block)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BlockMask:
+    """Which blocks of one self-attention are computed, per head, kept as bits.
+
+    Args:
+        bits: one bit a block, little-endian within the byte; key blocks run along the bytes, padded to 32-bit words.
+            A first dimension of 1 is a mask that all heads share.
+        tokens: length of the sequence; the last block of each axis may be shorter than the others.
+        block_q, block_k: tokens of a query block and of a key block.
+
+    Raises:
+        ValueError: the bits are not those of this many tokens.
+    """
+
+    bits: UInt8[Tensor, "mask_heads q_blocks row_bytes"]
+    tokens: int
+    block_q: int
+    block_k: int
+
+    def __post_init__(self) -> None:
+        expected = (self.q_blocks, _row_bytes(self.k_blocks))
+        if self.bits.dtype != torch.uint8 or self.bits.ndim != 3 or tuple(self.bits.shape[1:]) != expected:
+            raise ValueError(
+                f"{self.tokens} tokens in blocks of {self.block_q}×{self.block_k} need uint8 bits "
+                f"[heads, {expected[0]}, {expected[1]}]: got {self.bits.dtype} {list(self.bits.shape)}"
+            )
+
+    @property
+    def heads(self) -> int:
+        """Heads the mask tells apart (1: shared by all)."""
+        return self.bits.shape[0]
+
+    @property
+    def q_blocks(self) -> int:
+        """Query blocks."""
+        return block_count(self.tokens, self.block_q)
+
+    @property
+    def k_blocks(self) -> int:
+        """Key blocks."""
+        return block_count(self.tokens, self.block_k)
+
+    @classmethod
+    def from_keep(
+        cls, keep: Bool[Tensor, "mask_heads q_blocks k_blocks"], *, tokens: int, block_q: int, block_k: int
+    ) -> BlockMask:
+        """Pack a boolean mask.
+
+        Raises:
+            ValueError: the mask has another number of blocks than the tokens need.
+        """
+        expected = (block_count(tokens, block_q), block_count(tokens, block_k))
+        if keep.ndim != 3 or tuple(keep.shape[1:]) != expected:
+            raise ValueError(f"{tokens} tokens make {expected[0]}×{expected[1]} blocks: got {list(keep.shape)}")
+        padded = torch.zeros(*keep.shape[:2], _row_bytes(keep.shape[2]) * 8, dtype=torch.uint8, device=keep.device)
+        padded[..., : keep.shape[2]] = keep
+        weights = _bit_weights(keep.device)
+        bits = (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+        return cls(bits=bits, tokens=tokens, block_q=block_q, block_k=block_k)
+
+    @classmethod
+    def from_lists(
+        cls,
+        indices: Int32[Tensor, "mask_heads q_blocks listed"],
+        counts: Int32[Tensor, "mask_heads q_blocks"],
+        *,
+        tokens: int,
+        block_q: int,
+        block_k: int,
+    ) -> BlockMask:
+        """Pack per-row lists of kept key blocks; entries past a row's count are ignored."""
+        keep = torch.zeros(*counts.shape, block_count(tokens, block_k) + 1, dtype=torch.bool, device=counts.device)
+        listed = torch.arange(indices.shape[-1], device=counts.device) < counts.unsqueeze(-1)
+        # entries past the count go to one extra column, which is cut off
+        keep.scatter_(-1, torch.where(listed, indices.long(), keep.shape[-1] - 1), True)
+        return cls.from_keep(keep[..., :-1], tokens=tokens, block_q=block_q, block_k=block_k)
+
+    def keep(self) -> Bool[Tensor, "mask_heads q_blocks k_blocks"]:
+        """Unpack to one boolean a block."""
+        bits = self.bits.unsqueeze(-1).bitwise_and(_bit_weights(self.bits.device)).ne(0)
+        return bits.flatten(-2)[..., : self.k_blocks]
+
+    def lists(self) -> tuple[Int32[Tensor, "mask_heads q_blocks k_blocks"], Int32[Tensor, "mask_heads q_blocks"]]:
+        """Per query block: the kept key blocks, ascending, then the others; and how many are kept."""
+        keep = self.keep()
+        indices = torch.argsort(keep.logical_not().to(torch.uint8), dim=-1, stable=True)
+        return indices.to(torch.int32), keep.sum(-1, dtype=torch.int32)
+
+    def density(self) -> Float[Tensor, "mask_heads"]:
+        """Kept fraction of the query-key products of each head, counted on real tokens."""
+        rows = block_sizes(self.tokens, self.block_q, self.bits.device).double()
+        columns = block_sizes(self.tokens, self.block_k, self.bits.device).double()
+        return torch.einsum("hqk,q,k->h", self.keep().double(), rows, columns) / self.tokens**2
+
+    def to(self, device: torch.device | str) -> BlockMask:
+        """The same mask on another device."""
+        return BlockMask(
+            bits=self.bits.to(device, non_blocking=True), tokens=self.tokens, block_q=self.block_q, block_k=self.block_k
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RowReuse:
+    """Which queries a head computes, against all keys, and whose output every token takes.
+
+    Args:
+        computed: ascending indices of the tokens whose query is computed.
+        source: for every token, the position in `computed` of the query whose output it takes.
+
+    Raises:
+        ValueError: a computed token would not take its own output, or a source points outside.
+    """
+
+    computed: Int[Tensor, "computed"]
+    source: Int[Tensor, "tokens"]
+
+    def __post_init__(self) -> None:
+        inside = bool(((self.source >= 0) & (self.source < len(self.computed))).all())
+        if not inside or not torch.equal(self.computed[self.source[self.computed]], self.computed):
+            raise ValueError("row reuse: every source must be a computed query, and a computed token its own source")
+
+    @classmethod
+    def of_anchor_rows(cls, geometry: Geometry, anchors: Sequence[int]) -> RowReuse:
+        """Compute the tokens of the given rows of every frame; every other row copies the nearest of them.
+
+        Text tokens compute their own. Of two anchors equally near, the upper one is copied.
+
+        Args:
+            geometry: the token grid.
+            anchors: ascending row indices within a frame.
+        """
+        frames, rows, columns = geometry.grid
+        nearest = (torch.arange(rows)[:, None] - torch.tensor(anchors)).abs().argmin(-1)
+        anchor_of_row = torch.tensor(anchors)[nearest]
+        token = torch.arange(geometry.video_tokens).view(frames, rows, columns)
+        source_token = torch.arange(geometry.tokens)
+        video = slice(geometry.video_start, geometry.video_start + geometry.video_tokens)
+        source_token[video] = token[:, anchor_of_row].flatten() + geometry.video_start
+        computed = source_token.unique()
+        return cls(computed=computed, source=torch.searchsorted(computed, source_token))
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence."""
+        return len(self.source)
+
+    @property
+    def density(self) -> float:
+        """Computed fraction of the query-key products."""
+        return len(self.computed) / len(self.source)
+
+    def to(self, device: torch.device | str) -> RowReuse:
+        """The same reuse on another device."""
+        return RowReuse(computed=self.computed.to(device), source=self.source.to(device))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Plan:
+    """What a method decides at one site: per head a block mask, row reuse, or dense.
+
+    Args:
+        tokens: length of the sequence.
+        kinds: what each head does.
+        mask: the blocks of the masked heads; rows of the mask that belong to other heads are not read.
+        reuse: what the reused heads compute.
+
+    Raises:
+        ValueError: a part is missing, or belongs to another sequence or number of heads.
+    """
+
+    tokens: int
+    kinds: tuple[HeadKind, ...]
+    mask: BlockMask | None = None
+    reuse: RowReuse | None = None
+
+    def __post_init__(self) -> None:
+        if ("masked" in self.kinds) != (self.mask is not None) or ("reused" in self.kinds) != (self.reuse is not None):
+            raise ValueError(
+                "a plan carries a mask where a head is masked, row reuse where one is reused, else neither"
+            )
+        if self.mask is not None and self.mask.heads not in (1, len(self.kinds)):
+            raise ValueError(f"the mask has {self.mask.heads} heads, the plan {len(self.kinds)}")
+        for part in (self.mask, self.reuse):
+            if part is not None and part.tokens != self.tokens:
+                raise ValueError(f"the plan is for {self.tokens} tokens, its {type(part).__name__} for {part.tokens}")
+
+    @classmethod
+    def dense(cls, geometry: Geometry) -> Plan:
+        """Every head computes everything."""
+        return cls(tokens=geometry.tokens, kinds=("dense",) * geometry.heads)
+
+    @classmethod
+    def masked(cls, mask: BlockMask, heads: int) -> Plan:
+        """Every head computes the blocks of the mask."""
+        return cls(tokens=mask.tokens, kinds=("masked",) * heads, mask=mask)
+
+    def heads_of(self, kind: HeadKind) -> list[int]:
+        """Indices of the heads of one kind."""
+        return [head for head, own in enumerate(self.kinds) if own == kind]
+
+    def launch_mask(self) -> BlockMask | None:
+        """The mask of one launch over all heads: reused heads have no block, dense heads all; None without a mask.
+
+        Kernels that compute every masked head in one launch of fixed shape take this; what they leave out (the rows
+        that reused heads compute) is theirs to add.
+        """
+        if self.mask is None or set(self.kinds) == {"masked"}:
+            return self.mask
+        keep = self.mask.keep().expand(len(self.kinds), -1, -1).clone()
+        keep[self.heads_of("dense")] = True
+        keep[self.heads_of("reused")] = False
+        return BlockMask.from_keep(keep, tokens=self.tokens, block_q=self.mask.block_q, block_k=self.mask.block_k)
+
+    def density(self) -> Float[Tensor, "heads"]:
+        """Computed fraction of each head's query-key products."""
+        density = torch.ones(len(self.kinds), dtype=torch.float64)
+        if self.mask is not None:
+            masked = self.heads_of("masked")
+            density[masked] = self.mask.density().cpu().expand(len(self.kinds))[masked]
+        if self.reuse is not None:
+            density[self.heads_of("reused")] = self.reuse.density
+        return density
+
+    def nbytes(self) -> int:
+        """Memory of the plan, in bytes."""
+        parts = [] if self.mask is None else [self.mask.bits]
+        parts += [] if self.reuse is None else [self.reuse.computed, self.reuse.source]
+        return sum(part.nbytes for part in parts)
+
+
+def _row_bytes(k_blocks: int) -> int:
+    return block_count(k_blocks, 8 * _ROW_BYTES) * _ROW_BYTES
+
+
+def _bit_weights(device: torch.device) -> UInt8[Tensor, "8"]:
+    return 2 ** torch.arange(8, dtype=torch.uint8, device=device)

@@ -1,0 +1,105 @@
+"""What a method is, and where it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from calibatt.kernels.base import Unsupported
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import Plan
+
+Branch = Literal["cond", "uncond"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Where one attention call happens.
+
+    Args:
+        geometry: layout of its tokens.
+        step, steps: index of the denoising step (0 is the noisiest) and their number.
+        sigma: noise level of the step, 1 is pure noise.
+        branch: conditional or unconditional pass of classifier-free guidance.
+        layer, layers: index of the transformer layer and their number.
+        sample: which video of a batch; a method's state belongs to one sample of one branch.
+
+    Raises:
+        ValueError: step or layer lies outside its range.
+    """
+
+    geometry: Geometry
+    step: int
+    steps: int
+    sigma: float
+    branch: Branch
+    layer: int
+    layers: int
+    sample: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.step < self.steps and 0 <= self.layer < self.layers):
+            raise ValueError(f"step {self.step} of {self.steps} or layer {self.layer} of {self.layers} does not exist")
+
+
+class PlanSource(Protocol):
+    """Something learnt offline that has a plan for every site; the calibration store is one."""
+
+    def plan(self, site: Site) -> Plan:
+        """The plan for a site.
+
+        Raises:
+            ValueError: it was learnt for another model, geometry or number of steps.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knob:
+    """The one field of a method's config that trades density for fidelity, and the range to search it in.
+
+    Args:
+        field: name of the field.
+        low, high: the range; density rises or falls monotonically along it.
+    """
+
+    field: str
+    low: float
+    high: float
+
+
+class Method(Protocol):
+    """Decides a plan from queries, keys and the site. Built as `cls(config)`, or `cls(config, source)` where offline.
+
+    Class attributes:
+        name: as in the catalogue.
+        presets: named configs, each with its source; "default" is always one of them.
+        offline: whether it is built with a PlanSource.
+        knob: what to turn for a given density; None where there is nothing to turn.
+    """
+
+    name: ClassVar[str]
+    presets: ClassVar[Mapping[str, Any]]
+    offline: ClassVar[bool]
+    knob: ClassVar[Knob | None]
+
+    def refusal(self, geometry: Geometry) -> Unsupported | None:
+        """Why the method does not apply to a geometry, or None when it does."""
+        ...
+
+    def plan(
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
+    ) -> Plan:
+        """Decide what is computed at this site, for one sample; q and k are those that attention will see."""
+        ...
+
+    def reset(self) -> None:
+        """Forget everything about the last video. Called at the start of each."""
+        ...

@@ -1,0 +1,108 @@
+"""From a prompt to a video, the same way for every model, and from a video to a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from calibatt.models.catalogue import ModelEntry
+
+# formats that imageio writes here without further packages
+VIDEO_SUFFIXES = (".mp4", ".gif")
+# smaller videos are enlarged by whole pixels, so that a player shows more than a stamp
+_SHOWN_HEIGHT = 256
+
+
+def generate(
+    entry: ModelEntry,
+    pipe: Any,
+    *,
+    prompt: str,
+    resolution: str,
+    seed: int,
+    steps: int | None = None,
+    guidance: float | None = None,
+    progress: bool = False,
+) -> Float[Tensor, "3 frames height width"]:
+    """One video, values in [-1, 1], on the CPU.
+
+    The starting noise is drawn on the CPU, so that a seed means the same video on every device.
+
+    Args:
+        entry, pipe: the model and its loaded pipeline.
+        prompt: what to show.
+        resolution: name of one of the model's resolutions.
+        seed: of the starting noise.
+        steps, guidance: the model's defaults where None.
+        progress: whether to show Diffusers' progress bar over the steps.
+
+    Raises:
+        ValueError: the prompt is empty or not in the model's language, or there is less than one step.
+    """
+    if not prompt.strip():
+        raise ValueError("the prompt is empty: say what the video should show")
+    steps = entry.steps if steps is None else steps
+    if steps < 1:
+        raise ValueError(f"a generation needs at least one step: got {steps}")
+    size = entry.resolution(resolution)
+    noise = torch.randn(entry.latent_shape(resolution), generator=torch.Generator().manual_seed(seed))
+    pipe.set_progress_bar_config(disable=not progress)
+    frames = pipe(
+        prompt=prompt,
+        negative_prompt=entry.negative_prompt,
+        height=size.height,
+        width=size.width,
+        num_frames=size.frames,
+        num_inference_steps=steps,
+        guidance_scale=entry.guidance if guidance is None else guidance,
+        latents=noise.to(pipe.device),
+        max_sequence_length=entry.prompt_tokens,
+        output_type="pt",
+    ).frames[0]
+    video: Tensor = frames.float().cpu().permute(1, 0, 2, 3).mul(2).sub(1)
+    return video
+
+
+def save_video(video: Float[Tensor, "3 frames height width"], path: Path, *, fps: int = 8) -> None:
+    """Write a playable file, whole or not at all.
+
+    Args:
+        video: values in [-1, 1].
+        path: ends in .mp4 or .gif.
+        fps: frames a second.
+
+    Raises:
+        ValueError: another ending.
+    """
+    import imageio.v3 as imageio
+
+    check_video_path(path)
+    scale = max(1, -(-_SHOWN_HEIGHT // video.shape[2]))
+    pixels = video.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 3, 0)
+    pixels = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    aside = path.with_name(f".{path.stem}.partial{path.suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if path.suffix == ".gif":
+            # a GIF's clock ticks in milliseconds here; loop 0 is for ever
+            imageio.imwrite(aside, pixels.numpy(), duration=1000 / fps, loop=0)
+        else:
+            imageio.imwrite(aside, pixels.numpy(), fps=fps, codec="libx264", macro_block_size=2)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def check_video_path(path: Path) -> None:
+    """Refuse an ending that cannot be written, before the work is done.
+
+    Raises:
+        ValueError: the ending is not one of VIDEO_SUFFIXES.
+    """
+    if path.suffix not in VIDEO_SUFFIXES:
+        raise ValueError(f"{path}: a video file ends in {' or '.join(VIDEO_SUFFIXES)}")
