@@ -155,8 +155,12 @@ class Record:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What identifies the same measurement in another run."""
-        return (*self.workload, self.method, self.preset, self.mode, self.kernel, self.block, self.mask)
+        """What is the same measurement in another run, also where it failed there before it knew its blocks."""
+        if self.suite == "kernel":
+            return (*self.workload, self.method, self.kernel, self.block, self.mask)
+        # elsewhere a preset fixes the blocks, and dense runs on whichever kernel is fastest that day
+        kernel = None if self.method == "dense" else self.kernel
+        return (*self.workload, self.method, self.preset, self.mode, kernel)
 
     def to_extra_info(self) -> dict[str, Any]:
         """The fields as they stand in the file; what was not measured is absent."""
@@ -193,6 +197,7 @@ class Run:
         machine: `machine_info` of the file.
         commit: `commit_info` of the file.
         datetime: when it ran, ISO 8601.
+        command: the command line that made it.
         records: timed ones first, then `untimed`.
     """
 
@@ -200,6 +205,7 @@ class Run:
     machine: Mapping[str, Any]
     commit: Mapping[str, Any]
     datetime: str
+    command: str
     records: tuple[Record, ...]
 
     def artifact(self, record: Record) -> Path | None:
@@ -243,6 +249,7 @@ def load_run(path: Path) -> Run:
         machine=data.get("machine_info") or {},
         commit=data.get("commit_info") or {},
         datetime=str(data.get("datetime", "")),
+        command=str(data.get("command", "")),
         records=tuple(records),
     )
 

@@ -1,1 +1,1 @@
-"""stub"""
+"""What is learnt offline: block energy, masks, spatial repetition, and the store that holds them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -35,14 +35,9 @@ class Task:
     block: tuple[int, int] | None = None
 
 
-class Kernel(Protocol):
-    """Computes attention under a plan. Importing one is free; optional packages load inside the calls."""
-
-    name: str
-
-    def refusal(self, task: Task) -> Unsupported | None:
-        """Why this kernel cannot do the task on this machine, or None when it can."""
-        ...
+@runtime_checkable
+class Attender(Protocol):
+    """Anything that computes attention under a plan."""
 
     def attend(
         self,
@@ -56,6 +51,17 @@ class Kernel(Protocol):
         Raises:
             ValueError: inputs and plan do not belong together.
         """
+        ...
+
+
+@runtime_checkable
+class Kernel(Attender, Protocol):
+    """A way to compute attention. Importing one is free; optional packages load inside the calls."""
+
+    name: str
+
+    def refusal(self, task: Task) -> Unsupported | None:
+        """Why this kernel cannot do the task on this machine, or None when it can."""
         ...
 
 
@@ -76,6 +82,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
             f"the plan is for {len(plan.kinds)} heads × {plan.tokens} tokens, "
             f"q is [batch, heads, tokens, head_dim] = {list(q.shape)}"
         )
-    for part in (plan.mask and plan.mask.bits, plan.reuse and plan.reuse.source):
-        if part is not None and part.device != q.device:
+    parts = [] if plan.mask is None else [plan.mask.bits]
+    parts += [] if plan.reuse is None else [plan.reuse.source]
+    for part in parts:
+        if part.device != q.device:
             raise ValueError(f"the plan is on {part.device}, q on {q.device}: move it with .to()")

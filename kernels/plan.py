@@ -218,12 +218,12 @@ class Plan:
     @classmethod
     def dense(cls, geometry: Geometry) -> Plan:
         """Every head computes everything."""
-        return cls(tokens=geometry.tokens, kinds=("dense",) * geometry.heads)
+        return cls(tokens=geometry.tokens, kinds=_alike("dense", geometry.heads))
 
     @classmethod
     def masked(cls, mask: BlockMask, heads: int) -> Plan:
         """Every head computes the blocks of the mask."""
-        return cls(tokens=mask.tokens, kinds=("masked",) * heads, mask=mask)
+        return cls(tokens=mask.tokens, kinds=_alike("masked", heads), mask=mask)
 
     def heads_of(self, kind: HeadKind) -> list[int]:
         """Indices of the heads of one kind."""
@@ -257,6 +257,10 @@ class Plan:
         parts = [] if self.mask is None else [self.mask.bits]
         parts += [] if self.reuse is None else [self.reuse.computed, self.reuse.source]
         return sum(part.nbytes for part in parts)
+
+
+def _alike(kind: HeadKind, heads: int) -> tuple[HeadKind, ...]:
+    return (kind,) * heads
 
 
 def _row_bytes(k_blocks: int) -> int:

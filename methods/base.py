@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -46,11 +46,12 @@ class Site:
             raise ValueError(f"step {self.step} of {self.steps} or layer {self.layer} of {self.layers} does not exist")
 
 
+@runtime_checkable
 class PlanSource(Protocol):
     """Something learnt offline that has a plan for every site; the calibration store is one."""
 
-    def plan(self, site: Site) -> Plan:
-        """The plan for a site.
+    def plan(self, site: Site, *, repetition: bool = True) -> Plan:
+        """The plan for a site; without repetition, a block mask for every head.
 
         Raises:
             ValueError: it was learnt for another model, geometry or number of steps.
@@ -72,8 +73,27 @@ class Knob:
     high: float
 
 
-class Method(Protocol):
-    """Decides a plan from queries, keys and the site. Built as `cls(config)`, or `cls(config, source)` where offline.
+@runtime_checkable
+class Planner(Protocol):
+    """Anything that makes plans, site after site."""
+
+    def plan(
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
+    ) -> Plan:
+        """Decide what is computed at this site, for one sample; q and k are those that attention will see."""
+        ...
+
+    def reset(self) -> None:
+        """Forget everything about the last video. Called at the start of each."""
+        ...
+
+
+@runtime_checkable
+class Method(Planner, Protocol):
+    """A published way to decide plans. Built as `cls(config)`, or `cls(config, source)` where offline.
 
     Class attributes:
         name: as in the catalogue.
@@ -89,17 +109,4 @@ class Method(Protocol):
 
     def refusal(self, geometry: Geometry) -> Unsupported | None:
         """Why the method does not apply to a geometry, or None when it does."""
-        ...
-
-    def plan(
-        self,
-        q: Float[Tensor, "heads tokens head_dim"],
-        k: Float[Tensor, "heads tokens head_dim"],
-        site: Site,
-    ) -> Plan:
-        """Decide what is computed at this site, for one sample; q and k are those that attention will see."""
-        ...
-
-    def reset(self) -> None:
-        """Forget everything about the last video. Called at the start of each."""
         ...

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.base import Kernel
+from calibatt.kernels.base import Attender
 from calibatt.kernels.geometry import Geometry
-from calibatt.methods.base import Branch, Method, Site
+from calibatt.methods.base import Branch, Planner, Site
 
 
 @dataclass(slots=True)
@@ -28,7 +29,7 @@ class _Where:
 
 
 @contextmanager
-def attached(pipe: Any, method: Method, kernel: Kernel) -> Iterator[None]:
+def attached(pipe: Any, method: Planner, kernel: Attender) -> Iterator[None]:
     """While this context is open, the pipeline's self-attention is planned by the method and run by the kernel.
 
     Works on every Diffusers pipeline whose `transformer` (and `transformer_2`, as in Wan 2.2) is a
@@ -60,7 +61,7 @@ def attached(pipe: Any, method: Method, kernel: Kernel) -> Iterator[None]:
             step()
 
 
-def _attach(transformer: Any, method: Method, kernel: Kernel) -> list[Callable[[], object]]:
+def _attach(transformer: Any, method: Planner, kernel: Attender) -> list[Callable[[], object]]:
     """Hook one transformer; returns what undoes it."""
     where = _Where()
     undo: list[Callable[[], object]] = []
@@ -87,7 +88,7 @@ def _attach(transformer: Any, method: Method, kernel: Kernel) -> list[Callable[[
 
     for layer, block in enumerate(transformer.blocks):
         attention = block.attn1
-        undo.append(lambda a=attention, p=attention.processor: setattr(a, "processor", p))
+        undo.append(partial(setattr, attention, "processor", attention.processor))
         attention.processor = _SelfAttention(method, kernel, where, layer, len(transformer.blocks))
     return undo
 
@@ -100,7 +101,7 @@ def _geometry(config: Any, shape: torch.Size) -> Geometry:
 class _SelfAttention:
     """Wan's self-attention with the attention itself left to a method and a kernel."""
 
-    def __init__(self, method: Method, kernel: Kernel, where: _Where, layer: int, layers: int) -> None:
+    def __init__(self, method: Planner, kernel: Attender, where: _Where, layer: int, layers: int) -> None:
         self._method = method
         self._kernel = kernel
         self._where = where

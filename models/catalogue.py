@@ -37,12 +37,14 @@ class Resolution:
         height, width: pixels.
         frames: number of frames.
         flow_shift: shift of the flow-matching schedule at this size; None leaves the scheduler as it was saved.
+        steps: denoising steps at this size; None takes the model's.
     """
 
     height: int
     width: int
     frames: int
     flow_shift: float | None = None
+    steps: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,10 @@ class ModelEntry:
             UnknownName: the model has no such resolution.
         """
         return look_up(self.resolutions, name, f"resolution of {self.name}")
+
+    def steps_at(self, resolution: str) -> int:
+        """Default number of denoising steps at a resolution."""
+        return self.resolution(resolution).steps or self.steps
 
     def latent_shape(self, resolution: str) -> tuple[int, int, int, int, int]:
         """Shape of the latents of one video: batch, channels, frames, rows, columns."""
@@ -171,7 +177,7 @@ SHAPES = ModelEntry(
     block=(64, 64),
     resolutions=MappingProxyType(
         {
-            "quick": Resolution(height=64, width=96, frames=8),
+            "quick": Resolution(height=64, width=96, frames=8, steps=8),
             "standard": Resolution(height=64, width=96, frames=16),
         }
     ),

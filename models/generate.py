@@ -28,6 +28,7 @@ def generate(
     steps: int | None = None,
     guidance: float | None = None,
     progress: bool = False,
+    stop_after: int | None = None,
 ) -> Float[Tensor, "3 frames height width"]:
     """One video, values in [-1, 1], on the CPU.
 
@@ -40,18 +41,25 @@ def generate(
         seed: of the starting noise.
         steps, guidance: the model's defaults where None.
         progress: whether to show Diffusers' progress bar over the steps.
+        stop_after: do only this many of the steps, which is enough to compile and to warm up.
 
     Raises:
         ValueError: the prompt is empty or not in the model's language, or there is less than one step.
     """
     if not prompt.strip():
         raise ValueError("the prompt is empty: say what the video should show")
-    steps = entry.steps if steps is None else steps
+    steps = entry.steps_at(resolution) if steps is None else steps
     if steps < 1:
         raise ValueError(f"a generation needs at least one step: got {steps}")
     size = entry.resolution(resolution)
     noise = torch.randn(entry.latent_shape(resolution), generator=torch.Generator().manual_seed(seed))
     pipe.set_progress_bar_config(disable=not progress)
+
+    def interrupt(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        # Diffusers' documented way to stop a pipeline from a callback
+        pipe._interrupt = stop_after is not None and step + 1 >= stop_after
+        return tensors
+
     frames = pipe(
         prompt=prompt,
         negative_prompt=entry.negative_prompt,
@@ -63,6 +71,7 @@ def generate(
         latents=noise.to(pipe.device),
         max_sequence_length=entry.prompt_tokens,
         output_type="pt",
+        callback_on_step_end=interrupt,
     ).frames[0]
     video: Tensor = frames.float().cpu().permute(1, 0, 2, 3).mul(2).sub(1)
     return video
@@ -106,3 +115,16 @@ def check_video_path(path: Path) -> None:
     """
     if path.suffix not in VIDEO_SUFFIXES:
         raise ValueError(f"{path}: a video file ends in {' or '.join(VIDEO_SUFFIXES)}")
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Prompts of a text file, one a line; empty lines do not count.
+
+    Raises:
+        ValueError: there is none.
+        OSError: the file cannot be read.
+    """
+    prompts = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not prompts:
+        raise ValueError(f"{path}: the list of prompts is empty; write one prompt a line")
+    return prompts

@@ -1,0 +1,111 @@
+"""How true a result is: against fp64 under the same plan, against dense attention, and video against video."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from calibatt.bench.meter import Probe
+from calibatt.calibration.energy import block_energy
+from calibatt.kernels import oracle
+from calibatt.kernels.base import Attender
+from calibatt.kernels.plan import Plan
+
+# identical videos have no finite PSNR; 8-bit frames that differ in one pixel by one level stay below this
+PSNR_CAP_DB = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Truth:
+    """How an arm did on the probes, worst or mean as each field says.
+
+    Args:
+        kernel_error, kernel_error_budget: largest absolute error against fp64 under the same plan, and what it may be,
+            on the probe where it comes nearest to its budget.
+        method_error: relative L2 error of attention outputs against dense fp64 attention, mean.
+        recall: attention mass in the kept blocks, mean over heads that compute all their queries; None without any.
+    """
+
+    kernel_error: float
+    kernel_error_budget: float
+    method_error: float
+    recall: float | None
+
+    @property
+    def right(self) -> bool:
+        """Whether the kernel stayed within its budget."""
+        return self.kernel_error <= self.kernel_error_budget
+
+
+def judge(plans: Sequence[Plan], kernel: Attender, probes: Sequence[Probe]) -> Truth:
+    """Compute plans, one a probe, with a kernel and compare with fp64.
+
+    Raises:
+        ValueError: the kernel does not apply to a plan.
+    """
+    errors: list[tuple[float, float]] = []
+    method_errors: list[float] = []
+    recalls: list[float] = []
+    for plan, probe in zip(plans, probes, strict=True):
+        out = kernel.attend(probe.q, probe.k, probe.v, plan).double()
+        exact = oracle.attend(probe.q, probe.k, probe.v, plan)
+        # NaN compares false with everything: it must count as an infinite error
+        error = (out - exact).abs().max().nan_to_num(math.inf).item()
+        errors.append((error, oracle.error_budget(probe.q, probe.k, probe.v, plan, exact)))
+        dense = oracle.attend(probe.q, probe.k, probe.v, Plan.dense(probe.site.geometry))
+        method_errors.append(((exact - dense).norm() / dense.norm()).item())
+        recalls.extend(recall(probe, plan))
+    worst = max(errors, key=lambda pair: pair[0] / pair[1])
+    return Truth(
+        kernel_error=worst[0],
+        kernel_error_budget=worst[1],
+        method_error=sum(method_errors) / len(method_errors),
+        recall=sum(recalls) / len(recalls) if recalls else None,
+    )
+
+
+def recall(probe: Probe, plan: Plan) -> list[float]:
+    """Attention mass in the kept blocks, for each head that computes all its queries."""
+    kept = [1.0 for kind in plan.kinds if kind == "dense"]
+    if plan.mask is not None:
+        mask = plan.mask
+        energy = block_energy(probe.q[0], probe.k[0], block_q=mask.block_q, block_k=mask.block_k)
+        mass = (energy * mask.keep()).sum(-1).mean(-1)
+        kept += mass[plan.heads_of("masked")].tolist()
+    return kept
+
+
+def psnr_db(video: Float[Tensor, "3 frames height width"], other: Float[Tensor, "3 frames height width"]) -> float:
+    """Peak signal-to-noise ratio of two videos as 8-bit frames, in dB; identical ones give PSNR_CAP_DB."""
+    error = (eight_bit(video).double() - eight_bit(other).double()).square().mean().item()
+    return PSNR_CAP_DB if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def ssim(video: Float[Tensor, "3 frames height width"], other: Float[Tensor, "3 frames height width"]) -> float:
+    """Structural similarity (Wang et al. 2004, Gaussian window of σ 1.5) of 8-bit frames, mean over frames."""
+    from skimage.metrics import structural_similarity
+
+    frames = zip(eight_bit(video).unbind(1), eight_bit(other).unbind(1), strict=True)
+    scores = [
+        structural_similarity(
+            a.numpy(),
+            b.numpy(),
+            channel_axis=0,
+            data_range=255,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+        for a, b in frames
+    ]
+    return float(sum(scores) / len(scores))
+
+
+def eight_bit(video: Float[Tensor, "3 frames height width"]) -> Tensor:
+    """Values in [-1, 1] as bytes, the way a video file holds them."""
+    return video.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)

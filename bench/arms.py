@@ -1,0 +1,121 @@
+"""Readies an arm: builds it, lets it plan the probes, and checks its output before anything is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from calibatt.bench.accuracy import Truth, judge
+from calibatt.bench.cells import DENSE, Arm
+from calibatt.bench.record import Outcome, Record, Suite
+from calibatt.bench.stage import Stage
+from calibatt.kernels.base import Kernel, Unsupported
+from calibatt.kernels.catalogue import KERNELS
+from calibatt.kernels.plan import Plan
+from calibatt.methods.base import Method
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ready:
+    """An arm that may be timed.
+
+    Args:
+        arm: which one.
+        method, kernel: built.
+        plans: the method's plans on the stage's probes.
+        truth: how it did on them.
+    """
+
+    arm: Arm
+    method: Method
+    kernel: Kernel
+    plans: tuple[Plan, ...]
+    truth: Truth
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """Tokens of a query and of a key block, where the arm has blocks."""
+        return block_of(self.plans)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why something has no times."""
+
+    outcome: Outcome
+    reason: str
+
+
+def ready(stage: Stage, arm: Arm) -> Ready | Failure:
+    """Build an arm and check it on the probes."""
+    return guarded(lambda: _ready(stage, arm))
+
+
+def _ready(stage: Stage, arm: Arm) -> Ready | Failure:
+    method = stage.method(arm)
+    if isinstance(method, Unsupported):
+        return Failure("unsupported", method.reason)
+    kernel = stage.dense if arm == DENSE else KERNELS[arm.kernel]
+    method.reset()
+    plans = tuple(method.plan(probe.q[0], probe.k[0], probe.site) for probe in stage.probes)
+    refusal = kernel.refusal(stage.task(block_of(plans)))
+    if refusal is not None:
+        return Failure("unsupported", refusal.reason)
+    truth = judge(plans, kernel, stage.probes)
+    if not truth.right:
+        return Failure(
+            "wrong",
+            f"its largest error against fp64 is {truth.kernel_error:.3g}, allowed {truth.kernel_error_budget:.3g}",
+        )
+    return Ready(arm=arm, method=method, kernel=kernel, plans=plans, truth=truth)
+
+
+def guarded(work: Callable[[], _T]) -> _T | Failure:
+    """The work's result; running out of memory or raising is a failure with its reason, so that other arms go on."""
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        return Failure("out_of_memory", str(error).splitlines()[0])
+    except Exception as error:
+        return Failure("failed", f"{type(error).__name__}: {error}")
+
+
+def block_of(plans: tuple[Plan, ...]) -> tuple[int, int] | None:
+    """Block size of the first plan that has a mask."""
+    return next(((p.mask.block_q, p.mask.block_k) for p in plans if p.mask is not None), None)
+
+
+def facts(stage: Stage, suite: Suite, arm: Arm) -> dict[str, Any]:
+    """The fields of a record that say what was run."""
+    return {
+        **stage.facts(),
+        "suite": suite,
+        "method": arm.method,
+        "preset": arm.preset,
+        "mode": arm.mode,
+        "kernel": stage.dense.name if arm == DENSE else arm.kernel,
+        "baseline": None if arm == DENSE else stage.dense.name,
+    }
+
+
+def failed(stage: Stage, suite: Suite, arm: Arm, failure: Failure) -> Record:
+    """The record of an arm without times."""
+    return Record(**facts(stage, suite, arm), outcome=failure.outcome, reason=failure.reason)
+
+
+def passed(stage: Stage, suite: Suite, one: Ready) -> dict[str, Any]:
+    """The fields of a record of an arm that was checked and timed, as far as all suites share them."""
+    return {
+        **facts(stage, suite, one.arm),
+        "outcome": "ok",
+        "block": one.block,
+        "recall": one.truth.recall,
+        "kernel_error": one.truth.kernel_error,
+        "kernel_error_budget": one.truth.kernel_error_budget,
+        "method_error": one.truth.method_error,
+    }

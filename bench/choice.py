@@ -1,0 +1,81 @@
+"""From the command line's options to the cells of a run."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from calibatt.bench.cells import Arm, Cell, Workload
+from calibatt.bench.console import Console
+from calibatt.bench.record import Suite
+from calibatt.bench.session import BenchSession, Settings, prompts_for
+from calibatt.kernels.names import look_up
+from calibatt.models.catalogue import MODELS
+from calibatt.models.device import pick_device
+from calibatt.models.generate import read_prompts
+
+
+def open_session(options: Namespace, console: Console) -> BenchSession:
+    """The session that the options describe.
+
+    Raises:
+        ValueError: an option makes no sense; the message is one line that says what to do.
+        OSError: the file of prompts cannot be read.
+    """
+    if options.rounds < 1 or options.calibration_prompts < 1:
+        raise ValueError("--rounds and --calibration-prompts must be at least 1")
+    if options.calibration is not None and not options.calibration.is_file():
+        raise ValueError(f"--calibration {options.calibration}: no such file; `calibatt calibrate` makes one")
+    settings = Settings(
+        rounds=options.rounds,
+        calibration_prompts=options.calibration_prompts,
+        calibration=options.calibration,
+        prompts=None if options.prompts is None else read_prompts(options.prompts),
+        artifacts=artifacts_folder(options.benchmark_json),
+    )
+    for workload in _workloads(options):
+        prompts_for(workload, settings)
+    return BenchSession(settings, console)
+
+
+def cells(options: Namespace, suite: Suite) -> list[Cell]:
+    """The cells of a suite, in the order they will run."""
+    arms = dict.fromkeys(
+        Arm.parse(method, kernel) for kernel in _names(options.kernels) for method in _names(options.methods)
+    )
+    if suite == "calibration":
+        # one preparation serves every preset and kernel
+        calibrated = [arm for arm in arms if arm.method == "calibatt"]
+        arms = dict.fromkeys(calibrated[:1])
+    return [Cell(workload=workload, arm=arm) for workload in _workloads(options) for arm in arms]
+
+
+def artifacts_folder(json_file: str | None) -> Path | None:
+    """Where the data of the report's pictures goes: beside the JSON file."""
+    return None if json_file is None else Path(json_file).with_suffix(".artifacts")
+
+
+def _workloads(options: Namespace) -> list[Workload]:
+    device = pick_device(options.device)
+    workloads = []
+    for model in _names(options.models):
+        entry = look_up(MODELS, model, "model")
+        for resolution in _names(options.resolutions) or list(entry.resolutions)[:1]:
+            for steps in _steps(options.steps) or [entry.steps_at(resolution)]:
+                workloads.append(Workload(model=model, resolution=resolution, steps=steps, device=device))
+    return workloads
+
+
+def _names(text: str) -> Sequence[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _steps(text: str) -> list[int]:
+    try:
+        steps = [int(name) for name in _names(text)]
+    except ValueError:
+        steps = [0]
+    if any(number < 1 for number in steps):
+        raise ValueError(f"--steps {text}: give whole numbers from 1 up, separated by commas")
+    return steps

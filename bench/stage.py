@@ -1,0 +1,199 @@
+"""What the arms of one workload share: pipeline, prompts, probes, dense baseline and calibration."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from calibatt.bench.cells import Arm, Workload
+from calibatt.bench.console import Console
+from calibatt.bench.density import solve
+from calibatt.bench.meter import Meter, Probe
+from calibatt.bench.timer import timed
+from calibatt.calibration.collect import calibrate
+from calibatt.calibration.store import Calibration
+from calibatt.kernels.base import Kernel, Task, Unsupported
+from calibatt.kernels.catalogue import KERNELS
+from calibatt.kernels.plan import Plan
+from calibatt.methods.base import Method
+from calibatt.methods.catalogue import METHODS, build
+from calibatt.models.adapter import attached
+from calibatt.models.catalogue import weights_digest
+from calibatt.models.generate import generate
+
+# attention calls at which arms are checked: from the first step and layer to the last, evenly
+_PROBES = 4
+# timings of each dense kernel from which the fastest is chosen
+_DENSE_ROUNDS = 5
+# the seed of round i is this one plus i; calibration draws its own noise far from it
+SEED = 0
+CALIBRATION_SEED = 10_000
+
+
+class Stage:
+    """Everything that the arms of one workload share; each part is made when first asked for.
+
+    Args:
+        workload: what runs.
+        prompts: first those to calibrate on, then one for each round.
+        calibration_prompts: how many of them are for calibration.
+        calibration: a stored calibration to use in place of one made here.
+        console: shows how far the work is.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        prompts: Sequence[str],
+        *,
+        calibration_prompts: int,
+        calibration: Path | None,
+        console: Console,
+    ) -> None:
+        self.workload = workload
+        self.entry = workload.entry
+        self.prompts = tuple(prompts[calibration_prompts:])
+        self.log = console.line
+        self._console = console
+        self._calibration_prompts = tuple(prompts[:calibration_prompts])
+        self._calibration_file = calibration
+        self.calibration_s: float | None = None
+
+    @cached_property
+    def pipe(self) -> Any:
+        """The Diffusers pipeline."""
+        self.log(f"{self.workload}: loading")
+        return self.entry.load(
+            resolution=self.workload.resolution, device=self.workload.device, dtype=self.workload.dtype
+        )
+
+    def generate(self, arm: Meter, round_: int) -> tuple[float, Float[Tensor, "3 frames height width"]]:
+        """Seconds of a whole generation with an arm, and the video; a round fixes prompt and seed."""
+        with attached(self.pipe, arm, arm):
+            return timed(
+                self.workload.device,
+                lambda: generate(
+                    self.entry,
+                    self.pipe,
+                    prompt=self.prompts[round_],
+                    resolution=self.workload.resolution,
+                    seed=SEED + round_,
+                    steps=self.workload.steps,
+                ),
+            )
+
+    @cached_property
+    def probes(self) -> tuple[Probe, ...]:
+        """Inputs of some attention calls of a dense generation, which is also the pipeline's warm-up."""
+        self.log(f"{self.workload}: one dense video to take attention inputs from")
+        meter = Meter(build("dense"), self._dense_kernels()[0], self.workload.device)
+        last_step, last_layer = self.workload.steps - 1, self.entry.layers - 1
+        share = [i / (_PROBES - 1) for i in range(_PROBES)]
+        meter.probe_sites = {(round(last_step * x), round(last_layer * x)) for x in share}
+        self.generate(meter, 0)
+        return tuple(meter.probes)
+
+    @cached_property
+    def dense(self) -> Kernel:
+        """The fastest dense kernel on this machine at this geometry, by measurement."""
+        probe = self.probes[0]
+        plan = Plan.dense(probe.site.geometry)
+        kernels = self._dense_kernels()
+        times: dict[str, list[float]] = {kernel.name: [] for kernel in kernels}
+        for round_ in range(_DENSE_ROUNDS + 1):
+            for kernel in kernels:
+                seconds, _ = timed(self.workload.device, partial(kernel.attend, probe.q, probe.k, probe.v, plan))
+                # the first round warms up
+                if round_:
+                    times[kernel.name].append(seconds)
+        medians = {name: statistics.median(samples) for name, samples in times.items()}
+        self.log(
+            f"{self.workload}: dense attention of one layer takes "
+            + ", ".join(f"{seconds * 1e3:.2f} ms ({name})" for name, seconds in medians.items())
+        )
+        return min(kernels, key=lambda kernel: medians[kernel.name])
+
+    def _dense_kernels(self) -> list[Kernel]:
+        task = self.task(None)
+        # a plan that keeps everything goes through torch's own choice in FlexAttention: not a kernel of its own;
+        # the math backend holds all scores at once and serves as a reference only
+        dense = (kernel for name, kernel in KERNELS.items() if name not in ("flex", "sdpa-math"))
+        return [kernel for kernel in dense if kernel.refusal(task) is None]
+
+    def task(self, block: tuple[int, int] | None) -> Task:
+        """What a kernel is asked to do here."""
+        return Task(device=self.workload.device, dtype=self.workload.dtype, head_dim=self.entry.head_dim, block=block)
+
+    @cached_property
+    def weights(self) -> str:
+        """Digest of the model's weights."""
+        return weights_digest(self.pipe)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """The stored calibration if one was given, else one made here and now."""
+        if self._calibration_file is not None:
+            stored = Calibration.load(self._calibration_file)
+            stored.check_model(self.entry.name, self.weights)
+            return stored.to(self.workload.device)
+        dense, prompts = self.dense, self._calibration_prompts
+        self.log(f"{self.workload}: calibrating on {len(prompts)} prompts")
+        with self._console.open():
+            self.calibration_s, learnt = timed(
+                self.workload.device,
+                lambda: calibrate(
+                    self.entry,
+                    self.pipe,
+                    resolution=self.workload.resolution,
+                    steps=self.workload.steps,
+                    prompts=prompts,
+                    seed=CALIBRATION_SEED,
+                    kernel=dense,
+                    progress=True,
+                ),
+            )
+        return learnt.to(self.workload.device)
+
+    def method(self, arm: Arm) -> Method | Unsupported:
+        """The arm's method, its knob turned where the mode asks for it; or why it does not apply."""
+        kind = METHODS[arm.method]
+        source = self.calibration if kind.offline else None
+
+        def at(**knob: float) -> Method:
+            return build(arm.method, preset=arm.preset, source=source, block=self.entry.block, **knob)
+
+        refusal = at().refusal(self.entry.geometry(self.workload.resolution))
+        if refusal is not None:
+            return refusal
+        if arm.mode == "native" or kind.knob is None:
+            return at()
+        field = kind.knob.field
+        target = self.calibration.density().mean().item()
+        value = solve(lambda x: at(**{field: x}), kind.knob, target, self.probes)
+        if isinstance(value, Unsupported):
+            return value
+        self.log(f"{self.workload}: {arm} has {field} {value:.4g} for a density of {target:.3f}")
+        return at(**{field: value})
+
+    def facts(self) -> dict[str, Any]:
+        """The fields of a record that all arms of this workload share."""
+        size = self.entry.resolution(self.workload.resolution)
+        geometry = self.entry.geometry(self.workload.resolution)
+        return {
+            "model": self.entry.name,
+            "weights": self.weights,
+            "resolution": self.workload.resolution,
+            "frames": size.frames,
+            "steps": self.workload.steps,
+            "tokens": geometry.tokens,
+            "heads": geometry.heads,
+            "head_dim": geometry.head_dim,
+            "dtype": str(self.workload.dtype).removeprefix("torch."),
+            "compiled": False,
+        }

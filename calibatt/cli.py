@@ -1,0 +1,252 @@
+"""The command line. Each subcommand is one function that returns the exit code; errors are one line on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# what argparse itself exits with on bad input; `gate` uses 1 and 3 for its verdicts
+EXIT_BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except (ValueError, OSError) as error:
+        print(f"calibatt {arguments.command}: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"calibatt {arguments.command}: stopped; nothing was written", file=sys.stderr)
+        # 128 + SIGINT, as shells count
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="calibatt", description="Sparse attention for video diffusion: generate, calibrate, report, gate."
+    )
+    parser.add_argument("--version", action="version", version=f"calibatt {version('calibatt')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("generate", help="a prompt to a video file, dense or sped up")
+    command.add_argument("prompt", help='e.g. "a red circle moving left and a blue square, still, over stripes"')
+    command.add_argument("-o", "--out", type=Path, default=Path("video.mp4"), help=".mp4 or .gif; default: %(default)s")
+    _add_model(command)
+    command.add_argument("--seed", type=int, default=0, help="of the starting noise; default: %(default)s")
+    command.add_argument("--guidance", type=float, help="classifier-free guidance scale; default: the model's")
+    command.add_argument("--method", default="dense", help="see `calibatt methods`; default: %(default)s")
+    command.add_argument("--preset", default="default", help="of the method; default: %(default)s")
+    command.add_argument("--kernel", default="flex", help="see `calibatt kernels`; default: %(default)s")
+    command.add_argument("--calibration", type=Path, help="file of `calibatt calibrate`, for methods that need one")
+    command.add_argument("--compare", action="store_true", help="make the dense video first; print both times and PSNR")
+    command.set_defaults(run=_generate)
+
+    command = commands.add_parser("calibrate", help="learn CalibAtt's masks for a model, resolution and step count")
+    command.add_argument("-o", "--out", type=Path, required=True, help="the calibration, e.g. shapes.safetensors")
+    _add_model(command)
+    command.add_argument("--prompts", type=Path, help="file of prompts, one a line; default: the model's own")
+    command.add_argument("--count", type=int, help="how many prompts; default: all of the file, or 16")
+    command.add_argument("--seed", type=int, default=10_000, help="of the first prompt's noise; default: %(default)s")
+    command.set_defaults(run=_calibrate)
+
+    command = commands.add_parser("report", help="an HTML page and PNGs from files of `pytest bench --benchmark-json`")
+    command.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    command.add_argument("-o", "--out", type=Path, required=True, help="folder of the report")
+    command.set_defaults(run=_report)
+
+    command = commands.add_parser(
+        "gate", help="compare speedups with a baseline file: exit 0 pass, 1 regression, 2 unusable, 3 inconclusive"
+    )
+    command.add_argument("file", type=Path)
+    command.add_argument("--baseline", type=Path, required=True, help="an earlier file of the same benchmarks")
+    command.set_defaults(run=_gate)
+
+    commands.add_parser("methods", help="what methods there are").set_defaults(run=_methods)
+    commands.add_parser("models", help="what models there are").set_defaults(run=_models)
+    commands.add_parser("kernels", help="what kernels there are, and which run here").set_defaults(run=_kernels)
+    return parser
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", default="shapes", help="see `calibatt models`; default: %(default)s")
+    command.add_argument("--resolution", help="default: the model's first")
+    command.add_argument("--steps", type=int, help="denoising steps; default: the model's at that resolution")
+    command.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    command.add_argument("--weights", type=Path, help="folder of other weights, in Diffusers' layout")
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from calibatt.bench.accuracy import psnr_db
+    from calibatt.bench.timer import timed
+    from calibatt.calibration.store import Calibration
+    from calibatt.kernels.base import Task
+    from calibatt.kernels.catalogue import KERNELS
+    from calibatt.kernels.names import look_up
+    from calibatt.methods.catalogue import METHODS, build
+    from calibatt.models.adapter import attached
+    from calibatt.models.catalogue import weights_digest
+    from calibatt.models.device import working_dtype
+    from calibatt.models.generate import check_video_path, generate, save_video
+
+    check_video_path(arguments.out)
+    entry, resolution, device = _model(arguments)
+    steps = arguments.steps or entry.steps_at(resolution)
+    kind = look_up(METHODS, arguments.method, "method")
+    kernel = look_up(KERNELS, arguments.kernel, "kernel")
+    source = None
+    if kind.offline:
+        if arguments.calibration is None:
+            raise ValueError(
+                f"{kind.name} needs --calibration: make one by `calibatt calibrate --model {entry.name} "
+                f"--resolution {resolution} --steps {steps} -o FILE`"
+            )
+        source = Calibration.load(arguments.calibration).to(device)
+    method = build(kind.name, preset=arguments.preset, source=source, block=entry.block)
+    block = None if kind.name == "dense" else entry.block
+    task = Task(device=device, dtype=working_dtype(device), head_dim=entry.head_dim, block=block)
+    for refusal in (method.refusal(entry.geometry(resolution)), kernel.refusal(task)):
+        if refusal is not None:
+            raise ValueError(refusal.reason)
+
+    pipe = entry.load(resolution=resolution, device=device, dtype=working_dtype(device), weights=arguments.weights)
+    if source is not None:
+        source.check_model(entry.name, weights_digest(pipe))
+
+    def one(planner: Any, attender: Any, *, stop_after: int | None = None) -> tuple[float, Any]:
+        with attached(pipe, planner, attender):
+            return timed(
+                device,
+                lambda: generate(
+                    entry, pipe, prompt=arguments.prompt, resolution=resolution, seed=arguments.seed, steps=steps,
+                    guidance=arguments.guidance, progress=stop_after is None, stop_after=stop_after,
+                ),
+            )  # fmt: skip
+
+    dense = None
+    if arguments.compare and kind.name != "dense":
+        dense = one(build("dense"), kernel)
+        print(f"dense: {dense[0]:.2f} s")
+    # compiles and caches what a first use would otherwise count in
+    print("warming up", file=sys.stderr)
+    one(method, kernel, stop_after=1)
+    seconds, video = one(method, kernel)
+    print(f"{kind.name}: {seconds:.2f} s")
+    if dense is not None:
+        print(f"{dense[0] / seconds:.2f} times as fast, PSNR {psnr_db(video, dense[1]):.1f} dB against dense")
+    save_video(video, arguments.out)
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from calibatt.calibration.collect import calibrate
+    from calibatt.kernels.catalogue import KERNELS
+    from calibatt.models.device import working_dtype
+    from calibatt.models.generate import read_prompts
+
+    entry, resolution, device = _model(arguments)
+    if arguments.prompts is not None:
+        prompts = list(read_prompts(arguments.prompts))
+        if arguments.count is not None and len(prompts) < arguments.count:
+            raise ValueError(f"{arguments.prompts} has {len(prompts)} prompts, --count asks for {arguments.count}")
+        prompts = prompts[: arguments.count]
+    elif entry.captions is not None:
+        # 16 calibration prompts are nearly as good as 64: the paper's ablation
+        prompts = entry.captions(16 if arguments.count is None else arguments.count, arguments.seed)
+    else:
+        raise ValueError(f"{entry.name} has no prompts of its own: give a file of them, one a line, by --prompts")
+    pipe = entry.load(resolution=resolution, device=device, dtype=working_dtype(device), weights=arguments.weights)
+    learnt = calibrate(
+        entry, pipe, resolution=resolution, steps=arguments.steps or entry.steps_at(resolution), prompts=prompts,
+        seed=arguments.seed, kernel=KERNELS["sdpa-flash"], progress=True,
+    )  # fmt: skip
+    learnt.save(arguments.out)
+    print(f"density {learnt.density().mean():.3f}; the masks of single prompts overlap the common one by "
+          f"{learnt.provenance.mask_agreement:.0%}")  # fmt: skip
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from calibatt.reports.page import write_report
+
+    print(f"wrote {write_report(arguments.files, arguments.out)}")
+    return 0
+
+
+def _gate(arguments: argparse.Namespace) -> int:
+    from calibatt.bench.record import load_run
+    from calibatt.reports.gate import judge
+
+    verdict = judge(load_run(arguments.file), load_run(arguments.baseline))
+    print("\n".join(verdict.lines))
+    return verdict.exit_code
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    from calibatt.methods.catalogue import METHODS
+
+    rows = []
+    for name, method in METHODS.items():
+        kind = "needs a calibration" if method.offline else ""
+        summary = (method.__doc__ or "").strip().splitlines()[0]
+        rows.append((name, ", ".join(method.presets), kind, summary))
+    _table(("METHOD", "PRESETS", "", "WHAT IT DOES"), rows)
+    return 0
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from calibatt.models.catalogue import MODELS
+
+    rows = []
+    for entry in MODELS.values():
+        for name, size in entry.resolutions.items():
+            rows.append(
+                (entry.name, name, f"{size.width}×{size.height}, {size.frames} frames",
+                 f"{entry.geometry(name)} in {entry.layers} layers", f"{entry.steps_at(name)} steps")
+            )  # fmt: skip
+    _table(("MODEL", "RESOLUTION", "VIDEO", "ATTENTION", "DEFAULT"), rows)
+    return 0
+
+
+def _kernels(arguments: argparse.Namespace) -> int:
+    from calibatt.kernels.base import Task
+    from calibatt.kernels.catalogue import KERNELS
+    from calibatt.models.device import pick_device, working_dtype
+
+    device = pick_device(None)
+    rows = []
+    for name, kernel in KERNELS.items():
+        answers = []
+        for block in (None, (64, 64)):
+            refusal = kernel.refusal(Task(device=device, dtype=working_dtype(device), head_dim=64, block=block))
+            answers.append("yes" if refusal is None else f"no: {refusal.reason}")
+        rows.append((name, *answers))
+    _table(("KERNEL", f"DENSE ON {device.type.upper()}", f"BLOCK SPARSE ON {device.type.upper()}"), rows)
+    return 0
+
+
+def _model(arguments: argparse.Namespace) -> tuple[Any, str, Any]:
+    """The model, the resolution and the device that the arguments name."""
+    from calibatt.kernels.names import look_up
+    from calibatt.models.catalogue import MODELS
+    from calibatt.models.device import pick_device
+
+    entry = look_up(MODELS, arguments.model, "model")
+    resolution = next(iter(entry.resolutions)) if arguments.resolution is None else arguments.resolution
+    entry.resolution(resolution)
+    if arguments.steps is not None and arguments.steps < 1:
+        raise ValueError(f"--steps {arguments.steps}: give a whole number from 1 up")
+    return entry, resolution, pick_device(arguments.device)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    for row in [head, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,284 @@
+"""Calibrating: generate a few videos densely, watch the attention, keep what most prompts need."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor
+
+from calibatt.calibration.energy import block_energy
+from calibatt.calibration.repetition import anchor_rows, row_similarity
+from calibatt.calibration.schedule import Schedule
+from calibatt.calibration.store import Calibration, Provenance
+from calibatt.kernels.base import Attender
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import BlockMask, Plan, block_count
+from calibatt.methods.base import Site
+from calibatt.methods.selection import smallest_set
+from calibatt.models.adapter import attached
+from calibatt.models.catalogue import ModelEntry, weights_digest
+from calibatt.models.generate import generate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationConfig:
+    """How to calibrate; the defaults are those of arXiv 2603.05503.
+
+    Args:
+        schedule: attention mass kept at each step; None takes the paper's fit for many-step models.
+        rho: share of prompts that must keep a block, in (0, 1]: 0.5 is the majority, next to 0 is any prompt.
+        anchors: anchor rows of a frame.
+        gamma: heads at least this similar over rows are repetitive.
+        block: tokens of a query block and of a key block; None takes the model's own.
+        similarity_prompts: measure repetition on this many prompts only, which saves time; None is all of them.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    schedule: Schedule | None = None
+    rho: float = 0.5
+    anchors: int = 5
+    gamma: float = 0.87
+    block: tuple[int, int] | None = None
+    similarity_prompts: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rho <= 1:
+            raise ValueError(f"rho is a share of the prompts, above 0 and up to 1: got {self.rho}")
+        if self.block is not None and min(self.block) < 1:
+            raise ValueError(f"a block has at least one token: got {self.block}")
+        if self.similarity_prompts is not None and self.similarity_prompts < 1:
+            raise ValueError(f"repetition needs at least one prompt: got similarity_prompts={self.similarity_prompts}")
+
+
+class Recorder:
+    """A planner of dense attention that takes notes: which blocks each video needs, and how its rows repeat.
+
+    Notes are taken on the conditional branch and summed up at once, so that memory does not grow with the videos.
+
+    Args:
+        geometry: layout of the tokens.
+        steps, layers: of the generations to come.
+        videos: how many there will be.
+        schedule, block, anchors: as in CalibrationConfig.
+        similarity_videos: measure repetition on the first so many.
+        after_step: called when the last layer of a step has been noted.
+    """
+
+    votes: Integer[Tensor, "steps layers heads q_blocks k_blocks"]
+    similarity: Float[Tensor, "steps layers heads"]
+    seconds: float
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        *,
+        steps: int,
+        layers: int,
+        videos: int,
+        schedule: Schedule,
+        block: tuple[int, int],
+        anchors: int,
+        similarity_videos: int,
+        after_step: Callable[[], object] = lambda: None,
+    ) -> None:
+        sites = (steps, layers, geometry.heads)
+        # one byte a block where it can count the videos: 28 GB for Wan 14B at 720p and 50 steps
+        dtype = next(d for d in (torch.uint8, torch.int16, torch.int32) if videos <= torch.iinfo(d).max)
+        self.votes = torch.zeros(*sites, *(block_count(geometry.tokens, size) for size in block), dtype=dtype)
+        self.similarity = torch.zeros(sites)
+        self.seconds = 0.0
+        self._geometry = geometry
+        self._schedule = schedule
+        self._block = block
+        self._anchors = anchor_rows(geometry.grid[1], anchors)
+        self._similarity_videos = similarity_videos
+        self._after_step = after_step
+        self._dense = Plan.dense(geometry)
+        self._video = -1
+
+    def reset(self) -> None:
+        """Start of a video."""
+        self._video += 1
+
+    def plan(
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
+    ) -> Plan:
+        """Dense, after taking notes.
+
+        Raises:
+            ValueError: the pipeline runs another geometry, or other numbers of steps or layers, than was announced.
+        """
+        steps, layers = self.votes.shape[:2]
+        if (site.geometry, site.steps, site.layers) != (self._geometry, steps, layers):
+            raise ValueError(
+                f"calibrating {self._geometry}, {steps} steps, {layers} layers, but the pipeline runs "
+                f"{site.geometry}, {site.steps} steps, {site.layers} layers: is it the pipeline of this model?"
+            )
+        if site.branch == "cond":
+            start = _now(q.device)
+            self._note(q, k, site)
+            self.seconds += _now(q.device) - start
+            if site.layer == layers - 1:
+                self._after_step()
+        return self._dense
+
+    def _note(self, q: Tensor, k: Tensor, site: Site) -> None:
+        block_q, block_k = self._block
+        energy = block_energy(q, k, block_q=block_q, block_k=block_k)
+        keep = smallest_set(energy, self._schedule.mass(site.step, site.steps))
+        self.votes[site.step, site.layer] += keep.cpu()
+        if self._video < self._similarity_videos:
+            alike = row_similarity(q, k, self._geometry, self._anchors)
+            self.similarity[site.step, site.layer] += alike.cpu() / self._similarity_videos
+
+
+def calibrate(
+    entry: ModelEntry,
+    pipe: Any,
+    *,
+    resolution: str,
+    prompts: Sequence[str],
+    seed: int,
+    kernel: Attender,
+    config: CalibrationConfig | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    progress: bool = False,
+) -> Calibration:
+    """Learn which blocks a model needs, by generating one video a prompt with dense attention.
+
+    Its cost is told by `provenance.cost_ratio`: the time of all generations, over what is left of it without the time
+    spent on taking notes.
+
+    Args:
+        entry, pipe: the model and its loaded pipeline.
+        resolution: name of one of the model's resolutions.
+        prompts: 16 are nearly as good as the paper's 64.
+        seed: prompt i starts from noise of seed + i.
+        kernel: computes the dense attention.
+        config: how; the paper's settings where None.
+        steps, guidance: the model's defaults where None. A calibration fits generations of this many steps only.
+        progress: whether to show a progress bar over prompts × steps on stderr.
+
+    Raises:
+        ValueError: there is no prompt, or one is empty or not in the model's language; an option is out of range.
+    """
+    from tqdm import tqdm
+
+    if not prompts or not all(map(str.strip, prompts)):
+        raise ValueError("give at least one prompt to calibrate on, and no empty ones")
+    config = CalibrationConfig() if config is None else config
+    geometry = entry.geometry(resolution)
+    steps = entry.steps_at(resolution) if steps is None else steps
+    guidance = entry.guidance if guidance is None else guidance
+    schedule = config.schedule or Schedule.many_step(geometry.tokens)
+    block = config.block or entry.block
+    similarity_prompts = min(config.similarity_prompts or len(prompts), len(prompts))
+
+    with tqdm(total=len(prompts) * steps, desc="calibrating", unit="step", disable=not progress) as bar:
+        recorder = Recorder(
+            geometry,
+            steps=steps,
+            layers=entry.layers,
+            videos=len(prompts),
+            schedule=schedule,
+            block=block,
+            anchors=config.anchors,
+            similarity_videos=similarity_prompts,
+            after_step=bar.update,
+        )
+        start = time.perf_counter()
+        with attached(pipe, recorder, kernel):
+            for number, prompt in enumerate(prompts):
+                generate(
+                    entry,
+                    pipe,
+                    prompt=prompt,
+                    resolution=resolution,
+                    seed=seed + number,
+                    steps=steps,
+                    guidance=guidance,
+                )
+        seconds = time.perf_counter() - start
+
+    threshold = votes_needed(len(prompts), config.rho)
+    bits, overlaps = [], []
+    # layer by layer: unpacked, all masks of a large model are some ten times their packed size
+    for votes in recorder.votes.flatten(0, 1):
+        keep = majority(votes, threshold)
+        overlaps.append(agreement(votes, keep, len(prompts)))
+        bits.append(BlockMask.from_keep(keep, tokens=geometry.tokens, block_q=block[0], block_k=block[1]).bits)
+    return Calibration(
+        bits=torch.stack(bits).view(steps, entry.layers, *bits[0].shape),
+        similarity=recorder.similarity,
+        gamma=config.gamma,
+        provenance=Provenance(
+            model=entry.name,
+            weights=weights_digest(pipe),
+            resolution=resolution,
+            geometry=geometry,
+            steps=steps,
+            guidance=guidance,
+            prompts=tuple(prompts),
+            seed=seed,
+            block=block,
+            schedule=schedule,
+            rho=config.rho,
+            anchors=config.anchors,
+            similarity_prompts=similarity_prompts,
+            cost_ratio=seconds / (seconds - recorder.seconds),
+            mask_agreement=torch.stack(overlaps).mean().item(),
+            versions={package: version(package) for package in ("calibatt", "torch", "diffusers")},
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        ),
+    )
+
+
+def votes_needed(prompts: int, rho: float) -> int:
+    """The least number of prompts that is at least the share rho of them, and one at the fewest."""
+    # 0.07 * 100 is a little more than 7 in floating point: that must not ask for an eighth vote
+    return max(1, math.ceil(rho * prompts - 1e-9))
+
+
+def majority(
+    votes: Integer[Tensor, "heads q_blocks k_blocks"], threshold: int
+) -> Bool[Tensor, "heads q_blocks k_blocks"]:
+    """The blocks with enough votes.
+
+    In a row without any, those with the most: a query without keys would give zeros.
+    """
+    return votes >= votes.amax(-1, keepdim=True).clamp(max=threshold)
+
+
+def agreement(
+    votes: Integer[Tensor, "heads q_blocks k_blocks"],
+    keep: Bool[Tensor, "heads q_blocks k_blocks"],
+    prompts: int,
+) -> Float[Tensor, "heads"]:
+    """Intersection over union of the prompts' masks with the aggregated one, 0 to 1.
+
+    Intersections and unions are summed over the prompts before they are divided, which votes alone are enough for.
+    """
+    intersections = (votes * keep).sum((1, 2), dtype=torch.int64)
+    sizes = votes.sum((1, 2), dtype=torch.int64) + prompts * keep.sum((1, 2))
+    return intersections / (sizes - intersections)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

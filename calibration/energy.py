@@ -1,0 +1,64 @@
+"""Block energy: how much attention mass falls in each block, without ever holding all of the attention."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from calibatt.kernels.plan import block_count, block_sizes
+
+# attention weights held at a time: 256 MiB in fp32, enough to keep a GPU busy with one launch
+CHUNK = 2**26
+
+
+def block_energy(
+    q: Float[Tensor, "heads tokens head_dim"],
+    k: Float[Tensor, "heads tokens head_dim"],
+    *,
+    block_q: int,
+    block_k: int,
+) -> Float[Tensor, "heads q_blocks k_blocks"]:
+    """Softmax mass in each key block, mean over the queries of each query block; every row sums to 1.
+
+    Computed in fp32, some query blocks of one head at a time. A shorter last block is averaged over the queries it has.
+
+    Args:
+        q, k: what attention sees.
+        block_q, block_k: tokens of a query block and of a key block.
+    """
+    heads, tokens, _ = q.shape
+    energy = q.new_empty(heads, block_count(tokens, block_q), block_count(tokens, block_k), dtype=torch.float32)
+    sizes = block_sizes(tokens, block_q, q.device)
+    at_once = max(1, CHUNK // (tokens * block_q))
+    for head in range(heads):
+        for first in range(0, energy.shape[1], at_once):
+            rows = q[head, first * block_q : (first + at_once) * block_q]
+            mass = _sum_blocks(exponentials(rows, k[head]), block_k)
+            mass /= mass.sum(-1, keepdim=True)
+            chunk = slice(first, first + at_once)
+            energy[head, chunk] = _sum_blocks(mass.T, block_q).T / sizes[chunk, None]
+    return energy
+
+
+def exponentials(
+    q: Float[Tensor, "queries head_dim"], k: Float[Tensor, "tokens head_dim"]
+) -> Float[Tensor, "queries tokens"]:
+    """Attention weights before they are divided by their sum, in fp32; the largest of each query is 1."""
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        # tensor cores multiply half precision exactly and add in fp32: nothing is rounded on the way
+        scores = torch.mm(q, k.T, out_dtype=torch.float32)
+    else:
+        scores = q.float() @ k.float().T
+    scores -= scores.amax(-1, keepdim=True)
+    scores *= 1 / math.sqrt(q.shape[-1])
+    return scores.exp_()
+
+
+def _sum_blocks(x: Float[Tensor, "rows tokens"], block: int) -> Float[Tensor, "rows blocks"]:
+    """Sums over consecutive blocks of the last dimension, a shorter last one included."""
+    blocks, rest = divmod(x.shape[1], block)
+    sums = x[:, : blocks * block].view(x.shape[0], blocks, block).sum(-1)
+    return torch.cat((sums, x[:, -rest:].sum(1, keepdim=True)), dim=1) if rest else sums

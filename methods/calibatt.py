@@ -1,0 +1,65 @@
+"""CalibAtt: block masks and row reuse learnt offline for every step, layer and head (arXiv 2603.05503)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from calibatt.kernels.base import Unsupported
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import Plan
+from calibatt.methods.base import Knob, PlanSource, Site
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibAttConfig:
+    """Settings at generation time; what was learnt, and how, is the calibration's.
+
+    Args:
+        repetition: repetitive heads compute their anchor rows only; without it they have a block mask like the others.
+    """
+
+    repetition: bool = True
+
+
+class CalibAtt:
+    """Looks every plan up in a calibration; nothing is estimated while a video is made."""
+
+    name: ClassVar[str] = "calibatt"
+    presets: ClassVar[Mapping[str, CalibAttConfig]] = MappingProxyType(
+        {
+            # the paper's method
+            "default": CalibAttConfig(),
+            # block masks alone: shows what repetition adds
+            "masks-only": CalibAttConfig(repetition=False),
+        }
+    )
+    offline: ClassVar[bool] = True
+    # density follows from the schedule that was calibrated with
+    knob: ClassVar[Knob | None] = None
+
+    def __init__(self, config: CalibAttConfig, source: PlanSource) -> None:
+        self.config = config
+        self._source = source
+
+    def refusal(self, geometry: Geometry) -> Unsupported | None:
+        """Applies wherever there is a calibration, which itself refuses another geometry."""
+        return None
+
+    def plan(
+        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+    ) -> Plan:
+        """The calibration's plan for the site, the same for both branches.
+
+        Raises:
+            ValueError: the calibration is for another model, geometry or number of steps.
+        """
+        return self._source.plan(site, repetition=self.config.repetition)
+
+    def reset(self) -> None:
+        """There is no state."""

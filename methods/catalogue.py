@@ -1,0 +1,59 @@
+"""Every method there is, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from types import MappingProxyType
+from typing import Any
+
+from calibatt.kernels.names import look_up
+from calibatt.methods.base import Method, PlanSource
+from calibatt.methods.calibatt import CalibAtt
+from calibatt.methods.dense import Dense
+from calibatt.methods.radial import Radial
+from calibatt.methods.random_mask import RandomMask
+from calibatt.methods.sparge import Sparge
+
+METHODS: Mapping[str, type[Method]] = MappingProxyType(
+    {method.name: method for method in (Dense, CalibAtt, Radial, Sparge, RandomMask)}
+)
+
+
+def build(
+    name: str,
+    *,
+    preset: str = "default",
+    source: PlanSource | None = None,
+    block: tuple[int, int] | None = None,
+    **settings: Any,
+) -> Method:
+    """A method, ready to be attached to a pipeline.
+
+    Args:
+        name, preset: as `calibatt methods` lists them.
+        source: the calibration of an offline method.
+        block: tokens of a query and of a key block, in place of the preset's; a method without blocks of its own
+            ignores it.
+        settings: fields of the method's config, in place of the preset's.
+
+    Raises:
+        UnknownName: there is no such method or preset.
+        ValueError: an offline method has no calibration, or a setting does not exist.
+    """
+    kind: Any = look_up(METHODS, name, "method")
+    config = look_up(kind.presets, preset, f"preset of {name}")
+    known = [field.name for field in fields(config)]
+    unknown = [setting for setting in settings if setting not in known]
+    if unknown:
+        raise ValueError(f"{name} has no setting {', '.join(unknown)}: it has {', '.join(known) or 'none'}")
+    if block is not None and "block" in known:
+        settings["block"] = block
+    config = replace(config, **settings)
+    if not kind.offline:
+        method: Method = kind(config)
+        return method
+    if source is None:
+        raise ValueError(f"{name} needs a calibration: make one by `calibatt calibrate` and pass it as `source`")
+    learnt: Method = kind(config, source)
+    return learnt

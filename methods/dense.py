@@ -1,0 +1,46 @@
+"""Dense attention, as the method that every other one is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from calibatt.kernels.base import Unsupported
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import Plan
+from calibatt.methods.base import Knob, Site
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseConfig:
+    """There is nothing to set."""
+
+
+class Dense:
+    """Computes everything."""
+
+    name: ClassVar[str] = "dense"
+    presets: ClassVar[Mapping[str, DenseConfig]] = MappingProxyType({"default": DenseConfig()})
+    offline: ClassVar[bool] = False
+    knob: ClassVar[Knob | None] = None
+
+    def __init__(self, config: DenseConfig) -> None:
+        self.config = config
+
+    def refusal(self, geometry: Geometry) -> Unsupported | None:
+        """Applies to every geometry."""
+        return None
+
+    def plan(
+        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+    ) -> Plan:
+        """All blocks of all heads."""
+        return Plan.dense(site.geometry)
+
+    def reset(self) -> None:
+        """There is no state."""

@@ -1,0 +1,110 @@
+"""SpargeAttn: blocks chosen online from pooled queries and keys, where pooling can be trusted.
+
+Follows github.com/thu-ml/SpargeAttn (spas_sage_attn/utils.py), stage one; its quantisation and its second stage, which
+skips products with values inside the kernel, are the kernel's business and not part of a plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from calibatt.kernels.base import Unsupported
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import BlockMask, Plan, block_count, block_sizes
+from calibatt.methods.base import Knob, Site
+from calibatt.methods.selection import smallest_set
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpargeConfig:
+    """Settings of the choice.
+
+    Args:
+        similarity: blocks whose tokens are less alike than this (mean cosine) cannot be pooled: they stay on.
+        topk: share of the key blocks that each query block keeps; None chooses by `cdf`.
+        cdf: share of pooled attention that the kept blocks of a row reach; used where topk is None.
+        block: tokens of a query and of a key block.
+
+    Raises:
+        ValueError: neither or both of topk and cdf are given.
+    """
+
+    similarity: float
+    topk: float | None = None
+    cdf: float | None = None
+    # the repository's sizes but for Hopper, which has 64 × 128
+    block: tuple[int, int] = (128, 64)
+
+    def __post_init__(self) -> None:
+        if (self.topk is None) == (self.cdf is None):
+            raise ValueError("sparge chooses either by topk or by cdf: give one of them")
+
+
+class Sparge:
+    """Pools queries and keys by block at every call, and keeps the blocks with the most pooled attention."""
+
+    name: ClassVar[str] = "sparge"
+    presets: ClassVar[Mapping[str, SpargeConfig]] = MappingProxyType(
+        {
+            # spas_sage2_attn_meansim_topk_cuda, the call that its README recommends
+            "default": SpargeConfig(similarity=-0.1, topk=0.5),
+            # spas_sage2_attn_meansim_cuda
+            "cdf": SpargeConfig(similarity=0.6, cdf=0.98),
+        }
+    )
+    offline: ClassVar[bool] = False
+    knob: ClassVar[Knob | None] = Knob(field="topk", low=0.0, high=1.0)
+
+    def __init__(self, config: SpargeConfig) -> None:
+        self.config = config
+
+    def refusal(self, geometry: Geometry) -> Unsupported | None:
+        """Applies to every geometry."""
+        return None
+
+    def plan(
+        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+    ) -> Plan:
+        """Masks of this call's queries and keys; text is not special."""
+        block_q, block_k = self.config.block
+        # what all keys have in common moves no score against another
+        pooled_q, alike_q = _pool(q, block_q)
+        pooled_k, alike_k = _pool(k - k.mean(1, keepdim=True), block_k)
+        trusted_q, trusted_k = alike_q > self.config.similarity, alike_k > self.config.similarity
+        scores = pooled_q @ pooled_k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        scores = scores.masked_fill(~trusted_k[:, None], -math.inf)
+        # a head without any trusted key block keeps them all below, whatever its scores
+        weights = scores.softmax(-1).nan_to_num(0.0)
+        if self.config.topk is None:
+            assert self.config.cdf is not None
+            keep = smallest_set(weights, self.config.cdf)
+        else:
+            count = max(1, int(self.config.topk * weights.shape[-1]))
+            keep = torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, weights.topk(count, -1).indices, True)
+        keep |= ~trusted_q[:, :, None] | ~trusted_k[:, None]
+        mask = BlockMask.from_keep(keep, tokens=site.geometry.tokens, block_q=block_q, block_k=block_k)
+        return Plan.masked(mask, site.geometry.heads)
+
+    def reset(self) -> None:
+        """There is no state."""
+
+
+def _pool(
+    x: Float[Tensor, "heads tokens head_dim"], block: int
+) -> tuple[Float[Tensor, "heads blocks head_dim"], Float[Tensor, "heads blocks"]]:
+    """Mean token of each block, and how alike its tokens are: the mean cosine over all pairs, each with itself too."""
+    heads, tokens, channels = x.shape
+    sizes = block_sizes(tokens, block, x.device).to(torch.float32)[None, :, None]
+    padded = torch.nn.functional.pad(x.float(), (0, 0, 0, block_count(tokens, block) * block - tokens))
+    blocks = padded.view(heads, -1, block, channels)
+    # the mean cosine over all pairs is the squared length of the mean unit vector
+    units = torch.nn.functional.normalize(blocks, dim=-1)
+    return blocks.sum(2) / sizes, (units.sum(2) / sizes).square().sum(-1)

@@ -1,0 +1,371 @@
+"""Trains the model from nothing: python -m calibatt.models.shapes.train --out DIR --minutes 15."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from calibatt.models.shapes.evaluate import draw_curve, evaluate_weights
+from calibatt.models.shapes.pipeline import cast, new_transformer
+from calibatt.models.shapes.scenes import ONE_OBJECT_SHARE, caption, encode, every_scene, held_out, render
+from calibatt.models.shapes.text import SceneTextEncoder, SceneTokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A part of the training.
+
+    Args:
+        until: where it ends, as a fraction of the whole.
+        shares: of the steps, by number of frames of their videos.
+    """
+
+    until: float
+    shares: Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How the shipped weights were trained.
+
+    Args:
+        layers, heads: of the transformer.
+        stages: short videos first. Speeds are pixels a frame at every length, so what four frames teach, at a tenth
+            of the price of sixteen, holds for sixteen; the last stage has both sizes that the model is used at.
+        batches: videos a step, by number of frames; about 200,000 tokens each.
+        rate, matrix_rate: peak learning rates, of AdamW and of Muon (which has the matrices of the layers).
+        warm_up: steps until the peak.
+        flat_until: fraction of the training after which the rates fall, linearly, to `last_rate` of the peak.
+        logit_mean, logit_std: of the noise level's logit, a normal distribution. exp(1) is a shift of 2.7: layout,
+            colour and motion are decided at high noise, since sixteen frames say the same thing many times.
+        blank: share of captions replaced by the empty one, for guidance.
+        ema: decay of the averaged weights, which are those that are kept.
+        clip: largest norm of the gradient.
+    """
+
+    layers: int = 8
+    heads: int = 4
+    stages: tuple[Stage, ...] = (
+        Stage(until=0.35, shares={4: 1.0}),
+        Stage(until=0.65, shares={8: 0.9, 4: 0.1}),
+        Stage(until=1.0, shares={16: 0.7, 8: 0.3}),
+    )
+    batches: Mapping[int, int] = field(default_factory=lambda: {4: 96, 8: 64, 16: 32})
+    rate: float = 8e-4
+    matrix_rate: float = 2e-3
+    warm_up: int = 100
+    flat_until: float = 0.5
+    last_rate: float = 0.05
+    logit_mean: float = 1.0
+    logit_std: float = 1.4
+    blank: float = 0.1
+    ema: float = 0.999
+    clip: float = 1.0
+
+    def frames(self, progress: float, rng: random.Random) -> int:
+        """Length of the next step's videos, at a progress from 0 to 1."""
+        stage = next((stage for stage in self.stages if progress < stage.until), self.stages[-1])
+        return rng.choices(list(stage.shares), list(stage.shares.values()))[0]
+
+    def rate_factor(self, step: int, progress: float) -> float:
+        """What the peak learning rates are multiplied by."""
+        fall = max(0.0, (progress - self.flat_until) / (1 - self.flat_until))
+        return min(1.0, (step + 1) / self.warm_up) * (1 - (1 - self.last_rate) * min(1.0, fall))
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan and others, 2024), with the matrices of one shape orthogonalised together.
+
+    torch.optim.Muon takes them one by one: for this small model its 2,000 launches a step cost a third of the time.
+
+    Args:
+        matrices: parameters of two dimensions.
+        rate: learning rate, on AdamW's scale: an update's root mean square is 0.2 (Liu and others, 2025).
+        momentum: of the gradient, Nesterov's.
+    """
+
+    # the quintic's coefficients and number of rounds are those of Jordan's description
+    _COEFFICIENTS, _ROUNDS = (3.4445, -4.7750, 2.0315), 5
+
+    def __init__(self, matrices: Sequence[Tensor], *, rate: float, momentum: float = 0.95) -> None:
+        shapes = sorted({tuple(p.shape) for p in matrices})
+        groups = [{"params": [p for p in matrices if tuple(p.shape) == shape]} for shape in shapes]
+        super().__init__(groups, {"lr": rate, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every matrix that has a gradient; all of them must."""
+        for group in self.param_groups:
+            matrices: list[Tensor] = group["params"]
+            gradient = torch.stack([p.grad for p in matrices if p.grad is not None])
+            # one buffer for the whole group, kept at its first matrix
+            state = self.state[matrices[0]]
+            if not state:
+                state["momentum"] = torch.zeros_like(gradient)
+            state["momentum"].lerp_(gradient, 1 - group["momentum"])
+            update = self._orthogonal(gradient.lerp(state["momentum"], group["momentum"]))
+            scale = 0.2 * math.sqrt(max(update.shape[1:]))
+            torch._foreach_add_(matrices, list(update.float().unbind()), alpha=-group["lr"] * scale)
+
+    def _orthogonal(self, stack: Float[Tensor, "matrices rows columns"]) -> Float[Tensor, "matrices rows columns"]:
+        """Roughly the nearest matrices with orthonormal rows or columns, by Newton and Schulz."""
+        tall = stack.shape[1] > stack.shape[2]
+        x = (stack.mT if tall else stack).bfloat16()
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        a, b, c = self._COEFFICIENTS
+        for _ in range(self._ROUNDS):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.mT if tall else x
+
+
+class Corpus:
+    """Every scene that is not held out, ready to be drawn on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        scenes = [scene for scene in every_scene() if not held_out(caption(scene))]
+        self._codes = encode(scenes).to(device)
+        self._ids = SceneTokenizer()([caption(scene) for scene in scenes]).input_ids.to(device)
+        self._encoder = SceneTextEncoder().to(device)
+        self._single = sum(len(scene.things) == 1 for scene in scenes)
+
+    def batch(
+        self, size: int, *, frames: int, blank: float, generator: torch.Generator
+    ) -> tuple[Float[Tensor, "batch 3 frames height width"], Float[Tensor, "batch length text_dim"]]:
+        """Videos and the features of their captions, some of them those of the empty caption."""
+        device = self._codes.device
+        draw, single, kept = torch.rand((3, size), generator=generator, device=device)
+        alone = (draw * self._single).long()
+        paired = self._single + (draw * (len(self._codes) - self._single)).long()
+        # in fp32 the draw can round up to the length itself
+        rows = torch.where(single < ONE_OBJECT_SHARE, alone, paired).clamp(max=len(self._codes) - 1)
+        ids = self._ids[rows] * (kept >= blank)[:, None]
+        text = self._encoder(ids, ids.gt(0).long()).last_hidden_state
+        return render(self._codes[rows], frames=frames, generator=generator), text
+
+
+def flow_loss(
+    model: Any,
+    video: Float[Tensor, "batch 3 frames height width"],
+    text: Float[Tensor, "batch length text_dim"],
+    *,
+    recipe: Recipe,
+    generator: torch.Generator,
+) -> Float[Tensor, ""]:
+    """Mean squared error of the velocity (noise − video) at random noise levels."""
+    logits = torch.randn(len(video), generator=generator, device=video.device)
+    sigma = torch.sigmoid(logits * recipe.logit_std + recipe.logit_mean)
+    noise = torch.randn(video.shape, generator=generator, device=video.device)
+    noisy = torch.lerp(video, noise, sigma[:, None, None, None, None])
+    # Wan counts noise levels in thousandths
+    velocity = model(noisy, timestep=sigma * 1000, encoder_hidden_states=text, return_dict=False)[0]
+    return torch.nn.functional.mse_loss(velocity.float(), noise - video)
+
+
+class Training:
+    """A model, its optimisers and its average, which a checkpoint holds whole."""
+
+    def __init__(self, recipe: Recipe, *, seed: int, device: torch.device) -> None:
+        self.recipe, self.seed, self.device = recipe, seed, device
+        torch.manual_seed(seed)
+        self.model = new_transformer(layers=recipe.layers, heads=recipe.heads).to(device)
+        matrices = [p for p in self.model.blocks.parameters() if p.ndim == 2]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in self.model.parameters() if id(p) not in chosen]
+        self.optimisers: list[torch.optim.Optimizer] = [
+            Muon(matrices, rate=recipe.matrix_rate),
+            torch.optim.AdamW(others, lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"),
+        ]
+        self.peaks = [optimiser.param_groups[0]["lr"] for optimiser in self.optimisers]
+        self.average = [p.detach().clone() for p in self.model.parameters()]
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.corpus = Corpus(device)
+        self.step, self.seconds = 0, 0.0
+        self.curve: list[dict[str, float]] = []
+
+    def advance(self, progress: float) -> tuple[int, Float[Tensor, ""]]:
+        """One step; returns the number of frames it was made on, and the loss."""
+        frames = self.recipe.frames(progress, random.Random(f"{self.seed} {self.step}"))
+        for optimiser, peak in zip(self.optimisers, self.peaks, strict=True):
+            for group in optimiser.param_groups:
+                group["lr"] = peak * self.recipe.rate_factor(self.step, progress)
+        loss = self.gradients(frames)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip, foreach=True)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        self.step += 1
+        # a young average would otherwise remember the random start
+        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.model.parameters()], 1 - decay)
+        return frames, loss.detach()
+
+    def gradients(self, frames: int) -> Float[Tensor, ""]:
+        """The loss of one batch, with its gradients left at the parameters."""
+        video, text = self.corpus.batch(
+            self.recipe.batches[frames], frames=frames, blank=self.recipe.blank, generator=self.generator
+        )
+        half = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        with half:
+            loss = flow_loss(self.model, video, text, recipe=self.recipe, generator=self.generator)
+        loss.backward()
+        return loss
+
+    def compile(self) -> None:
+        """Compile the layers for every length, so that the clock of the training starts after it."""
+        torch._dynamo.config.recompile_limit = 64
+        self.model.compile_repeated_blocks(dynamic=False)
+        state = self.generator.get_state()
+        for frames in self.recipe.batches:
+            self.gradients(frames)
+        for optimiser in self.optimisers:
+            optimiser.zero_grad()
+        self.generator.set_state(state)
+
+    def averaged(self) -> Any:
+        """A transformer with the averaged weights, in bf16 but for what Wan keeps in fp32."""
+        transformer = new_transformer(layers=self.recipe.layers, heads=self.recipe.heads).to(self.device)
+        for parameter, average in zip(transformer.parameters(), self.average, strict=True):
+            parameter.data.copy_(average)
+        return cast(transformer.requires_grad_(False), torch.bfloat16)
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, whole or not at all."""
+        aside = path.with_suffix(".partial")
+        torch.save(
+            {
+                "model": self.model.state_dict(),
+                "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+                "average": self.average,
+                "generator": self.generator.get_state(),
+                "step": self.step,
+                "seconds": self.seconds,
+                "curve": self.curve,
+            },
+            aside,
+        )
+        os.replace(aside, path)
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            OSError: there is none.
+        """
+        if not path.is_file():
+            raise OSError(f"there is no checkpoint {path}: start without --resume")
+        state = torch.load(path, map_location=self.device)
+        self.model.load_state_dict(state["model"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        self.average = state["average"]
+        self.generator.set_state(state["generator"].cpu())
+        self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
+
+
+def train(
+    recipe: Recipe,
+    *,
+    out: Path,
+    seed: int,
+    device: torch.device,
+    minutes: float | None = None,
+    steps: int | None = None,
+    resume: bool = False,
+) -> Training:
+    """Train until the minutes or the steps are used up; whichever is given is what the recipe's fractions are of.
+
+    Args:
+        recipe: how.
+        out: folder of the checkpoint; written every two minutes and at the end.
+        seed: of weights, scenes and noise.
+        device: to train on; compiled and in bf16 on CUDA, plain elsewhere.
+        minutes, steps: one of the two. Minutes count from the first step, and earlier tries that were resumed count.
+        resume: whether to go on from the folder's checkpoint.
+
+    Raises:
+        ValueError: neither or both of minutes and steps are given.
+        OSError: there is no checkpoint to resume.
+    """
+    if (minutes is None) == (steps is None):
+        raise ValueError("give either minutes or steps")
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / "checkpoint.pt"
+    training = Training(recipe, seed=seed, device=device)
+    if resume:
+        training.restore(checkpoint)
+    if device.type == "cuda":
+        training.compile()
+    before, start, saved = training.seconds, time.monotonic(), time.monotonic()
+    losses: dict[int, list[Tensor]] = {}
+    while True:
+        progress = training.seconds / (60 * minutes) if minutes else training.step / (steps or 1)
+        if progress >= 1:
+            break
+        frames, loss = training.advance(progress)
+        losses.setdefault(frames, []).append(loss)
+        training.seconds = before + time.monotonic() - start
+        if training.step % 50 == 0:
+            # reading the losses waits for the device, which also keeps the clock honest
+            for frames, some in sorted(losses.items()):
+                point = {"step": training.step, "minutes": training.seconds / 60, "frames": frames}
+                training.curve.append({**point, "loss": float(torch.stack(some).mean())})
+                if training.step % 200 == 0:
+                    print({name: round(value, 5) for name, value in training.curve[-1].items()}, flush=True)
+            if not math.isfinite(training.curve[-1]["loss"]):
+                raise FloatingPointError(f"the loss is {training.curve[-1]['loss']} at step {training.step}")
+            losses.clear()
+        if time.monotonic() - saved > 120:
+            training.save(checkpoint)
+            saved = time.monotonic()
+    training.save(checkpoint)
+    return training
+
+
+def main() -> None:
+    """Train, keep the averaged weights, and measure them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, weights, curve and samples")
+    parser.add_argument("--minutes", type=float, help="length of the training, on any device")
+    parser.add_argument("--steps", type=int, help="length of the training in steps, in place of minutes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recipe = Recipe()
+    try:
+        training = train(
+            recipe,
+            out=args.out,
+            seed=args.seed,
+            device=device,
+            minutes=args.minutes,
+            steps=args.steps,
+            resume=args.resume,
+        )
+    except (ValueError, OSError) as problem:
+        parser.error(str(problem))
+    weights = args.out / "weights"
+    # two files of less than 9 MB
+    training.averaged().to(torch.bfloat16).save_pretrained(weights, max_shard_size="9MB")
+    facts = {"seed": args.seed, "steps": training.step, "minutes": training.seconds / 60, "recipe": asdict(recipe)}
+    (weights / "loss.json").write_text(json.dumps({**facts, "curve": training.curve}, indent=1) + "\n")
+    draw_curve(training.curve, weights / "loss.png")
+    evaluate_weights(weights, out=weights, device=device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""The report: one HTML page that needs nothing else, and its figures as PNG files beside it."""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import io
+import re
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibatt.bench.record import SUITES, Record, Run, load_run
+from calibatt.reports import figures
+from calibatt.reports.entries import DENSE, Entry, entries, palette
+from calibatt.reports.headlines import headlines, seconds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE = "index.html"
+# stands in the head of every page, so that only our own folder is ever replaced
+_MARK = '<meta name="generator" content="calibatt report">'
+# sharp on a screen of two pixels a point, at seven inches across
+_DPI = 160
+
+_HOW_TO_READ = {
+    "speedup": (
+        "How many times faster each arm is than dense attention in the same rounds. Faint dots are rounds, the marker "
+        "their median, the bar its 95 % interval. A bar that touches the dashed line is no proof of a difference. A "
+        "hollow marker has too few rounds for an interval."
+    ),
+    "fidelity": (
+        "Right is faster, up is better. The marker is the median; the bars are the interval of the speedup and the "
+        "middle half of the videos. Circles are a method's own settings, diamonds those that give it CalibAtt's "
+        "density. A point above and to the right of another is better in both."
+    ),
+    "density": (
+        "What share of the block products each head computes: steps from left to right, layers from top to bottom, "
+        "the heads of a layer next to each other. Bright is dense, dark is sparse."
+    ),
+    "masks": (
+        "A few masks as they were used. Each cell is a block of queries (down) and keys (across); dark ones are "
+        "computed. Orange lines, where there are any, mark the video's frames."
+    ),
+    "frames": (
+        "The same prompt and the same noise in every row, time from left to right. The figure behind a name is the "
+        "PSNR of that video against the dense one."
+    ),
+    "phases": (
+        "Where the time goes: choosing blocks (plan), computing them (attend), and what is neither (other). Medians."
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """A figure on the page.
+
+    Args:
+        name: of its PNG file.
+        png: the file's bytes.
+        title: stands above it.
+        caption: how to read it.
+    """
+
+    name: str
+    png: bytes
+    title: str
+    caption: str
+
+    @property
+    def uri(self) -> str:
+        """The picture itself, as an address."""
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """One workload on the page."""
+
+    title: str
+    facts: Sequence[tuple[str, str]]
+    headlines: Sequence[str]
+    columns: Sequence[tuple[str, str]]
+    rows: Sequence[tuple[Entry, Sequence[str]]]
+    pictures: Sequence[Picture]
+    untimed: Sequence[Entry]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One run on the page."""
+
+    name: str
+    facts: Sequence[tuple[str, str]]
+    sections: Sequence[Section]
+
+
+def write_report(paths: Sequence[Path], out: Path) -> Path:
+    """Write a report of one or more runs.
+
+    Everything is written beside `out` first and then put in its place, so that a failure leaves what was there.
+
+    Args:
+        paths: files of `pytest bench --benchmark-json`.
+        out: folder of the report: new, empty, or an earlier report, which is replaced.
+
+    Returns:
+        The page.
+
+    Raises:
+        UnusableFile: a file is not a run, or its pictures cannot be read.
+        ValueError: there is no file, or `out` holds something that is not a report.
+    """
+    if not paths:
+        raise ValueError("a report needs at least one file of `pytest bench --benchmark-json`")
+    runs = [load_run(path) for path in paths]
+    # a link stays a link: what it points to is replaced
+    out = out.resolve()
+    _check_replaceable(out)
+    html, pictures = _render(runs)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as aside:
+        new = Path(aside) / "new"
+        new.mkdir()
+        (new / PAGE).write_text(html, encoding="utf-8")
+        for picture in pictures:
+            (new / picture.name).write_bytes(picture.png)
+        _swap(new, out, Path(aside) / "old")
+    return out / PAGE
+
+
+def _check_replaceable(out: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"{out}: is a file; give a folder for the report")
+    names = sorted(path.name for path in out.iterdir())
+    page = out / PAGE
+    html = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+    ours = {PAGE, *re.findall(r'data-file="([^"]+)"', html)} if _MARK in html else set()
+    strange = [name for name in names if name not in ours]
+    if strange:
+        raise ValueError(f"{out}: has files that are no report of ours ({strange[0]}); give a new or an empty folder")
+
+
+def _swap(new: Path, out: Path, old: Path) -> None:
+    if out.exists():
+        out.rename(old)
+    try:
+        new.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+
+
+def _render(runs: Sequence[Run]) -> tuple[str, list[Picture]]:
+    import jinja2
+
+    colours = palette(record.method for run in runs for record in run.records)
+    parts = []
+    for number, run in enumerate(runs, start=1):
+        workloads: dict[Any, list[Record]] = {}
+        for record in run.records:
+            workloads.setdefault(record.workload, []).append(record)
+        # whole generations are what readers come for; what prepares and explains them follows
+        ordered = sorted(workloads.items(), key=lambda item: _SUITE_ORDER.index(item[0][0]))
+        sections = [
+            _section(run, records, colours, f"{number}.{place}") for place, (_, records) in enumerate(ordered, start=1)
+        ]
+        parts.append(Part(name=run.path.name, facts=_run_facts(run), sections=sections))
+    template = importlib.resources.files("calibatt.reports").joinpath("page.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    html = environment.from_string(template).render(mark=_MARK, parts=parts)
+    return html, [picture for part in parts for section in part.sections for picture in section.pictures]
+
+
+_SUITE_ORDER = tuple(sorted(SUITES, key=("denoise", "attention", "kernel", "calibration").index))
+
+
+def _section(run: Run, records: Sequence[Record], colours: Mapping[str, str], number: str) -> Section:
+    arms = entries(run, records, colours)
+    cells = [[read(entry) for _, _, read in _COLUMNS] for entry in arms]
+    shown = [i for i in range(len(_COLUMNS)) if any(row[i] for row in cells)]
+    first = records[0]
+    return Section(
+        title=_title(first),
+        facts=_workload_facts(records),
+        headlines=headlines(arms),
+        columns=[_COLUMNS[i][:2] for i in shown],
+        rows=[(entry, [row[i] for i in shown]) for entry, row in zip(arms, cells, strict=True)],
+        pictures=_pictures(arms, f"{number}-{_slug(_title(first))}"),
+        untimed=[entry for entry in arms if entry.record.outcome != "ok"],
+    )
+
+
+def _pictures(arms: Sequence[Entry], stem: str) -> list[Picture]:
+    drawn: list[tuple[str, str, Figure | None]] = [
+        ("speedup", "Speedup", figures.speedup(arms)),
+        ("fidelity", "Fidelity against speedup", figures.fidelity(arms)),
+        ("phases", "Where the time goes", figures.phases(arms)),
+        ("density", "Density by step, layer and head", figures.density(arms)),
+        ("masks", "Some masks", figures.masks(arms)),
+    ]
+    drawn += [("frames", f"“{caption}”" if caption else "Frames", figure) for caption, figure in figures.videos(arms)]
+    return [
+        Picture(name=f"{stem}-{place}-{kind}.png", png=_png(figure), title=title, caption=_HOW_TO_READ[kind])
+        for place, (kind, title, figure) in enumerate(drawn, start=1)
+        if figure is not None
+    ]
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _title(record: Record) -> str:
+    parts = [record.suite, record.model, record.resolution, record.steps and f"{record.steps} steps", record.dtype]
+    parts.append("compiled" if record.compiled else None)
+    return " · ".join(str(part) for part in parts if part)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _run_facts(run: Run) -> list[tuple[str, str]]:
+    """What a reader must know to run it again."""
+    machine, commit = run.machine, run.commit
+    cpu = machine.get("cpu") or {}
+    count = cpu.get("count")
+    cores = f" ({count} cores)" if count else ""
+    system = (machine.get("system"), machine.get("release"), machine.get("machine"))
+    facts = [
+        ("GPU", machine.get("gpu")),
+        ("CPU", cpu.get("brand_raw") and f"{cpu['brand_raw']}{cores}"),
+        ("threads", machine.get("threads")),
+        ("system", " ".join(str(part) for part in system if part)),
+        ("driver", machine.get("driver")),
+        ("CUDA", machine.get("cuda")),
+        ("cuDNN", machine.get("cudnn")),
+        ("Python", machine.get("python_version")),
+        *dict(machine.get("versions") or {}).items(),
+        ("commit", _commit(commit)),
+        ("date", run.datetime),
+        ("command", run.command),
+    ]
+    return [(name, str(value)) for name, value in facts if value]
+
+
+def _commit(commit: Mapping[str, Any]) -> str:
+    if not commit.get("id"):
+        return "unknown"
+    dirty = {True: ", with changes that were not committed", False: ", clean"}.get(commit.get("dirty"), "")  # type: ignore[arg-type]
+    branch = f" on {commit['branch']}" if commit.get("branch") else ""
+    return f"{str(commit['id'])[:12]}{branch}{dirty}"
+
+
+_YES_NO = {"True": "yes", "False": "no"}
+
+
+def _workload_facts(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """What all arms have in common; where they do not, every value."""
+    facts = []
+    for name in ("weights", "frames", "tokens", "heads", "head_dim", "dtype", "steps", "guidance", "compiled"):
+        found = (getattr(record, name) for record in records)
+        values = dict.fromkeys(_YES_NO.get(str(value), str(value)) for value in found if value is not None)
+        if values:
+            facts.append((name.replace("_", " "), ", ".join(values)))
+    rounds = {len(record.samples_s) for record in records if record.samples_s}
+    if rounds:
+        facts.append(("rounds", ", ".join(map(str, sorted(rounds)))))
+    return facts
+
+
+def _median(values: Sequence[float] | None, form: str, *, spread: bool = False) -> str:
+    if not values:
+        return ""
+    shown = form.format(statistics.median(values))
+    low, high = form.format(min(values)), form.format(max(values))
+    return f"{shown} ({low}–{high})" if spread and low != high else shown
+
+
+def _speedup(entry: Entry) -> str:
+    interval = entry.record.speedup
+    if interval is None:
+        return "1 (baseline)" if entry.record.method == DENSE and entry.record.outcome == "ok" else ""
+    if interval.low is None or interval.high is None:
+        return f"{interval.median:.2f}× (no interval)"
+    return f"{interval.median:.2f}× ({interval.low:.2f}–{interval.high:.2f})"
+
+
+def _time(entry: Entry) -> str:
+    return seconds(statistics.median(entry.record.samples_s)) if entry.record.samples_s else ""
+
+
+def _alignment(entry: Entry) -> str:
+    dense = _median(entry.record.alignment_dense, "{:.2f}")
+    return _median(entry.record.alignment, "{:.2f}") + (f" (dense {dense})" if dense else "")
+
+
+def _kernel_error(entry: Entry) -> str:
+    error, budget = entry.record.kernel_error, entry.record.kernel_error_budget
+    return "" if error is None else f"{error:.1e}" + ("" if budget is None else f" of {budget:.1e}")
+
+
+def _outcome(entry: Entry) -> str:
+    throttled = " (throttled)" if entry.record.throttled else ""
+    reason = f": {entry.record.reason}" if entry.record.reason else ""
+    return entry.record.outcome.replace("_", " ") + throttled + reason
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _size(count: int | None) -> str:
+    """Bytes in powers of 1024."""
+    if count is None:
+        return ""
+    for scale, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"
+
+
+def _sparsity(entry: Entry) -> str:
+    density = entry.record.density
+    return "" if density is None else f"{1 - density:.1%}"
+
+
+# title, what it means, how it is read; a column that no arm fills is left out
+_COLUMNS: Sequence[tuple[str, str, Callable[[Entry], str]]] = (
+    ("speedup (95 %)", "over dense, same rounds", _speedup),
+    ("time", "median of the rounds", _time),
+    ("PSNR dB", "median (least–most) over the videos", lambda e: _median(e.record.psnr_db, "{:.1f}", spread=True)),
+    ("SSIM", "median over the videos", lambda entry: _median(entry.record.ssim, "{:.3f}")),
+    ("alignment", "how much of the caption can be read back", _alignment),
+    ("sparsity", "share of the block products left out", _sparsity),
+    ("recall", "attention mass kept", lambda entry: _percent(entry.record.recall)),
+    ("preset", "named settings of the method", lambda entry: entry.record.preset or ""),
+    ("mode", "own settings, or those that give CalibAtt's density", lambda e: (e.record.mode or "").replace("_", " ")),
+    ("kernel", "what computes the chosen blocks", lambda entry: entry.record.kernel),
+    ("kernel error", "largest, against fp64, of what is allowed", _kernel_error),
+    ("method error", "of attention outputs, against dense", lambda e: _number(e.record.method_error, "{:.3g}")),
+    ("TFLOP/s", "of the blocks kept", lambda entry: _number(entry.record.tflops, "{:.3g}")),
+    ("peak memory", "of the GPU", lambda entry: _size(entry.record.peak_memory_bytes)),
+    ("plan memory", "of one plan, or of the calibration", lambda entry: _size(entry.record.plan_memory_bytes)),
+    ("energy J", "median a video", lambda entry: _median(entry.record.energy_j, "{:.0f}")),
+    ("clock MHz", "median", lambda entry: _median(entry.record.clocks_mhz, "{:.0f}")),
+    ("calibration cost", "times dense generation", lambda e: _number(e.record.calibration_cost_ratio, "{:.2f}×")),
+    ("mask agreement", "overlap between prompts", lambda entry: _percent(entry.record.mask_agreement)),
+    ("outcome", "and why an arm was not timed", _outcome),
+)  # fmt: skip
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

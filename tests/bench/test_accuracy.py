@@ -1,0 +1,80 @@
+"""Fidelity of videos, and truth of arms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from calibatt.bench.accuracy import PSNR_CAP_DB, judge, psnr_db, recall, ssim
+from calibatt.bench.meter import Probe
+from calibatt.kernels import oracle
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import BlockMask, Plan
+from calibatt.methods.base import Site
+
+GEOMETRY = Geometry(grid=(2, 6, 8), heads=2, head_dim=16)
+
+
+@pytest.fixture
+def probe() -> Probe:
+    q, k, v = torch.randn(3, 1, 2, 96, 16, generator=torch.Generator().manual_seed(0))
+    site = Site(geometry=GEOMETRY, step=0, steps=1, sigma=1.0, branch="cond", layer=0, layers=1)
+    return Probe(site=site, q=q, k=k, v=v)
+
+
+@pytest.fixture
+def plan() -> Plan:
+    keep = torch.tensor([[True, False, True], [False, True, True], [True, True, True]])
+    return Plan.masked(BlockMask.from_keep(keep[None], tokens=96, block_q=32, block_k=32), 2)
+
+
+class Kernel:
+    """The oracle, with an error added."""
+
+    def __init__(self, error: float) -> None:
+        self.error = error
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> torch.Tensor:
+        out = oracle.attend(q, k, v, plan, dtype=q.dtype)
+        out[0, 0, 0, 0] += self.error
+        return out
+
+
+def test_a_right_kernel_is_right(probe: Probe, plan: Plan) -> None:
+    assert judge([plan], Kernel(0.0), [probe]).right
+
+
+@pytest.mark.parametrize("error", [1e-3, math.nan, math.inf])
+def test_one_wrong_value_is_wrong(probe: Probe, plan: Plan, error: float) -> None:
+    assert not judge([plan], Kernel(error), [probe]).right
+
+
+def test_dense_has_no_method_error_and_full_recall(probe: Probe) -> None:
+    truth = judge([Plan.dense(GEOMETRY)], Kernel(0.0), [probe])
+    assert truth.method_error == 0.0
+    assert truth.recall == 1.0
+
+
+def test_recall_is_the_softmax_mass_of_the_kept_blocks(probe: Probe, plan: Plan) -> None:
+    weights = (probe.q @ probe.k.transpose(-1, -2) / 4).softmax(-1)[0]
+    assert plan.mask is not None
+    tokens = plan.mask.keep()[0].repeat_interleave(32, 0).repeat_interleave(32, 1)
+    expected = (weights * tokens).sum(-1).mean(-1)
+    assert recall(probe, plan) == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_psnr_of_one_level_of_grey_everywhere() -> None:
+    dark = torch.full((3, 2, 16, 16), -1.0)
+    assert psnr_db(dark, dark + 2 / 255) == pytest.approx(20 * math.log10(255))
+    assert psnr_db(dark, dark) == PSNR_CAP_DB
+
+
+def test_ssim_is_one_for_the_same_and_falls_with_noise() -> None:
+    video = torch.rand(3, 2, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(1))
+    little, much = ssim(video, video + 0.05 * noise), ssim(video, video + 0.5 * noise)
+    assert ssim(video, video) == pytest.approx(1.0)
+    assert 0.9 < little < 1.0
+    assert much < 0.8 * little

@@ -1,0 +1,53 @@
+"""The solver for a wanted density."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from calibatt.bench.density import TOLERANCE, density_of, solve
+from calibatt.bench.meter import Probe
+from calibatt.kernels.base import Unsupported
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import BlockMask, Plan
+from calibatt.methods.base import Knob, Site
+
+GEOMETRY = Geometry(grid=(4, 16, 16), heads=2, head_dim=16)
+SITE = Site(geometry=GEOMETRY, step=0, steps=1, sigma=1.0, branch="cond", layer=0, layers=1)
+
+
+class Share:
+    """Keeps the first blocks of every row, as many as its share says."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def reset(self) -> None: ...
+
+    def plan(self, q: torch.Tensor, k: torch.Tensor, site: Site) -> Plan:
+        keep = torch.zeros(2, 64, 64, dtype=torch.bool)
+        keep[:, :, : round(self.share * 64)] = True
+        return Plan.masked(BlockMask.from_keep(keep, tokens=1024, block_q=16, block_k=16), 2)
+
+
+@pytest.fixture
+def probes() -> list[Probe]:
+    q, k, v = torch.randn(3, 1, 2, 1024, 16, generator=torch.Generator().manual_seed(0))
+    return [Probe(site=SITE, q=q, k=k, v=v)]
+
+
+@pytest.mark.parametrize("target", [0.25, 0.5, 0.77])
+@pytest.mark.parametrize("rising", [True, False])
+def test_the_density_is_reached_whichever_way_the_knob_turns(probes: list[Probe], target: float, rising: bool) -> None:
+    def build(x: float) -> Share:
+        return Share(x if rising else 1 - x)
+
+    value = solve(build, Knob(field="share", low=0.1, high=0.9), target, probes)
+    assert isinstance(value, float)
+    # 64 blocks a row: the nearest density there is lies at most half a block away
+    assert abs(density_of(build(value), probes) - target) <= max(TOLERANCE, 0.5 / 64)
+
+
+def test_a_density_out_of_reach_is_said_so(probes: list[Probe]) -> None:
+    answer = solve(Share, Knob(field="share", low=0.25, high=0.5), 0.75, probes)
+    assert answer == Unsupported("its share reaches densities from 0.250 to 0.500, not 0.750")

@@ -1,0 +1,99 @@
+"""`pytest bench` itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from calibatt.bench.cells import DENSE, Arm
+from calibatt.bench.record import load_run
+from calibatt.kernels.names import UnknownName
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "bench", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_arms_are_named_by_method_preset_and_mode() -> None:
+    arm = Arm.parse("radial/no-warmup=density", "flex")
+    assert (arm.method, arm.preset, arm.mode, arm.kernel) == ("radial", "no-warmup", "equal_density", "flex")
+    assert str(arm) == "radial/no-warmup=density"
+    assert str(Arm.parse("sparge", "flex")) == "sparge"
+    # whatever the sparse kernel is, dense runs on the fastest dense one
+    assert Arm.parse("dense", "flex") == DENSE
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("radail", "did you mean radial"),
+        ("radial/nowarmup", "did you mean no-warmup"),
+        ("dense=density", "no knob"),
+        ("random=density", "no knob"),
+    ],
+)
+def test_an_arm_that_does_not_exist_is_refused(text: str, message: str) -> None:
+    with pytest.raises((UnknownName, ValueError), match=message):
+        Arm.parse(text, "flex")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "shape"], "did you mean shapes"),
+        (["--resolutions", "quik"], "did you mean quick"),
+        (["--methods", "calibat"], "did you mean calibatt"),
+        (["--kernels", "flx"], "did you mean flex"),
+        (["--steps", "ten"], "whole numbers"),
+        (["--rounds", "0"], "at least 1"),
+        (["--models", "wan2.1-1.3b"], "--prompts"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--calibration", "nowhere.safetensors"], "no such file"),
+    ],
+)
+def test_a_wrong_option_is_one_line_before_anything_runs(arguments: list[str], message: str) -> None:
+    done = _bench(*arguments)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert message in line
+
+
+@pytest.mark.slow
+def test_a_run_leaves_records_of_what_was_and_of_what_could_not_be_timed(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    done = _bench(
+        "--methods", "dense,calibatt,radial", "--kernels", "flex,sdpa-math", "--steps", "2", "--rounds", "2",
+        "--calibration-prompts", "1", f"--benchmark-json={path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "video 2 of 2" in done.stdout
+    run = load_run(path)
+    timed = {(record.suite, record.method) for record in run.records if record.outcome == "ok"}
+    assert timed >= {
+        (suite, method) for suite in ("attention", "denoise") for method in ("dense", "calibatt", "radial")
+    }
+    assert ("calibration", "calibatt") in timed
+    refused = [record for record in run.records if record.outcome == "unsupported"]
+    assert {record.kernel for record in refused} == {"sdpa-math"}
+    assert all("choose a sparse one" in (record.reason or "") for record in refused)
+    for record in run.records:
+        if record.outcome == "ok" and record.suite != "calibration":
+            assert record.kernel_error is not None
+            assert record.kernel_error_budget is not None
+            assert record.kernel_error <= record.kernel_error_budget
+        if record.outcome == "ok" and record.suite == "denoise":
+            artifact = run.artifact(record)
+            assert artifact is not None
+            assert artifact.is_file()
+    sparse = next(record for record in run.records if record.suite == "denoise" and record.method == "calibatt")
+    assert sparse.psnr_db is not None
+    assert len(sparse.psnr_db) == len(sparse.samples_s or ()) == len(sparse.baseline_samples_s or ()) == 2
+    assert sparse.density is not None
+    assert 0 < sparse.density < 1
+    assert {"torch", "diffusers", "calibatt"} <= set(run.machine["versions"])

@@ -1,0 +1,122 @@
+"""What captions say and what renders show are the same, and the held-out ones stay out."""
+
+import random
+
+import pytest
+import torch
+
+from calibatt.models.shapes.reader import alignment
+from calibatt.models.shapes.scenes import (
+    COLOURS,
+    Scene,
+    Thing,
+    caption,
+    encode,
+    every_scene,
+    held_out,
+    held_out_captions,
+    parse_caption,
+    random_scene,
+    render,
+)
+from calibatt.models.shapes.train import Corpus
+
+
+def _rendered(count: int, *, frames: int, seed: int = 0) -> tuple[torch.Tensor, list[str]]:
+    rng = random.Random(seed)
+    scenes = [random_scene(rng) for _ in range(count)]
+    videos = render(encode(scenes), frames=frames, generator=torch.Generator().manual_seed(seed))
+    return videos, [caption(scene) for scene in scenes]
+
+
+def test_every_caption_parses_back_to_its_scene() -> None:
+    assert all(parse_caption(caption(scene)) == scene for scene in every_scene())
+
+
+def test_a_caption_says_its_scene_in_english() -> None:
+    red = Thing(colour="red", shape="circle", motion="still")
+    blue = Thing(colour="blue", shape="square", motion="left")
+    assert caption(Scene(things=(red, blue), background="dots")) == (
+        "a red circle, still, and a blue square moving left over dots"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "blame"),
+    [
+        ("an orange cat", "unknown word 'an'"),
+        ("a red circle moving left", "cannot read"),
+        ("a red circle, still, and a red square, still, over dots", "differ in colour"),
+    ],
+)
+def test_what_is_not_in_the_grammar_is_refused_in_one_line(text: str, blame: str) -> None:
+    with pytest.raises(ValueError, match=blame) as caught:
+        parse_caption(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_held_out_captions_are_never_trained_on() -> None:
+    captions = held_out_captions(200, seed=3)
+    assert len(set(captions)) == 200
+    assert all(held_out(text) for text in captions)
+    # the same scene told in the other order is held out too
+    swapped = [Scene(things=parse_caption(t).things[::-1], background=parse_caption(t).background) for t in captions]
+    trained = {tuple(row) for row in Corpus(torch.device("cpu"))._codes.tolist()}
+    for scene in [*map(parse_caption, captions), *swapped]:
+        assert tuple(encode([scene])[0].tolist()) not in trained
+
+
+def test_one_scene_in_eight_is_held_out() -> None:
+    out = [held_out(caption(scene)) for scene in every_scene()]
+    assert 0.10 < sum(out) / len(out) < 0.15
+
+
+@pytest.mark.parametrize("frames", [8, 16])
+def test_the_reader_reads_real_renders_and_only_under_their_own_caption(frames: int) -> None:
+    videos, captions = _rendered(60, frames=frames)
+    own = [alignment(video, text) for video, text in zip(videos, captions, strict=True)]
+    other = [alignment(video, text) for video, text in zip(videos, captions[1:] + captions[:1], strict=True)]
+    assert sum(own) / len(own) >= 0.98
+    # a colour is there by chance in a third of the pairs, then shape and motion in a quarter and a fifth of those
+    assert sum(other) / len(other) < 0.25
+
+
+def test_the_reader_bears_softness_but_is_not_gullible() -> None:
+    videos, captions = _rendered(30, frames=8)
+    soft = torch.nn.functional.avg_pool2d(videos.flatten(0, 1), 3, 1, 1).view_as(videos)
+    frozen = videos[:, :, :1].expand_as(videos)
+    noise = torch.randn(videos.shape, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
+    blank = torch.full_like(videos, -0.3)
+
+    def mean(shown: torch.Tensor) -> float:
+        return sum(alignment(v, t) for v, t in zip(shown, captions, strict=True)) / len(captions)
+
+    assert mean(soft) > 0.95
+    assert mean(frozen) < 0.9
+    assert mean(noise) == 0
+    assert mean(blank) < 0.1
+
+
+def test_an_object_that_the_caption_does_not_name_costs_its_attributes() -> None:
+    text = "a red circle moving left and a blue square, still, over stripes"
+    video = render(encode([parse_caption(text)]), frames=8, generator=torch.Generator().manual_seed(0))[0]
+    assert alignment(video, text) == 1
+    assert alignment(video, "a red circle moving left over stripes") == pytest.approx(4 / 7)
+
+
+def test_objects_stay_inside_and_never_touch() -> None:
+    rng = random.Random(5)
+    scenes = [scene for scene in (random_scene(rng) for _ in range(200)) if len(scene.things) == 2]
+    videos = render(encode(scenes), frames=16, generator=torch.Generator().manual_seed(5))
+    border = torch.cat((videos[..., 0, :], videos[..., -1, :]), -1)
+    assert (border.amax(1) - border.amin(1)).max() < 0.3
+    for scene, video in zip(scenes, videos, strict=True):
+        for thing in scene.things:
+            full = (video == torch.tensor(COLOURS[thing.colour])[:, None, None, None]).all(0).sum((1, 2))
+            # as many fully covered pixels in every frame: nothing is cut off or covered
+            assert full.min() == full.max() > 100
+
+
+def test_a_video_too_long_for_the_picture_is_refused() -> None:
+    with pytest.raises(ValueError, match="30 frames are too many"):
+        render(encode([parse_caption("a red circle, still, over grey")]), frames=30, generator=torch.Generator())

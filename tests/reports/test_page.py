@@ -1,0 +1,177 @@
+"""The report's page: what is on it, what it needs, and what it leaves alone."""
+
+from __future__ import annotations
+
+import html
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from calibatt.bench.record import UnusableFile, load_run
+from calibatt.reports.entries import labels
+from calibatt.reports.page import write_report
+
+# what makes a browser fetch something
+LOADS = re.compile(r"""(?:src|href|srcset|data|action)\s*=\s*["']?(?!data:image/png;base64,)[^"'\s>]+|url\(|@import""")
+
+
+def _text(page: Path) -> str:
+    """What a reader sees."""
+    without_style = re.sub(r"<style>.*?</style>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", without_style)))
+
+
+def test_the_page_shows_every_arm_and_every_reason(full_run: Path, tmp_path: Path) -> None:
+    shown = _text(write_report([full_run], tmp_path / "report"))
+    records = load_run(full_run).records
+    for suite in ("denoise", "attention", "calibration"):
+        for label in labels([record for record in records if record.suite == suite]):
+            assert label in shown
+    for record in records:
+        assert record.reason is None or record.reason in shown
+    for fact in ("Test data CPU", "0123456789ab", "not committed", "2.9.0", "threads", "throttled", "float32", "1536"):
+        assert fact in shown
+
+
+def test_the_page_needs_nothing_but_itself(full_run: Path, tmp_path: Path) -> None:
+    page = write_report([full_run], tmp_path / "report").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") >= 9
+    stripped = re.sub(r'data:image/png;base64,[^"]*', "data:image/png;base64,", page)
+    assert LOADS.search(stripped) is None
+    assert "http://" not in stripped
+    assert "https://" not in stripped
+    assert "<script" not in stripped
+
+
+def test_every_picture_on_the_page_is_a_file_beside_it(full_run: Path, tmp_path: Path) -> None:
+    page = write_report([full_run], tmp_path / "report")
+    named = set(re.findall(r'data-file="([^"]+)"', page.read_text(encoding="utf-8")))
+    assert {path.name for path in page.parent.iterdir()} == named | {"index.html"}
+    for kind in ("speedup", "fidelity", "phases", "density", "masks", "frames"):
+        assert any(name.endswith(f"-{kind}.png") for name in named)
+
+
+def test_several_runs_share_a_page_and_no_picture(
+    write_run: Callable[..., Path], make: SimpleNamespace, tmp_path: Path
+) -> None:
+    first = write_run([make.dense_arm(), make.arm("calibatt", 1.3)], "first.json")
+    second = write_run([make.dense_arm(), make.arm("radial", 1.1)], "second.json")
+    page = write_report([first, second], tmp_path / "report")
+    assert {"first.json", "second.json"} <= set(_text(page).split())
+    pictures = re.findall(r'data-file="([^"]+)"', page.read_text(encoding="utf-8"))
+    assert len(pictures) == len(set(pictures)) > 2
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ({"speed": 1.3}, "CalibAtt is faster than dense: 1.3"),
+        ({"speed": 1.0}, "CalibAtt is not measurably faster than dense: 1.0"),
+        ({"speed": 0.8}, "CalibAtt is not faster but slower than dense: 0.8"),
+        ({"speed": 1.3, "rounds": 3}, "in 3 rounds, too few for an interval or a claim"),
+    ],
+)
+def test_the_headline_claims_no_more_than_the_interval(
+    records: dict[str, float], said: str, write_run: Callable[..., Path], make: SimpleNamespace, tmp_path: Path
+) -> None:
+    path = write_run([make.dense_arm(), make.arm("calibatt", **records)])
+    shown = _text(write_report([path], tmp_path / "report"))
+    assert said in shown
+    assert "The random control was not asked for" in shown
+
+
+@pytest.mark.parametrize(
+    ("psnr", "density", "speed", "beats"),
+    [(35, 0.42, 1.2, True), (35, 0.9, 1.6, True), (35, 0.9, 1.1, False), (20, 0.42, 1.6, False)],
+)
+def test_a_random_mask_that_beats_a_method_is_said_to(
+    psnr: float, density: float, speed: float, beats: bool,
+    write_run: Callable[..., Path], make: SimpleNamespace, tmp_path: Path,
+) -> None:  # fmt: skip
+    control = make.arm("random", speed, psnr=psnr, density=density)
+    path = write_run([make.dense_arm(), make.arm("calibatt", 1.3, psnr=30, seed=1), control])
+    shown = _text(write_report([path], tmp_path / "report"))
+    assert ("Random mask beats CalibAtt" in shown) is beats
+    assert ("beats no method" in shown) is not beats
+
+
+def test_an_unusable_file_writes_nothing(small_run: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.json"
+    bad.write_text("{}")
+    before = set(tmp_path.iterdir())
+    with pytest.raises(UnusableFile, match=re.escape(str(bad))):
+        write_report([small_run, bad], tmp_path / "report")
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_unreadable_pictures_are_named_and_leave_the_old_report(full_run: Path, tmp_path: Path) -> None:
+    page = write_report([full_run], tmp_path / "report")
+    old = page.read_bytes()
+    broken = tmp_path / "run.artifacts/1.npz"
+    broken.write_bytes(b"no zip file")
+    with pytest.raises(UnusableFile, match=re.escape(str(broken))):
+        write_report([full_run], tmp_path / "report")
+    assert page.read_bytes() == old
+    # nothing of the attempt is left behind
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_missing_artifact_is_no_error(full_run: Path, tmp_path: Path) -> None:
+    for path in (tmp_path / "run.artifacts").iterdir():
+        path.unlink()
+    page = write_report([full_run], tmp_path / "report")
+    assert not list(page.parent.glob("*-masks.png"))
+    assert list(page.parent.glob("*-speedup.png"))
+
+
+def test_an_earlier_report_is_replaced_whole(
+    full_run: Path, write_run: Callable[..., Path], make: SimpleNamespace, tmp_path: Path
+) -> None:
+    write_report([full_run], tmp_path / "report")
+    page = write_report([write_run([make.dense_arm()], "other.json")], tmp_path / "report")
+    assert "other.json" in _text(page)
+    assert not list(page.parent.glob("*-masks.png"))
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "photo.png", "index.html"])
+def test_a_folder_with_files_of_others_is_refused_and_kept(name: str, small_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    out.mkdir()
+    (out / name).write_text("mine")
+    with pytest.raises(ValueError, match=name):
+        write_report([small_run], out)
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "mine")]
+
+
+def test_a_picture_of_others_in_a_report_is_kept(small_run: Path, tmp_path: Path) -> None:
+    page = write_report([small_run], tmp_path / "report")
+    photo = page.parent / "photo.png"
+    photo.write_text("mine")
+    with pytest.raises(ValueError, match=r"photo\.png"):
+        write_report([small_run], page.parent)
+    assert photo.read_text() == "mine"
+
+
+def test_names_of_arms_tell_kernels_apart(make: SimpleNamespace) -> None:
+    records = [make.arm("radial"), make.arm("radial", kernel="triton"), make.arm("sparge")]
+    assert labels(records) == ["Radial, flex", "Radial, triton", "SpargeAttn"]
+
+
+def test_importing_the_report_loads_no_torch() -> None:
+    code = "import sys, calibatt.reports.page, calibatt.reports.gate; print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert shown.stdout.strip() == "False"
+
+
+def test_making_a_report_needs_no_torch(small_run: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; from pathlib import Path\n"
+        "from calibatt.reports.page import write_report; write_report([Path(sys.argv[1])], Path(sys.argv[2]))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(small_run), str(tmp_path / "report")], check=True, cwd="/")
+    assert (tmp_path / "report/index.html").is_file()

@@ -1,0 +1,81 @@
+"""The import arrows of DESIGN.md: each folder imports only what stands in its row."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+ARROWS = {
+    "kernels": set(),
+    "methods": {"kernels"},
+    "models": {"methods", "kernels"},
+    "calibration": {"models", "methods", "kernels"},
+    "bench": {"calibration", "models", "methods", "kernels"},
+    "reports": {"bench.record", "bench.statistics"},
+}
+# heavy or optional packages that importing a module must not load
+# (torch itself loads NVML's bindings where they are installed)
+LAZY = ("diffusers", "transformers", "matplotlib", "skimage", "imageio", "jinja2")
+
+
+def _imports(path: Path) -> set[str]:
+    """Modules of ours that a file imports, without the leading `calibatt.`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.removeprefix("calibatt.") for name in names if name.startswith("calibatt.")}
+    return found
+
+
+@pytest.mark.parametrize("folder", ARROWS)
+def test_a_folder_imports_only_what_stands_above_it(folder: str) -> None:
+    allowed = {folder, *ARROWS[folder]}
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for name in sorted(_imports(path))
+        if not any(name == one or name.startswith(f"{one}.") for one in allowed)
+    ]
+    assert not wrong
+
+
+def test_every_folder_of_code_has_its_row() -> None:
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert folders == {*ARROWS, "calibatt"}
+
+
+def test_importing_everything_loads_no_heavy_package() -> None:
+    modules = [
+        "calibatt." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for folder in ARROWS
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        # the embedded model is made of Diffusers' classes; pytest's own files are not for import
+        if path.name not in ("__init__.py", "conftest.py")
+        and not path.name.startswith("test_")
+        and "shapes" not in path.parts
+    ]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        f"print([name for name in {LAZY!r} if name in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_reports_do_without_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.modules['jaxtyping'] = None\n"
+        "import calibatt, calibatt.cli, calibatt.reports.page, calibatt.reports.gate, calibatt.reports.figures"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd="/", check=True)
