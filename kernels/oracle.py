@@ -49,9 +49,13 @@ def attend(
             rows = slice(start, min(start + _CHUNK, plan.tokens))
             scores = q[:, head, rows] @ k[:, head].transpose(-1, -2) / math.sqrt(q.shape[-1])
             if kind == "masked":
-                scores = scores.masked_fill(~token_mask(plan, head, rows), -math.inf)
-            # softmax of a row of -inf is NaN: a row with no block is defined as zeros
-            out[:, head, rows] = torch.softmax(scores, dim=-1).nan_to_num(0.0) @ v[:, head]
+                keep = token_mask(plan, head, rows)
+                # the softmax of a row without keys is 0 / 0, and defined as zeros; any other NaN came with the inputs
+                weights = torch.softmax(scores.masked_fill(~keep, -math.inf), dim=-1)
+                weights = weights.masked_fill(~keep.any(-1, keepdim=True), 0.0)
+            else:
+                weights = torch.softmax(scores, dim=-1)
+            out[:, head, rows] = weights @ v[:, head]
         if kind == "reused" and plan.reuse is not None:
             out[:, head] = out[:, head, plan.reuse.computed[plan.reuse.source]]
     return out

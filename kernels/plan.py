@@ -146,7 +146,8 @@ class RowReuse:
     source: Int[Tensor, "tokens"]
 
     def __post_init__(self) -> None:
-        inside = bool(((self.source >= 0) & (self.source < len(self.computed))).all())
+        parts = ((self.source, len(self.computed)), (self.computed, len(self.source)))
+        inside = all(bool(((indices >= 0) & (indices < count)).all()) for indices, count in parts)
         if not inside or not torch.equal(self.computed[self.source[self.computed]], self.computed):
             raise ValueError("row reuse: every source must be a computed query, and a computed token its own source")
 

@@ -41,8 +41,6 @@ class RandomMask:
     def __init__(self, config: RandomMaskConfig, source: PlanSource) -> None:
         self.config = config
         self._source = source
-        # a site's draw is always the same, so it may outlive a video
-        self._drawn: dict[tuple[int, int], Plan] = {}
 
     def refusal(self, geometry: Geometry) -> Unsupported | None:
         """Applies wherever its source does."""
@@ -51,16 +49,11 @@ class RandomMask:
     def plan(
         self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
     ) -> Plan:
-        """A random mask at the density of the source's plan, head by head, the same for both branches."""
-        where = (site.step, site.layer)
-        if where not in self._drawn:
-            self._drawn[where] = self._draw(site, q.device)
-        return self._drawn[where]
+        """A random mask at the density of the source's plan, head by head, the same for both branches.
 
-    def reset(self) -> None:
-        """What was drawn stays: it depends on the site alone."""
-
-    def _draw(self, site: Site, device: torch.device) -> Plan:
+        Raises:
+            ValueError: the source is for another model, geometry or number of steps.
+        """
         model = self._source.plan(site)
         tokens, heads = model.tokens, len(model.kinds)
         block_q, block_k = self.config.block
@@ -68,10 +61,16 @@ class RandomMask:
         # a head that reuses rows, or is dense, has one density for all rows
         counts = (model.density()[:, None] * columns).round().long().clamp(min=1).expand(heads, rows).clone()
         if model.mask is not None and (model.mask.block_q, model.mask.block_k) == self.config.block:
-            kept = model.mask.keep().sum(-1).cpu().expand(heads, rows)
             masked = model.heads_of("masked")
-            counts[masked] = kept[masked]
-        generator = torch.Generator().manual_seed(self.config.seed + site.step * site.layers + site.layer)
-        rank = torch.rand(heads, rows, columns, generator=generator).argsort(-1).argsort(-1)
-        mask = BlockMask.from_keep(rank < counts[..., None], tokens=tokens, block_q=block_q, block_k=block_k)
-        return Plan.masked(mask.to(device), heads)
+            counts[masked] = model.mask.keep().sum(-1).cpu().expand(heads, rows)[masked]
+        # the site alone decides the draw: nothing is kept between calls, and the global generator is not touched
+        seed = (self.config.seed * site.steps + site.step) * site.layers + site.layer
+        generator = torch.Generator(q.device).manual_seed(seed)
+        order = torch.rand(heads, rows, columns, generator=generator, device=q.device).argsort(-1)
+        chosen = torch.arange(columns, device=q.device) < counts.to(q.device)[..., None]
+        keep = torch.zeros_like(chosen).scatter_(-1, order, chosen)
+        mask = BlockMask.from_keep(keep, tokens=tokens, block_q=block_q, block_k=block_k)
+        return Plan.masked(mask, heads)
+
+    def reset(self) -> None:
+        """There is no state."""

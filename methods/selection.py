@@ -20,9 +20,9 @@ def smallest_set(energy: Float[Tensor, "*rows blocks"], mass: float) -> Bool[Ten
     if not 0 <= mass <= 1:
         raise ValueError(f"mass is a share of the row's energy, 0 to 1: got {mass}")
     ordered, order = energy.sort(dim=-1, descending=True, stable=True)
-    # a block is needed as long as those before it fall short of the share; fp64, so that a sum over a thousand
-    # blocks reaches a share of 1 at the last one and not before
-    before = ordered.double().cumsum(-1) - ordered.double()
-    needed = before < mass * energy.double().sum(-1, keepdim=True)
+    # a block is needed as long as those before it fall short of the share; fp64, and the total taken from the same
+    # running sum, so that a share of 1 is reached at the last block that adds anything
+    reached = ordered.double().cumsum(-1)
+    needed = reached - ordered.double() < mass * reached[..., -1:]
     needed[..., 0] = True
     return torch.zeros_like(needed).scatter_(-1, order, needed)

@@ -20,7 +20,6 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan, block_count, block_sizes
 from calibatt.methods.base import Knob, Site
-from calibatt.methods.selection import smallest_set
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +29,8 @@ class SpargeConfig:
     Args:
         similarity: blocks whose tokens are less alike than this (mean cosine) cannot be pooled: they stay on.
         topk: share of the key blocks that each query block keeps; None chooses by `cdf`.
-        cdf: share of pooled attention that the kept blocks of a row reach; used where topk is None.
+        cdf: share of pooled attention that the kept blocks of a row do not pass, except that one is always kept; used
+            where topk is None.
         block: tokens of a query and of a key block.
 
     Raises:
@@ -83,12 +83,15 @@ class Sparge:
         scores = scores.masked_fill(~trusted_k[:, None], -math.inf)
         # a head without any trusted key block keeps them all below, whatever its scores
         weights = scores.softmax(-1).nan_to_num(0.0)
-        if self.config.topk is None:
-            assert self.config.cdf is not None
-            keep = smallest_set(weights, self.config.cdf)
+        ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+        rank = torch.arange(weights.shape[-1], device=weights.device)
+        if self.config.topk is not None:
+            chosen = rank < max(1, int(self.config.topk * len(rank)))
         else:
-            count = max(1, int(self.config.topk * weights.shape[-1]))
-            keep = torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, weights.topk(count, -1).indices, True)
+            assert self.config.cdf is not None
+            # the repository's searchsorted(…, right=True), then at least one
+            chosen = (ordered.cumsum(-1) <= self.config.cdf) | (rank == 0)
+        keep = torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, order, chosen.expand_as(order))
         keep |= ~trusted_q[:, :, None] | ~trusted_k[:, None]
         mask = BlockMask.from_keep(keep, tokens=site.geometry.tokens, block_q=block_q, block_k=block_k)
         return Plan.masked(mask, site.geometry.heads)

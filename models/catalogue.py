@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from calibatt.kernels.names import look_up
 Loader = Callable[[torch.device, torch.dtype, "Path | None"], Any]
 
 
+@runtime_checkable
 class Alignment(Protocol):
     """Reads back from a video how much of its caption it shows, 0 to 1."""
 

@@ -1,0 +1,50 @@
+"""What all tests run under: checked shapes, poisoned memory, two threads, and a reason where there is no GPU.
+
+This file installs the check of shapes and types before anything of ours is imported; no test may import `calibatt` in a
+plugin that loads earlier.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Sequence
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+if already := sorted(name for name in sys.modules if name.split(".")[0] == "calibatt"):
+    raise RuntimeError(f"imported before its shapes could be checked: {', '.join(already)}")
+# these two are imported before the check, and so go without it: a record checks its own fields, since it is also read
+# from files, and its tests give it wrong ones; and beartype takes numpy's str_ for strings of length 0
+importlib.import_module("calibatt.bench.record")
+importlib.import_module("calibatt.reports.entries")
+# every other annotation of the library is enforced: shapes by jaxtyping, other types by beartype; an int is a float, as
+# everywhere in Python's typing
+install_import_hook("calibatt", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+
+def pytest_configure() -> None:
+    """Poison what is allocated and not written, and keep to two threads."""
+    # an element of torch.empty that nothing wrote is NaN (or the largest integer), not a lucky zero
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    # code that torch.compile generates allocates by functions of its own, which do not fill: it looks them up here
+    for device in ("cpu", "cuda"):
+        setattr(torch._C._dynamo.guards, f"_empty_strided_{device}", functools.partial(_poisoned, device))
+    # other work may go on beside the tests
+    torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU: torch sees none here"))
+
+
+def _poisoned(device: str, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device=device)

@@ -1,0 +1,391 @@
+"""What every kernel and every method must do, whatever it is: parametrised from the catalogues, nothing by hand.
+
+FlexAttention compiles anew for every shape, so all tests share two: 63 tokens × 64 channels, 1000 × 128.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from calibatt.kernels import oracle
+from calibatt.kernels.base import Kernel, Task
+from calibatt.kernels.catalogue import KERNELS
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import BlockMask, HeadKind, Plan, RowReuse, block_count
+from calibatt.methods.base import Method, Site
+from calibatt.methods.catalogue import METHODS, build
+
+HEADS = 3
+GEOMETRIES = {
+    # neither length is a multiple of a block, no grid one of anything
+    "63": Geometry(grid=(1, 7, 9), heads=HEADS, head_dim=64),
+    "1000": Geometry(grid=(8, 5, 25), heads=HEADS, head_dim=128),
+    "1000-text-first": Geometry(grid=(6, 6, 27), heads=HEADS, head_dim=128, text_tokens=28, text_side="first"),
+    "1000-text-last": Geometry(grid=(6, 6, 27), heads=HEADS, head_dim=128, text_tokens=28, text_side="last"),
+}
+SMALL, LARGE = GEOMETRIES["63"], GEOMETRIES["1000"]
+# where no kernel runs, few channels do
+PLANNED = Geometry(grid=(8, 5, 25), heads=HEADS, head_dim=16)
+# not square, so that queries taken for keys show
+BLOCK = (32, 16)
+ARMS = [(name, preset) for name, method in METHODS.items() for preset in method.presets]
+# the budget of a device is that of its type: fp32 is what a CPU has, bf16 and fp16 are what GPUs are used with
+PLACES = [
+    pytest.param(("cpu", torch.float32), id="cpu-fp32"),
+    pytest.param(("cuda", torch.bfloat16), id="cuda-bf16", marks=pytest.mark.gpu),
+    pytest.param(("cuda", torch.float16), id="cuda-fp16", marks=pytest.mark.gpu),
+]
+Place = tuple[str, torch.dtype]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest) -> Place:
+    chosen: Place = request.param
+    return chosen
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    return KERNELS[request.param]
+
+
+def inputs(geometry: Geometry, place: Place = ("cpu", torch.float32), seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Neighbouring tokens are alike, as in videos: methods that pool them would not trust mere noise."""
+    generator = torch.Generator().manual_seed(seed)
+    few, tokens = geometry.tokens // 48 + 2, geometry.tokens
+    made = []
+    for _ in range(3):
+        smooth = torch.randn(geometry.heads, geometry.head_dim, few, generator=generator)
+        smooth = torch.nn.functional.interpolate(smooth, tokens, mode="linear").mT
+        noise = torch.randn(geometry.heads, tokens, geometry.head_dim, generator=generator)
+        made.append((smooth + 0.3 * noise)[None].to(*place).contiguous())
+    q, k, v = made
+    # queries twice as large as is usual: attention that is not nearly uniform
+    return 2 * q, k, v
+
+
+def site(geometry: Geometry, *, step: int = 40, layer: int = 5, **where: Any) -> Site:
+    """Late, where no method's dense schedule holds any more."""
+    given: dict[str, Any] = {"branch": "cond", **where}
+    return Site(geometry=geometry, step=step, steps=50, sigma=0.3, layer=layer, layers=8, **given)
+
+
+def mask_of(keep: Tensor, tokens: int) -> BlockMask:
+    return BlockMask.from_keep(keep, tokens=tokens, block_q=BLOCK[0], block_k=BLOCK[1])
+
+
+def some_blocks(tokens: int, seed: int = 0, share: float = 0.4) -> Tensor:
+    """A third row of blocks that is empty, all others not."""
+    shape = (HEADS, block_count(tokens, BLOCK[0]), block_count(tokens, BLOCK[1]))
+    keep = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
+    keep[..., 0] = True
+    keep[:, 2:3] = False
+    return keep
+
+
+def kinds_plan(geometry: Geometry, kinds: tuple[HeadKind, ...], seed: int = 0) -> Plan:
+    return Plan(
+        tokens=geometry.tokens,
+        kinds=kinds,
+        mask=mask_of(some_blocks(geometry.tokens, seed), geometry.tokens) if "masked" in kinds else None,
+        reuse=RowReuse.of_anchor_rows(geometry, (0, 2)) if "reused" in kinds else None,
+    )
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """A calibration by chance: other blocks at every step and layer, and one head of each kind."""
+
+    geometry: Geometry
+
+    def plan(self, site: Site, *, repetition: bool = True) -> Plan:
+        if site.geometry != self.geometry:
+            raise ValueError(f"learnt for {self.geometry}, not for {site.geometry}")
+        kinds: tuple[HeadKind, ...] = ("masked", "reused", "dense") if repetition else ("masked", "masked", "masked")
+        return kinds_plan(self.geometry, kinds, seed=site.step * site.layers + site.layer)
+
+
+def made(name: str, preset: str, geometry: Geometry) -> Method:
+    """A method for the geometry; skips where it does not apply."""
+    source = Learnt(geometry) if METHODS[name].offline else None
+    method = build(name, preset=preset, source=source, block=BLOCK)
+    if (refusal := method.refusal(geometry)) is not None:
+        pytest.skip(refusal.reason)
+    return method
+
+
+def on(plan: Plan, device: str) -> Plan:
+    return Plan(
+        tokens=plan.tokens,
+        kinds=plan.kinds,
+        mask=None if plan.mask is None else plan.mask.to(device),
+        reuse=None if plan.reuse is None else plan.reuse.to(device),
+    )
+
+
+def run(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+    """The kernel's output; skips where the kernel says that it cannot."""
+    block = None if set(plan.kinds) == {"dense"} else BLOCK
+    task = Task(device=q.device, dtype=q.dtype, head_dim=q.shape[-1], block=block)
+    if (refusal := kernel.refusal(task)) is not None:
+        pytest.skip(refusal.reason)
+    before = [x.clone() for x in (q, k, v)]
+    out = kernel.attend(q, k, v, plan)
+    assert all(torch.equal(x, was) for x, was in zip((q, k, v), before, strict=True)), "the inputs were changed"
+    assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, q.device)
+    return out
+
+
+def assert_exact(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
+    exact = oracle.attend(q, k, v, plan)
+    error = (out.double() - exact).abs().max().item()
+    # memory that was not written is NaN, which is not smaller than anything
+    assert error <= oracle.error_budget(q, k, v, plan, exact)
+
+
+def same(one: Plan, other: Plan) -> bool:
+    if (one.tokens, one.kinds) != (other.tokens, other.kinds):
+        return False
+    if one.mask is not None and not torch.equal(one.mask.keep(), other.mask.keep()):  # type: ignore[union-attr]
+        return False
+    return one.reuse is None or torch.equal(one.reuse.source, other.reuse.source)  # type: ignore[union-attr]
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _one(heads: int, rows: int, columns: int, where: tuple[Any, Any]) -> Tensor:
+    keep = torch.zeros(heads, rows, columns, dtype=torch.bool)
+    keep[:, where[0], where[1]] = True
+    return keep
+
+
+# what to keep, given the number of query and of key blocks
+ADVERSARIES = {
+    "all-blocks": lambda rows, columns: torch.ones(HEADS, rows, columns, dtype=torch.bool),
+    "nothing-at-all": lambda rows, columns: torch.zeros(HEADS, rows, columns, dtype=torch.bool),
+    "one-block": lambda rows, columns: _one(HEADS, rows, columns, (rows // 2, columns // 2)),
+    "first-block-of-each-row": lambda rows, columns: _one(HEADS, rows, columns, (slice(None), 0)),
+    "last-block-of-each-row": lambda rows, columns: _one(HEADS, rows, columns, (slice(None), -1)),
+    "first-row-empty": lambda rows, columns: ~_one(HEADS, rows, columns, (0, slice(None))),
+    "last-row-empty": lambda rows, columns: ~_one(HEADS, rows, columns, (-1, slice(None))),
+    "one-head-empty": lambda rows, columns: torch.arange(HEADS)[:, None, None].expand(-1, rows, columns) != 1,
+    "shared-by-all-heads": lambda rows, columns: _one(1, rows, columns, (slice(None), slice(1, 3))),
+}
+
+
+@pytest.mark.parametrize("geometry", [SMALL, LARGE], ids=["63", "1000"])
+@pytest.mark.parametrize("adversary", ADVERSARIES)
+def test_a_kernel_computes_the_blocks_it_is_given_and_no_others(
+    kernel: Kernel, adversary: str, geometry: Geometry, place: Place
+) -> None:
+    keep = ADVERSARIES[adversary](block_count(geometry.tokens, BLOCK[0]), block_count(geometry.tokens, BLOCK[1]))
+    plan = on(Plan.masked(mask_of(keep, geometry.tokens), HEADS), place[0])
+    q, k, v = inputs(geometry, place)
+    out = run(kernel, q, k, v, plan)
+    assert_exact(out, q, k, v, plan)
+    empty = ~keep.any(-1).expand(HEADS, -1).repeat_interleave(BLOCK[0], 1)[:, : geometry.tokens]
+    assert not out[0].cpu()[empty].any()
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("dense", "dense", "dense"),
+        ("reused", "reused", "reused"),
+        ("dense", "reused", "dense"),
+        ("masked", "dense", "masked"),
+        ("reused", "masked", "masked"),
+        ("masked", "reused", "dense"),
+    ],
+    ids="-".join,
+)
+@pytest.mark.parametrize("geometry", [SMALL, GEOMETRIES["1000-text-first"]], ids=["63", "1000-text-first"])
+def test_a_kernel_mixes_the_kinds_of_heads(
+    kernel: Kernel, kinds: tuple[HeadKind, ...], geometry: Geometry, place: Place
+) -> None:
+    plan = on(kinds_plan(geometry, kinds), place[0])
+    q, k, v = inputs(geometry, place)
+    assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
+
+
+def test_keeping_all_blocks_is_dense_attention(kernel: Kernel, place: Place) -> None:
+    keep = torch.ones(HEADS, block_count(1000, BLOCK[0]), block_count(1000, BLOCK[1]), dtype=torch.bool)
+    plan = on(Plan.masked(mask_of(keep, 1000), HEADS), place[0])
+    q, k, v = inputs(LARGE, place)
+    assert_exact(run(kernel, q, k, v, plan), q, k, v, Plan.dense(LARGE))
+
+
+@pytest.mark.parametrize("kinds", [("dense",) * 3, ("masked", "reused", "dense")], ids="-".join)
+def test_large_logits_neither_overflow_nor_vanish(kernel: Kernel, kinds: tuple[HeadKind, ...], place: Place) -> None:
+    plan = on(kinds_plan(SMALL, kinds), place[0])
+    q, k, v = inputs(SMALL, place)
+    # scores of several hundreds, which exp overflows on unless the maximum is taken off
+    q = 50 * q
+    assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
+
+
+@pytest.mark.parametrize("kind", ["dense", "masked"])
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (2, HEADS)])
+def test_a_kernel_takes_one_head_and_a_batch(kernel: Kernel, batch: int, heads: int, kind: str, place: Place) -> None:
+    geometry = Geometry(grid=SMALL.grid, heads=heads, head_dim=64)
+    masked = Plan.masked(mask_of(some_blocks(63)[:heads], 63), heads)
+    plan = on(masked if kind == "masked" else Plan.dense(geometry), place[0])
+    samples = [inputs(geometry, place, seed) for seed in range(batch)]
+    q, k, v = (torch.cat(parts) for parts in zip(*samples, strict=True))
+    assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
+
+
+@pytest.mark.parametrize("kinds", [("dense",) * 3, ("masked", "reused", "dense")], ids="-".join)
+def test_inputs_may_be_views(kernel: Kernel, kinds: tuple[HeadKind, ...], place: Place) -> None:
+    # as the adapter hands them over: tokens before heads in memory
+    plan = on(kinds_plan(SMALL, kinds), place[0])
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(SMALL, place))
+    assert not q.is_contiguous()
+    assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
+
+
+@pytest.mark.parametrize("kinds", [("dense",) * 3, ("masked", "reused", "dense")], ids="-".join)
+def test_a_kernel_gives_the_same_output_twice(kernel: Kernel, kinds: tuple[HeadKind, ...], place: Place) -> None:
+    plan = on(kinds_plan(LARGE, kinds), place[0])
+    q, k, v = inputs(LARGE, place)
+    assert torch.equal(run(kernel, q, k, v, plan), run(kernel, q, k, v, plan))
+
+
+def test_a_kernel_keeps_nothing_of_the_last_plan(kernel: Kernel, place: Place) -> None:
+    # one shape, two masks: a compiled kernel must not have baked the first one in
+    q, k, v = inputs(SMALL, place)
+    for seed in (1, 2):
+        plan = on(kinds_plan(SMALL, ("masked",) * 3, seed=seed), place[0])
+        assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
+
+
+# --- methods ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def dense_output(name: str) -> Tensor:
+    return oracle.attend(*inputs(GEOMETRIES[name]), Plan.dense(GEOMETRIES[name]))
+
+
+@pytest.mark.parametrize("where", GEOMETRIES)
+@pytest.mark.parametrize(("name", "preset"), ARMS)
+def test_an_arm_computes_its_plan_and_only_a_sparse_plan_changes_the_output(
+    name: str, preset: str, kernel: Kernel, where: str
+) -> None:
+    geometry = GEOMETRIES[where]
+    q, k, v = inputs(geometry)
+    plan = made(name, preset, geometry).plan(q[0], k[0], site(geometry))
+    out = run(kernel, q, k, v, plan)
+    assert_exact(out, q, k, v, plan)
+    change = (out.double() - dense_output(where)).abs().max().item()
+    budget = oracle.error_budget(q, k, v, Plan.dense(geometry), dense_output(where))
+    if plan.density().min() < 1:
+        assert change > 100 * budget
+    else:
+        assert change <= budget
+
+
+@pytest.mark.parametrize("where", GEOMETRIES)
+@pytest.mark.parametrize(("name", "preset"), ARMS)
+def test_a_plan_is_for_its_site_and_leaves_its_inputs_alone(name: str, preset: str, where: str) -> None:
+    geometry = GEOMETRIES[where]
+    method = made(name, preset, geometry)
+    assert isinstance(method, Method)
+    q, k, _ = inputs(geometry)
+    before = q.clone(), k.clone()
+    state = torch.get_rng_state()
+    plan = method.plan(q[0], k[0], site(geometry))
+    assert (plan.tokens, len(plan.kinds)) == (geometry.tokens, geometry.heads)
+    assert torch.equal(q, before[0])
+    assert torch.equal(k, before[1])
+    assert torch.equal(torch.get_rng_state(), state), "the plan drew from the generator that the video is made with"
+
+
+@pytest.mark.parametrize(("name", "preset"), ARMS)
+def test_what_can_be_sparse_is_sparse_late_in_a_long_video(name: str, preset: str) -> None:
+    method = made(name, preset, LARGE)
+    q, k, _ = inputs(LARGE)
+    density = method.plan(q[0], k[0], site(LARGE)).density()
+    assert 0 < density.min() <= density.max() <= 1
+    # what has neither a knob nor anything learnt has nothing to be sparse by
+    if method.offline or method.knob is not None:
+        assert density.mean() < 0.95
+
+
+@pytest.mark.parametrize("where", ["1000-text-first", "1000-text-last"])
+@pytest.mark.parametrize(("name", "preset"), [arm for arm in ARMS if not METHODS[arm[0]].offline])
+def test_no_query_is_left_without_a_key(name: str, preset: str, where: str) -> None:
+    geometry = GEOMETRIES[where]
+    q, k, _ = inputs(geometry)
+    plan = made(name, preset, geometry).plan(q[0], k[0], site(geometry))
+    assert plan.mask is None or bool(plan.mask.keep().any(-1).all())
+
+
+Call = tuple[int, dict[str, Any]]
+# a video: the seed of the inputs, and where the call happens
+FIRST: list[Call] = [(step, {"step": step, "layer": layer}) for step in (0, 20, 40) for layer in (0, 5)]
+SECOND: list[Call] = [(100 + step, {"step": step, "layer": layer}) for step in (0, 20, 40) for layer in (0, 5)]
+
+
+def planned(method: Method, calls: list[Call]) -> list[Plan]:
+    plans = []
+    for seed, where in calls:
+        q, k, _ = inputs(PLANNED, seed=seed)
+        plans.append(method.plan(q[0], k[0], site(PLANNED, **where)))
+    return plans
+
+
+@pytest.mark.parametrize(("name", "preset"), ARMS)
+def test_a_reset_leaves_no_trace_of_the_last_video(name: str, preset: str) -> None:
+    used = made(name, preset, PLANNED)
+    first = planned(used, FIRST)
+    used.reset()
+    assert all(map(same, planned(used, SECOND), planned(made(name, preset, PLANNED), SECOND)))
+    used.reset()
+    assert all(map(same, planned(used, FIRST), first)), "the same video twice has other plans"
+
+
+@pytest.mark.parametrize("apart", [{"branch": "uncond"}, {"sample": 1}], ids=["branch", "sample"])
+@pytest.mark.parametrize(("name", "preset"), ARMS)
+def test_branches_and_samples_are_kept_apart(name: str, preset: str, apart: dict[str, Any]) -> None:
+    other = [(seed, where | apart) for seed, where in SECOND]
+    both = planned(made(name, preset, PLANNED), [call for pair in zip(FIRST, other, strict=True) for call in pair])
+    assert all(map(same, both[::2], planned(made(name, preset, PLANNED), FIRST)))
+    assert all(map(same, both[1::2], planned(made(name, preset, PLANNED), other)))
+
+
+@pytest.mark.parametrize(("name", "preset"), ARMS)
+def test_another_geometry_gets_its_own_plan_or_a_refusal(name: str, preset: str) -> None:
+    method = made(name, preset, PLANNED)
+    # the same number of tokens: a plan kept by length would pass unseen
+    other = Geometry(grid=(5, 8, 25), heads=HEADS, head_dim=16)
+    q, k, _ = inputs(PLANNED)
+    method.plan(q[0], k[0], site(PLANNED))
+    method.reset()
+    if method.offline:
+        with pytest.raises(ValueError, match="learnt for"):
+            method.plan(q[0], k[0], site(other))
+    else:
+        assert same(method.plan(q[0], k[0], site(other)), made(name, preset, other).plan(q[0], k[0], site(other)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "preset"), [arm for arm in ARMS if not METHODS[arm[0]].offline])
+def test_a_plan_is_made_where_its_queries_are(name: str, preset: str) -> None:
+    q, k, v = inputs(LARGE, ("cuda", torch.bfloat16))
+    plan = made(name, preset, LARGE).plan(q[0], k[0], site(LARGE))
+    assert_exact(run(KERNELS["flex"], q, k, v, plan), q, k, v, plan)

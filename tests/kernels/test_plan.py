@@ -1,0 +1,173 @@
+"""Block masks, row reuse, and the plans made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import BlockMask, Plan, RowReuse, block_count, block_sizes
+
+# tokens, block_q, block_k: tidy; a shorter last block; exactly one 32-bit word of key blocks; one more; one block
+SHAPES = [(1024, 64, 64), (1000, 64, 48), (512, 128, 16), (513, 128, 16), (63, 128, 128)]
+
+
+def random_keep(heads: int, tokens: int, block_q: int, block_k: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(tokens)
+    keep = torch.rand(heads, block_count(tokens, block_q), block_count(tokens, block_k), generator=generator) < 0.4
+    keep[0, 0] = False
+    keep[-1, -1] = True
+    return keep
+
+
+def masked(keep: torch.Tensor, tokens: int = 64, block: int = 16) -> BlockMask:
+    return BlockMask.from_keep(keep, tokens=tokens, block_q=block, block_k=block)
+
+
+@pytest.mark.parametrize(("tokens", "block_q", "block_k"), SHAPES)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_bits_and_lists_and_booleans_say_the_same(tokens: int, block_q: int, block_k: int, heads: int) -> None:
+    keep = random_keep(heads, tokens, block_q, block_k)
+    mask = BlockMask.from_keep(keep, tokens=tokens, block_q=block_q, block_k=block_k)
+    again = BlockMask.from_lists(*mask.lists(), tokens=tokens, block_q=block_q, block_k=block_k)
+    assert torch.equal(mask.keep(), keep)
+    assert torch.equal(again.bits, mask.bits)
+
+
+def test_a_bit_stands_where_the_words_say() -> None:
+    # 34 key blocks: the last is bit 1 of byte 4, and the row is padded to two 32-bit words
+    keep = torch.zeros(1, 34, 34, dtype=torch.bool)
+    keep[0, 5, [0, 9, 33]] = True
+    row = masked(keep, tokens=34 * 16).bits[0, 5].tolist()
+    assert row == [1, 2, 0, 0, 2, 0, 0, 0]
+
+
+def test_lists_ascend_and_then_name_the_others() -> None:
+    keep = torch.tensor([[[False, True, False, True]] * 4])
+    indices, counts = masked(keep).lists()
+    assert indices[0, 0].tolist() == [1, 3, 0, 2]
+    assert counts[0].tolist() == [2] * 4
+
+
+def test_entries_past_a_count_are_ignored() -> None:
+    indices = torch.tensor([[[2, 0]] * 4], dtype=torch.int32)
+    counts = torch.tensor([[1, 0, 2, 1]], dtype=torch.int32)
+    keep = BlockMask.from_lists(indices, counts, tokens=64, block_q=16, block_k=16).keep()
+    assert keep[0].int().tolist() == [[0, 0, 1, 0], [0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 1, 0]]
+
+
+def test_density_counts_real_tokens() -> None:
+    # 10 tokens in blocks of 4: sizes 4, 4, 2; kept are 4×4 and 2×2 and 4×2 products of 100
+    keep = torch.zeros(1, 3, 3, dtype=torch.bool)
+    keep[0, 0, 0] = keep[0, 2, 2] = keep[0, 1, 2] = True
+    mask = BlockMask.from_keep(keep, tokens=10, block_q=4, block_k=4)
+    assert mask.density().tolist() == [pytest.approx((16 + 4 + 8) / 100)]
+    assert block_sizes(10, 4).tolist() == [4, 4, 2]
+
+
+def test_everything_kept_is_density_one_on_odd_lengths() -> None:
+    mask = BlockMask.from_keep(torch.ones(2, 8, 16, dtype=torch.bool), tokens=1000, block_q=128, block_k=64)
+    torch.testing.assert_close(mask.density(), torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 3), (1, 3, 4), (4, 4)])
+def test_a_mask_of_another_number_of_blocks_is_refused(shape: tuple[int, ...]) -> None:
+    # the check of shapes refuses two dimensions before the mask can
+    with pytest.raises((ValueError, TypeError), match=r"4×4 blocks|keep"):
+        BlockMask.from_keep(torch.ones(*shape, dtype=torch.bool), tokens=64, block_q=16, block_k=16)
+
+
+def test_bits_of_another_length_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[heads, 4, 4\]: got torch.uint8 \[1, 4, 8\]"):
+        BlockMask(bits=torch.zeros(1, 4, 8, dtype=torch.uint8), tokens=64, block_q=16, block_k=16)
+
+
+def test_a_row_copies_the_nearest_anchor_row_of_its_own_frame_and_column() -> None:
+    # rows 0 … 6, anchors 1 and 5: row 3 is as near to both, and takes the upper one
+    geometry = Geometry(grid=(2, 7, 3), heads=1, head_dim=8)
+    reuse = RowReuse.of_anchor_rows(geometry, (1, 5))
+    nearest = [1, 1, 1, 1, 5, 5, 5]
+    expected = [frame * 21 + nearest[row] * 3 + column for frame in range(2) for row in range(7) for column in range(3)]
+    assert reuse.computed[reuse.source].tolist() == expected
+    assert reuse.density == 4 / 14
+
+
+@pytest.mark.parametrize("side", ["first", "last"])
+def test_text_tokens_compute_their_own(side: Any) -> None:
+    geometry = Geometry(grid=(1, 4, 2), heads=1, head_dim=8, text_tokens=3, text_side=side)
+    reuse = RowReuse.of_anchor_rows(geometry, (2,))
+    sources = reuse.computed[reuse.source].tolist()
+    text = [0, 1, 2] if side == "first" else [8, 9, 10]
+    start = 3 if side == "first" else 0
+    assert [sources[token] for token in text] == text
+    assert [sources[start + token] for token in range(8)] == [start + 4, start + 5] * 4
+    assert len(reuse.computed) == 5
+
+
+@pytest.mark.parametrize(
+    ("computed", "source"),
+    [
+        ([0, 2], [0, 0, 0, 0]),  # token 2 is computed and takes another's output
+        ([0, 2], [0, 0, 1, 2]),  # points outside
+        ([0, 2], [0, -1, 1, 1]),
+        ([0, 9], [0, 0, 0, 0]),  # there is no token 9
+    ],
+)
+def test_inconsistent_reuse_is_refused(computed: list[int], source: list[int]) -> None:
+    with pytest.raises(ValueError, match="row reuse"):
+        RowReuse(computed=torch.tensor(computed), source=torch.tensor(source))
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ({"kinds": ("masked", "dense")}, "carries a mask where"),
+        ({"kinds": ("dense", "dense"), "mask": "mask"}, "carries a mask where"),
+        ({"kinds": ("reused", "dense")}, "row reuse where"),
+        ({"kinds": ("masked",) * 3, "mask": "mask"}, "the mask has 2 heads, the plan 3"),
+        ({"kinds": ("masked",) * 2, "mask": "mask", "tokens": 65}, "for 65 tokens, its BlockMask for 64"),
+        ({"kinds": ("reused",) * 2, "reuse": "reuse", "tokens": 65}, "for 65 tokens, its RowReuse for 64"),
+    ],
+)
+def test_a_plan_that_contradicts_itself_cannot_be_built(parts: dict[str, Any], says: str) -> None:
+    known: dict[str, Any] = {
+        "mask": masked(torch.ones(2, 4, 4, dtype=torch.bool)),
+        "reuse": RowReuse(computed=torch.arange(64), source=torch.arange(64)),
+    }
+    given = {name: known.get(name, value) for name, value in parts.items()}
+    with pytest.raises(ValueError, match=says):
+        Plan(**{"tokens": 64, **given})
+
+
+def mixed_plan(mask_heads: int) -> Plan:
+    keep = torch.zeros(mask_heads, 4, 4, dtype=torch.bool)
+    keep[:, :, 1] = True
+    reuse = RowReuse.of_anchor_rows(Geometry(grid=(1, 8, 8), heads=3, head_dim=8), (1, 5))
+    return Plan(tokens=64, kinds=("dense", "masked", "reused"), mask=masked(keep), reuse=reuse)
+
+
+@pytest.mark.parametrize("mask_heads", [1, 3])
+def test_one_launch_keeps_all_of_dense_heads_and_nothing_of_reused_ones(mask_heads: int) -> None:
+    mask = mixed_plan(mask_heads).launch_mask()
+    assert mask is not None
+    dense, own, reused = mask.keep()
+    assert dense.all()
+    assert not reused.any()
+    assert own.int().tolist() == [[0, 1, 0, 0]] * 4
+
+
+def test_a_wholly_masked_plan_is_launched_as_it_is_and_one_without_a_mask_not_at_all() -> None:
+    mask = masked(torch.ones(1, 4, 4, dtype=torch.bool))
+    assert Plan.masked(mask, 5).launch_mask() is mask
+    assert Plan.dense(Geometry(grid=(1, 8, 8), heads=2, head_dim=8)).launch_mask() is None
+
+
+def test_density_of_a_plan_is_that_of_each_kind_of_head() -> None:
+    assert mixed_plan(1).density().tolist() == [1.0, 0.25, 0.25]
+
+
+def test_memory_of_a_plan_is_that_of_its_tensors() -> None:
+    # 1 head × 4 rows × one 32-bit word; 16 computed and 64 sources of 8 bytes
+    assert mixed_plan(1).nbytes() == 4 * 4 + (16 + 64) * 8

@@ -1,0 +1,115 @@
+"""What kernels refuse, and that they say what would help."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from torch import Tensor
+
+from calibatt.kernels.base import Kernel, Task, check
+from calibatt.kernels.catalogue import KERNELS
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import BlockMask, Plan
+
+GEOMETRY = Geometry(grid=(1, 8, 8), heads=2, head_dim=16)
+
+
+def task(device: str = "cpu", block: tuple[int, int] | None = None) -> Task:
+    return Task(device=torch.device(device), dtype=torch.float32, head_dim=16, block=block)
+
+
+def inputs(heads: int = 2, tokens: int = 64, head_dim: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = torch.randn(3, 1, heads, tokens, head_dim)
+    return q, k, v
+
+
+def half_mask(tokens: int = 64) -> BlockMask:
+    return BlockMask.from_keep(torch.eye(4, dtype=torch.bool)[None], tokens=tokens, block_q=16, block_k=16)
+
+
+def test_names_in_the_catalogue_are_the_kernels_own() -> None:
+    assert all(isinstance(kernel, Kernel) and kernel.name == name for name, kernel in KERNELS.items())
+
+
+def test_flex_without_a_compiler_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    refusal = KERNELS["flex"].refusal(task())
+    assert refusal is not None
+    assert "g++" in refusal.reason
+
+
+def test_flex_looks_for_the_compiler_that_cxx_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert KERNELS["flex"].refusal(task()) is not None
+    monkeypatch.setenv("CXX", "clang++-42")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name == "clang++-42" else None)
+    assert KERNELS["flex"].refusal(task()) is None
+
+
+def test_flex_needs_no_cpp_compiler_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert KERNELS["flex"].refusal(task("cuda")) is None
+
+
+@pytest.mark.parametrize("block", [(64, 40), (8, 64)])
+def test_flex_refuses_blocks_that_are_not_multiples_of_16(block: tuple[int, int]) -> None:
+    refusal = KERNELS["flex"].refusal(task(block=block))
+    assert refusal is not None
+    assert str(block) in refusal.reason
+
+
+def test_flex_refuses_other_devices() -> None:
+    refusal = KERNELS["flex"].refusal(task("mps"))
+    assert refusal is not None
+    assert "not on mps" in refusal.reason
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name.startswith("sdpa")])
+def test_dense_kernels_refuse_sparse_work(name: str) -> None:
+    refusal = KERNELS[name].refusal(task("cuda", block=(64, 64)))
+    assert refusal is not None
+    assert name in refusal.reason
+    with pytest.raises(ValueError, match=f"{name} computes dense plans only, this one has masked"):
+        KERNELS[name].attend(*inputs(), Plan.masked(half_mask(), 2))
+
+
+def test_cudnn_runs_on_cuda_only() -> None:
+    refusal = KERNELS["sdpa-cudnn"].refusal(task())
+    assert refusal is not None
+    assert "cuda, not on cpu" in refusal.reason
+
+
+def test_inputs_of_another_type_are_refused_and_both_are_named() -> None:
+    q, k, v = inputs()
+    for name, given in (("k", (q, k.half(), v)), ("v", (q, k, v.half()))):
+        with pytest.raises(ValueError, match=f"q is .*float32.*{name} is .*float16"):
+            check(*given, Plan.dense(GEOMETRY))
+
+
+@pytest.mark.parametrize("other", [{"heads": 3}, {"tokens": 63}, {"head_dim": 8}])
+def test_inputs_of_another_shape_are_refused_and_both_are_named(other: dict[str, int]) -> None:
+    q, k, _ = inputs()
+    wrong = inputs(**other)[0]
+    with pytest.raises(ValueError, match=r"q is \[1, 2, 64, 16\].*v is \[1, "):
+        check(q, k, wrong, Plan.dense(GEOMETRY))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("other", [{"heads": 3}, {"tokens": 63}])
+def test_a_plan_for_another_geometry_is_refused_and_both_are_named(name: str, other: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"the plan is for 2 heads × 64 tokens, q is .* = \[1, "):
+        KERNELS[name].attend(*inputs(**other), Plan.dense(GEOMETRY))
+
+
+def test_a_mask_for_another_length_is_refused_by_every_kernel_that_takes_masks() -> None:
+    with pytest.raises(ValueError, match="the plan is for 2 heads × 63 tokens"):
+        KERNELS["flex"].attend(*inputs(), Plan.masked(half_mask(63), 2))
+
+
+def test_a_plan_on_another_device_is_refused_and_both_are_named() -> None:
+    bits = half_mask().bits.to("meta")
+    plan = Plan.masked(BlockMask(bits=bits, tokens=64, block_q=16, block_k=16), 2)
+    with pytest.raises(ValueError, match="the plan is on meta, q on cpu"):
+        check(*inputs(), plan)

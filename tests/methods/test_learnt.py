@@ -1,0 +1,158 @@
+"""CalibAtt, the random control that it is compared with, and how methods are built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.names import UnknownName
+from calibatt.kernels.plan import BlockMask, Plan, RowReuse
+from calibatt.methods.base import Site
+from calibatt.methods.catalogue import METHODS, build
+
+# 1000 tokens in blocks of 32 × 16: 32 × 63 blocks, the last of each axis shorter
+GEOMETRY = Geometry(grid=(8, 5, 25), heads=3, head_dim=8)
+BLOCK = (32, 16)
+Q = torch.zeros(3, 1000, 8)
+
+
+def site(**where: Any) -> Site:
+    given = {"step": 3, "steps": 50, "sigma": 0.5, "branch": "cond", "layer": 2, "layers": 8}
+    return Site(**{"geometry": GEOMETRY, **given, **where})
+
+
+def masked() -> Plan:
+    """Another number of blocks in every row, one row empty."""
+    keep = torch.arange(63) < torch.arange(32)[:, None]
+    return Plan.masked(BlockMask.from_keep(keep.expand(3, -1, -1), tokens=1000, block_q=32, block_k=16), 3)
+
+
+def mixed() -> Plan:
+    reuse = RowReuse.of_anchor_rows(GEOMETRY, (1, 3))
+    return Plan(tokens=1000, kinds=("masked", "reused", "dense"), mask=masked().mask, reuse=reuse)
+
+
+@dataclass
+class Source:
+    """Answers with one plan, and remembers what it was asked."""
+
+    answer: Plan
+    asked: list[tuple[Site, bool]] = field(default_factory=list)
+
+    def plan(self, site: Site, *, repetition: bool = True) -> Plan:
+        self.asked.append((site, repetition))
+        return self.answer
+
+
+def counts(plan: Plan) -> torch.Tensor:
+    assert plan.mask is not None
+    return plan.mask.keep().sum(-1)
+
+
+@pytest.mark.parametrize(("preset", "repetition"), [("default", True), ("masks-only", False)])
+def test_calibatt_hands_on_what_was_learnt(preset: str, repetition: bool) -> None:
+    source = Source(mixed())
+    assert build("calibatt", preset=preset, source=source).plan(Q, Q, site()) is source.answer
+    assert source.asked == [(site(), repetition)]
+
+
+def test_random_keeps_as_many_blocks_of_every_row_as_its_source() -> None:
+    plan = build("random", source=Source(masked()), block=BLOCK).plan(Q, Q, site())
+    assert torch.equal(counts(plan), counts(masked()))
+
+
+def test_random_keeps_other_blocks_than_its_source_and_than_its_other_heads() -> None:
+    plan = build("random", source=Source(masked()), block=BLOCK).plan(Q, Q, site())
+    assert plan.mask is not None
+    one, other, _ = plan.mask.keep()
+    source = masked().mask
+    assert source is not None
+    # a draw agrees with anything in half of its blocks or so; the source's own would in all
+    assert (one & source.keep()[0]).sum() < 0.6 * one.sum()
+    assert (one & other).sum() < 0.6 * one.sum()
+
+
+def test_random_spreads_over_all_blocks() -> None:
+    drawn = torch.zeros(32, 63)
+    for step in range(50):
+        mask = build("random", source=Source(masked()), block=BLOCK).plan(Q, Q, site(step=step)).mask
+        assert mask is not None
+        drawn += mask.keep().sum(0)
+    # row 20 keeps 20 of 63 blocks in 150 draws: 48 a block, with a standard deviation below 6
+    assert 48 - 5 * 6 < drawn[20].min() <= drawn[20].max() < 48 + 5 * 6
+
+
+def test_random_has_its_sources_density_whatever_the_head_does() -> None:
+    plan = build("random", source=Source(mixed()), block=BLOCK).plan(Q, Q, site())
+    assert set(plan.kinds) == {"masked"}
+    # half a block of 63 from rounding, and as much from the shorter last one
+    torch.testing.assert_close(plan.density(), mixed().density(), atol=1 / 63, rtol=0)
+
+
+def test_random_has_its_sources_density_in_blocks_of_another_size() -> None:
+    plan = build("random", source=Source(mixed()), block=(64, 64)).plan(Q, Q, site())
+    torch.testing.assert_close(plan.density(), mixed().density(), atol=1 / 16, rtol=0)
+
+
+def test_random_draws_the_same_again_and_for_the_other_branch() -> None:
+    method = build("random", source=Source(masked()), block=BLOCK)
+    first = method.plan(Q, Q, site()).mask
+    torch.rand(3)
+    other = build("random", source=Source(masked()), block=BLOCK).plan(Q, Q, site(branch="uncond")).mask
+    assert first is not None
+    assert other is not None
+    assert torch.equal(first.bits, other.bits)
+
+
+@pytest.mark.parametrize("elsewhere", [{"step": 4}, {"layer": 3}, {"seed": 1}])
+def test_random_draws_anew_at_another_site_and_with_another_seed(elsewhere: dict[str, int]) -> None:
+    seed: dict[str, Any] = {key: value for key, value in elsewhere.items() if key == "seed"}
+    where = {key: value for key, value in elsewhere.items() if key != "seed"}
+    one = build("random", source=Source(masked()), block=BLOCK).plan(Q, Q, site()).mask
+    other = build("random", source=Source(masked()), block=BLOCK, **seed).plan(Q, Q, site(**where)).mask
+    assert one is not None
+    assert other is not None
+    assert not torch.equal(one.bits, other.bits)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.offline])
+def test_an_offline_method_without_a_calibration_says_how_to_make_one(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} needs a calibration: make one by `calibatt calibrate`"):
+        build(name)
+
+
+def test_unknown_names_and_settings_are_refused_and_the_known_ones_named() -> None:
+    with pytest.raises(UnknownName, match="unknown method 'radail': did you mean radial"):
+        build("radail")
+    with pytest.raises(UnknownName, match="unknown preset of radial 'defualt': did you mean default"):
+        build("radial", preset="defualt")
+    with pytest.raises(ValueError, match="radial has no setting decoy: it has decay, "):
+        build("radial", decoy=1)
+    with pytest.raises(ValueError, match="dense has no setting decay: it has none"):
+        build("dense", decay=1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_its_name_a_default_and_a_knob_that_exists(name: str) -> None:
+    method = METHODS[name]
+    assert method.name == name
+    assert "default" in method.presets
+    if method.knob is not None:
+        assert hasattr(method.presets["default"], method.knob.field)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.knob is not None])
+def test_density_is_monotonic_along_the_knob(name: str) -> None:
+    knob = METHODS[name].knob
+    assert knob is not None
+    q, k = torch.randn(2, 3, 1000, 8, generator=torch.Generator().manual_seed(0))
+    values = [knob.low + (knob.high - knob.low) * share for share in (0, 0.01, 0.05, 0.2, 0.5, 1)]
+    where = site(step=49, layer=7)
+    settings: list[dict[str, Any]] = [{knob.field: value} for value in values]
+    found = [build(name, block=BLOCK, **one).plan(q, k, where).density().mean().item() for one in settings]
+    assert found == sorted(found)
+    assert found[-1] - found[0] > 0.1

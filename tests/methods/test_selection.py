@@ -1,0 +1,59 @@
+"""The smallest set of blocks that holds a share of attention."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from calibatt.methods.selection import smallest_set
+
+
+@pytest.mark.parametrize("mass", [0.1, 0.5, 0.842, 0.99])
+def test_no_smaller_set_reaches_the_share(mass: float) -> None:
+    energy = torch.rand(20, 7, generator=torch.Generator().manual_seed(0)).double().pow(3)
+    for row, kept in zip(energy, smallest_set(energy, mass), strict=True):
+        wanted = mass * row.sum().item()
+        assert row[kept].sum().item() >= wanted - 1e-12
+        fewer = itertools.combinations(row.tolist(), int(kept.sum()) - 1)
+        assert all(sum(some) < wanted for some in fewer)
+
+
+def test_of_equal_blocks_the_first_are_taken() -> None:
+    assert smallest_set(torch.full((1, 4), 0.25), 0.5).tolist() == [[True, True, False, False]]
+
+
+def test_a_share_that_is_just_reached_needs_no_more() -> None:
+    assert smallest_set(torch.tensor([0.25, 0.5, 0.25]), 0.5).tolist() == [False, True, False]
+
+
+def test_a_share_of_nothing_keeps_the_largest_block() -> None:
+    assert smallest_set(torch.tensor([[0.1, 0.7, 0.2]]), 0.0).tolist() == [[False, True, False]]
+
+
+def test_the_whole_is_every_block_that_has_any() -> None:
+    energy = torch.tensor([[0.0, 0.3, 0.0, 0.2, 0.5]])
+    assert smallest_set(energy, 1.0).tolist() == [[False, True, False, True, True]]
+
+
+def test_the_whole_of_many_fp32_blocks_needs_no_empty_one_and_leaves_none_out() -> None:
+    # 591 blocks, as at 720p: an fp32 running sum drifts from the total by more than the smallest block
+    energy = torch.rand(64, 591, generator=torch.Generator().manual_seed(0)).mul(12).softmax(-1)
+    energy[:, ::3] = 0
+    assert torch.equal(smallest_set(energy, 1.0), energy > 0)
+
+
+def test_a_row_need_not_sum_to_one() -> None:
+    energy = torch.rand(5, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(smallest_set(energy, 0.7), smallest_set(energy * 64, 0.7))
+
+
+def test_an_empty_row_keeps_one_block() -> None:
+    assert smallest_set(torch.zeros(2, 3), 0.9).sum(-1).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("mass", [-0.1, 1.1, float("nan")])
+def test_a_share_outside_0_to_1_is_refused(mass: float) -> None:
+    with pytest.raises(ValueError, match="0 to 1: got"):
+        smallest_set(torch.ones(1, 3), mass)

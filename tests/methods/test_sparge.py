@@ -1,0 +1,122 @@
+"""Sparge's choice on queries and keys whose pooled attention is known."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from calibatt.kernels.geometry import Geometry
+from calibatt.methods.base import Site
+from calibatt.methods.catalogue import build
+
+# 64 tokens are 4 blocks of 16
+GEOMETRY = Geometry(grid=(4, 4, 4), heads=1, head_dim=4)
+DIAGONAL = torch.eye(4, dtype=torch.bool)
+
+
+def keep(q: Tensor, k: Tensor, geometry: Geometry = GEOMETRY, **settings: Any) -> Tensor:
+    chosen: dict[str, Any] = {"block": (16, 16), "similarity": 0.6} | settings
+    site = Site(geometry=geometry, step=0, steps=1, sigma=1.0, branch="cond", layer=0, layers=1)
+    mask = build("sparge", **chosen).plan(q, k, site).mask
+    assert mask is not None
+    return mask.keep()
+
+
+def one_direction_a_block() -> Tensor:
+    """The tokens of block r all point along channel r."""
+    return 4 * torch.eye(4).repeat_interleave(16, 0)[None]
+
+
+def by_weight(weights: list[float]) -> tuple[Tensor, Tensor]:
+    """Queries all alike, and keys so that every query's softmax over the blocks is these weights."""
+    q, k = torch.zeros(2, 1, 64, 4)
+    q[..., 0] = math.sqrt(4)
+    k[..., 0] = torch.tensor(weights).log().repeat_interleave(16)
+    return q, k
+
+
+@pytest.mark.parametrize(("topk", "count"), [(0.0, 1), (0.25, 1), (0.49, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
+def test_topk_keeps_that_share_of_the_blocks_rounded_down_and_at_least_one(topk: float, count: int) -> None:
+    q, k = torch.randn(2, 1, 64, 4, generator=torch.Generator().manual_seed(0))
+    assert keep(q, k, topk=topk, similarity=-0.1).sum(-1).tolist() == [[count] * 4]
+
+
+def test_a_query_block_keeps_the_key_block_that_points_where_it_does() -> None:
+    x = one_direction_a_block()
+    assert torch.equal(keep(x, x, topk=0.25)[0], DIAGONAL)
+
+
+def test_what_all_keys_have_in_common_changes_nothing() -> None:
+    # beside what they share the tokens of block 2 differ, and it cannot be pooled; with it they would all look alike
+    q, k = one_direction_a_block(), one_direction_a_block()
+    k[0, 32:48:2] *= -1
+    common = torch.tensor([30.0, -70.0, 110.0, 20.0])
+    assert torch.equal(keep(q, k, topk=0.25), keep(q, k + common, topk=0.25))
+
+
+def test_a_key_block_that_cannot_be_pooled_is_kept_by_every_query() -> None:
+    q, k = one_direction_a_block(), one_direction_a_block()
+    k[0, 32:48:2] *= -1
+    kept = keep(q, k, topk=0.25)[0]
+    assert kept[:, 2].all()
+    others = kept[[0, 1, 3]]
+    assert torch.equal(others, DIAGONAL[[0, 1, 3]] | (torch.arange(4) == 2))
+
+
+def test_a_query_block_that_cannot_be_pooled_keeps_everything() -> None:
+    q, k = one_direction_a_block(), one_direction_a_block()
+    q[0, 16:32:2] *= -1
+    kept = keep(q, k, topk=0.25)[0]
+    assert kept[1].all()
+    assert torch.equal(kept[[0, 2, 3]], DIAGONAL[[0, 2, 3]])
+
+
+def test_where_no_key_block_can_be_pooled_everything_is_kept() -> None:
+    x = one_direction_a_block()
+    x[0, ::2] *= -1
+    assert keep(x, x, topk=0.25).all()
+
+
+def test_the_gate_of_the_default_preset_is_never_shut() -> None:
+    # a mean cosine over all pairs is a squared length, never below 0
+    q, k = torch.randn(2, 1, 64, 4, generator=torch.Generator().manual_seed(0))
+    default = keep(q, k, preset="default", similarity=-0.1)
+    assert default.sum(-1).tolist() == [[2] * 4]
+
+
+# as the original's searchsorted(…, right=True): the running sum of what is kept does not pass the share
+@pytest.mark.parametrize(("cdf", "kept"), [(0.3, [0]), (0.5, [0]), (0.75, [0, 1]), (0.95, [0, 1, 2])])
+def test_cdf_keeps_the_heaviest_blocks_up_to_the_share(cdf: float, kept: list[int]) -> None:
+    chosen = keep(*by_weight([0.4, 0.3, 0.2, 0.1]), preset="cdf", cdf=cdf)[0]
+    assert all(row.nonzero().flatten().tolist() == kept for row in chosen)
+
+
+def test_a_shorter_last_block_is_pooled_over_its_own_tokens() -> None:
+    # 50 tokens: the last block has 2, and would look four times as short if divided by 16
+    geometry = Geometry(grid=(1, 5, 10), heads=1, head_dim=4)
+    x = one_direction_a_block()[:, :50]
+    assert torch.equal(keep(x, x, geometry, topk=0.25)[0], DIAGONAL)
+    assert not keep(x, x, geometry, topk=0.25, similarity=0.9).all(), "constant blocks are alike whatever their length"
+
+
+def test_heads_choose_apart() -> None:
+    geometry = Geometry(grid=(4, 4, 4), heads=2, head_dim=4)
+    x = one_direction_a_block()
+    q = torch.cat((x, x.flip(1)))
+    k = torch.cat((x, x))
+    assert torch.equal(keep(q, k, geometry, topk=0.25), torch.stack((DIAGONAL, DIAGONAL.flip(0))))
+
+
+def test_half_precision_chooses_as_single_does() -> None:
+    x = one_direction_a_block()
+    assert torch.equal(keep(x.bfloat16(), x.bfloat16(), topk=0.25)[0], DIAGONAL)
+
+
+@pytest.mark.parametrize("wrong", [{"topk": 0.5, "preset": "cdf"}, {"topk": None}])
+def test_topk_and_cdf_together_or_neither_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="either by topk or by cdf"):
+        build("sparge", **wrong)
