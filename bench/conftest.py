@@ -87,6 +87,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     """Add what decides a figure."""
     import torch
 
+    # a host's name decides no figure, and result files are published
+    machine_info.pop("node", None)
     machine_info["versions"] = _installed_versions()
     machine_info["threads"] = torch.get_num_threads()
     if torch.cuda.is_available():

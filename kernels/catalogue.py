@@ -8,7 +8,8 @@ from types import MappingProxyType
 from calibatt.kernels.base import Kernel
 from calibatt.kernels.flex import Flex
 from calibatt.kernels.sdpa import SDPA_CUDNN, SDPA_FLASH, SDPA_MATH
+from calibatt.kernels.triton_sparse import Triton
 
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
-    {kernel.name: kernel for kernel in (SDPA_FLASH, SDPA_CUDNN, SDPA_MATH, Flex())}
+    {kernel.name: kernel for kernel in (SDPA_FLASH, SDPA_CUDNN, SDPA_MATH, Flex(), Triton())}
 )

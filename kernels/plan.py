@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -130,7 +131,8 @@ class BlockMask:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+# without slots: cached_property keeps its values in the instance's dictionary
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RowReuse:
     """Which queries a head computes, against all keys, and whose output every token takes.
 
@@ -180,6 +182,16 @@ class RowReuse:
     def density(self) -> float:
         """Computed fraction of the query-key products."""
         return len(self.computed) / len(self.source)
+
+    @cached_property
+    def served(self) -> Int32[Tensor, "computed most"]:
+        """For every computed query, ascending, the tokens that take its output; rows are filled up with -1."""
+        order = self.source.argsort(stable=True)
+        counts = torch.bincount(self.source, minlength=len(self.computed))
+        turn = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[self.source[order]]
+        served = torch.full((len(counts), int(counts.max())), -1, dtype=torch.int32, device=order.device)
+        served[self.source[order], turn] = order.to(torch.int32)
+        return served
 
     def to(self, device: torch.device | str) -> RowReuse:
         """The same reuse on another device."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibatt.bench.record import SUITES, Record, Run, load_run
+from calibatt.bench.record import Record, Run, Suite, load_run
 from calibatt.reports import figures
 from calibatt.reports.entries import DENSE, Entry, entries, palette
 from calibatt.reports.headlines import headlines, seconds
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = "index.html"
+# the figures that people quote, for READMEs and pull requests
+TABLES = "tables.md"
 # stands in the head of every page, so that only our own folder is ever replaced
 _MARK = '<meta name="generator" content="calibatt report">'
 # sharp on a screen of two pixels a point, at seven inches across
@@ -123,15 +125,38 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     out = out.resolve()
     _check_replaceable(out)
     html, pictures = _render(runs)
+    brief = "\n".join(f"# {run.path.name}\n\n{tables(run)}" for run in runs)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as aside:
         new = Path(aside) / "new"
         new.mkdir()
         (new / PAGE).write_text(html, encoding="utf-8")
+        (new / TABLES).write_text(brief, encoding="utf-8")
         for picture in pictures:
             (new / picture.name).write_bytes(picture.png)
         _swap(new, out, Path(aside) / "old")
     return out / PAGE
+
+
+def tables(run: Run) -> str:
+    """The main figures of a run as Markdown: a table for each workload with a speedup.
+
+    Raises:
+        UnusableFile: the run's pictures cannot be read.
+    """
+    parts = []
+    for records in _workloads(run):
+        arms = entries(run, records, palette(record.method for record in records))
+        if all(arm.record.speedup is None for arm in arms):
+            continue
+        cells = [[read(arm) for title, _, read in _COLUMNS if title in _BRIEF] for arm in arms]
+        shown = [i for i in range(len(_BRIEF)) if any(row[i] for row in cells)]
+        titles = [title for title, _, _ in _COLUMNS if title in _BRIEF]
+        rows = [["arm", *(titles[i] for i in shown)], ["---"] * (len(shown) + 1)]
+        rows += [[arm.label, *(row[i] or "–" for i in shown)] for arm, row in zip(arms, cells, strict=True)]
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        parts.append("\n".join([f"**{_title(records[0])}**", "", *lines, ""]))
+    return "\n".join(parts)
 
 
 def _check_replaceable(out: Path) -> None:
@@ -142,7 +167,7 @@ def _check_replaceable(out: Path) -> None:
     names = sorted(path.name for path in out.iterdir())
     page = out / PAGE
     html = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
-    ours = {PAGE, *re.findall(r'data-file="([^"]+)"', html)} if _MARK in html else set()
+    ours = {PAGE, TABLES, *re.findall(r'data-file="([^"]+)"', html)} if _MARK in html else set()
     strange = [name for name in names if name not in ours]
     if strange:
         raise ValueError(f"{out}: has files that are no report of ours ({strange[0]}); give a new or an empty folder")
@@ -165,13 +190,9 @@ def _render(runs: Sequence[Run]) -> tuple[str, list[Picture]]:
     colours = palette(record.method for run in runs for record in run.records)
     parts = []
     for number, run in enumerate(runs, start=1):
-        workloads: dict[Any, list[Record]] = {}
-        for record in run.records:
-            workloads.setdefault(record.workload, []).append(record)
-        # whole generations are what readers come for; what prepares and explains them follows
-        ordered = sorted(workloads.items(), key=lambda item: _SUITE_ORDER.index(item[0][0]))
         sections = [
-            _section(run, records, colours, f"{number}.{place}") for place, (_, records) in enumerate(ordered, start=1)
+            _section(run, records, colours, f"{number}.{place}")
+            for place, records in enumerate(_workloads(run), start=1)
         ]
         parts.append(Part(name=run.path.name, facts=_run_facts(run), sections=sections))
     template = importlib.resources.files("calibatt.reports").joinpath("page.html").read_text(encoding="utf-8")
@@ -182,7 +203,15 @@ def _render(runs: Sequence[Run]) -> tuple[str, list[Picture]]:
     return html, [picture for part in parts for section in part.sections for picture in section.pictures]
 
 
-_SUITE_ORDER = tuple(sorted(SUITES, key=("denoise", "attention", "kernel", "calibration").index))
+_SUITE_ORDER: tuple[Suite, ...] = ("denoise", "attention", "kernel", "calibration")
+
+
+def _workloads(run: Run) -> list[list[Record]]:
+    """The records of each workload; whole generations are what readers come for, the rest follows."""
+    found: dict[Any, list[Record]] = {}
+    for record in run.records:
+        found.setdefault(record.workload, []).append(record)
+    return sorted(found.values(), key=lambda records: _SUITE_ORDER.index(records[0].suite))
 
 
 def _section(run: Run, records: Sequence[Record], colours: Mapping[str, str], number: str) -> Section:
@@ -361,6 +390,9 @@ _COLUMNS: Sequence[tuple[str, str, Callable[[Entry], str]]] = (
     ("mask agreement", "overlap between prompts", lambda entry: _percent(entry.record.mask_agreement)),
     ("outcome", "and why an arm was not timed", _outcome),
 )  # fmt: skip
+
+# those of them that stand in the Markdown tables
+_BRIEF = ("speedup (95 %)", "time", "PSNR dB", "SSIM", "alignment", "sparsity")
 
 
 def _number(value: float | None, form: str) -> str:

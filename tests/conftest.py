@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,12 +16,16 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter, which it looks for when they are imported
+    os.environ["TRITON_INTERPRET"] = "1"
 if already := sorted(name for name in sys.modules if name.split(".")[0] == "calibatt"):
     raise RuntimeError(f"imported before its shapes could be checked: {', '.join(already)}")
-# these two are imported before the check, and so go without it: a record checks its own fields, since it is also read
-# from files, and its tests give it wrong ones; and beartype takes numpy's str_ for strings of length 0
-importlib.import_module("calibatt.bench.record")
-importlib.import_module("calibatt.reports.entries")
+# these are imported before the check, and so go without it: a record checks its own fields, since it is also read
+# from files, and its tests give it wrong ones; beartype takes numpy's str_ for strings of length 0; and device code is
+# no Python
+for name in ("bench.record", "reports.entries", "kernels.triton_code"):
+    importlib.import_module(f"calibatt.{name}")
 # every other annotation of the library is enforced: shapes by jaxtyping, other types by beartype; an int is a float, as
 # everywhere in Python's typing
 install_import_hook("calibatt", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")

@@ -106,6 +106,20 @@ def test_text_tokens_compute_their_own(side: Any) -> None:
     assert len(reuse.computed) == 5
 
 
+def test_every_token_is_served_once_by_the_query_whose_output_it_takes() -> None:
+    geometry = Geometry(grid=(2, 5, 3), heads=1, head_dim=8, text_tokens=2, text_side="first")
+    reuse = RowReuse.of_anchor_rows(geometry, (1, 4))
+    takers: list[list[int]] = [[token for token in row if token >= 0] for row in reuse.served.tolist()]
+    # text tokens take their own output
+    assert takers[0] == [0]
+    # frame 0, row 1, column 0 serves rows 0 to 2, row 4 serves rows 3 and 4
+    assert takers[2] == [2, 5, 8]
+    assert takers[5] == [11, 14]
+    assert sorted(token for row in takers for token in row) == list(range(geometry.tokens))
+    for place, row in enumerate(takers):
+        assert {int(reuse.source[token]) for token in row} == {place}
+
+
 @pytest.mark.parametrize(
     ("computed", "source"),
     [

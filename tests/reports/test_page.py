@@ -51,9 +51,25 @@ def test_the_page_needs_nothing_but_itself(full_run: Path, tmp_path: Path) -> No
 def test_every_picture_on_the_page_is_a_file_beside_it(full_run: Path, tmp_path: Path) -> None:
     page = write_report([full_run], tmp_path / "report")
     named = set(re.findall(r'data-file="([^"]+)"', page.read_text(encoding="utf-8")))
-    assert {path.name for path in page.parent.iterdir()} == named | {"index.html"}
+    assert {path.name for path in page.parent.iterdir()} == named | {"index.html", "tables.md"}
     for kind in ("speedup", "fidelity", "phases", "density", "masks", "frames"):
         assert any(name.endswith(f"-{kind}.png") for name in named)
+
+
+def test_the_tables_quote_the_figures_of_every_arm_that_has_a_speedup_beside_it(
+    small_run: Path, tmp_path: Path
+) -> None:
+    brief = (write_report([small_run], tmp_path / "report").parent / "tables.md").read_text(encoding="utf-8")
+    (table,) = [part for part in brief.split("\n\n") if part.startswith("|")]
+    head, line, dense, sparse = ([cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines())
+    assert head == ["arm", "speedup (95 %)", "time", "PSNR dB", "SSIM", "alignment", "sparsity"]
+    assert set(line) == {"---"}
+    assert dense[:2] == ["Dense", "1 (baseline)"]
+    record = load_run(small_run).records[1]
+    assert record.speedup is not None
+    assert sparse[0] == "CalibAtt"
+    assert sparse[1].startswith(f"{record.speedup.median:.2f}× ({record.speedup.low:.2f}–")
+    assert sparse[6] == "58.0%"
 
 
 def test_several_runs_share_a_page_and_no_picture(

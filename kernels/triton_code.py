@@ -1,0 +1,143 @@
+"""Device code of the Triton kernel. `kernels/triton_sparse.py` launches it, and says what the arguments are."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# what a head does; the numbers are those of `triton_sparse.KINDS`
+_MASKED = tl.constexpr(0)
+_DENSE = tl.constexpr(1)
+_REUSED = tl.constexpr(2)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def expand(words, kinds, indices, counts, k_blocks, head_stride, row_words, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Bits to lists: for one query block of one masked head, its key blocks, ascending, and how many they are."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    if tl.load(kinds + head) == _MASKED:
+        block = tl.arange(0, BLOCKS)
+        word = tl.load(words + head * head_stride + row * row_words + block // 32, mask=block < k_blocks, other=0)
+        keep = (word >> (block % 32)) & 1
+        place = tl.cumsum(keep, 0) - keep
+        listed = head * tl.num_programs(0) + row
+        tl.store(indices + listed * k_blocks + place, block, mask=keep == 1)
+        tl.store(counts + listed, tl.sum(keep, 0))
+
+
+@triton.jit
+def attend(  # type: ignore[no-untyped-def]
+    q, k, v, out, lse, indices, counts, kinds, computed, served,
+    scale, tokens, computed_count, served_most, q_blocks, k_blocks, heads,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr, REUSE: tl.constexpr, WITH_LSE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head: online softmax over the keys that the head's kind gives it."""
+    tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    kind = tl.load(kinds + head)
+    masked, reused = kind == _MASKED, kind == _REUSED
+
+    place = tile * TILE_Q + tl.arange(0, TILE_Q)
+    rows = tokens
+    if REUSE:
+        rows = tl.where(reused, computed_count, tokens)
+    real = place < rows
+    row = place
+    if REUSE:
+        gathered = place < tl.where(reused, rows, 0)
+        row = tl.where(gathered, tl.load(computed + place, mask=gathered, other=0).to(tl.int32), place)
+    channel = tl.arange(0, HEAD_DIM)
+    queries = tl.load(
+        q + batch * q_batch + head * q_head + row[:, None].to(tl.int64) * q_token + channel[None, :],
+        mask=real[:, None], other=0.0,
+    )  # fmt: skip
+
+    list_row = head * q_blocks + tile * TILE_Q // BLOCK_Q
+    count = tl.where(masked, tl.load(counts + list_row, mask=masked, other=0), k_blocks)
+    # a reused head has fewer tiles than the launch
+    count = tl.where(tile * TILE_Q < rows, count, 0)
+
+    if TMA:
+        k_here, v_here = k, v
+    else:
+        k_here = k + batch * k_batch + head * k_head
+        v_here = v + batch * v_batch + head * v_head
+    most = tl.full([TILE_Q], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_Q], tl.float32)
+    mean = tl.zeros([TILE_Q, HEAD_DIM], tl.float32)
+    parts: tl.constexpr = BLOCK_K // TILE_K
+    # lists ascend: only the last block can reach past the last token
+    inner = tl.maximum(count - 1, 0) * parts
+    most, total, mean = _over_keys(
+        most, total, mean, queries, k_here, v_here, indices + list_row * k_blocks, masked, 0, inner, tokens, scale,
+        k_token, v_token, batch.to(tl.int32), head, BLOCK_K, TILE_K, HEAD_DIM, TMA, False,
+    )  # fmt: skip
+    most, total, mean = _over_keys(
+        most, total, mean, queries, k_here, v_here, indices + list_row * k_blocks, masked, inner, count * parts,
+        tokens, scale, k_token, v_token, batch.to(tl.int32), head, BLOCK_K, TILE_K, HEAD_DIM, TMA, True,
+    )  # fmt: skip
+
+    # a query without keys has a sum of 0, an output of zeros and an LSE of -inf
+    mean = (mean / tl.where(total == 0.0, 1.0, total)[:, None]).to(out.dtype.element_ty)
+    logsum = most * _LN2 + tl.log(total)
+    turns = 1
+    if REUSE:
+        turns = tl.where(reused, served_most, 1)
+    for turn in range(turns):
+        token = place
+        wanted = real
+        if REUSE:
+            # a computed row without as many takers is filled up with -1
+            token = tl.where(gathered, tl.load(served + place * served_most + turn, mask=gathered, other=-1), place)
+            wanted = real & (token >= 0)
+        tl.store(
+            out + batch * out_batch + head * out_head + token[:, None].to(tl.int64) * out_token + channel[None, :],
+            mean, mask=wanted[:, None],
+        )  # fmt: skip
+        if WITH_LSE:
+            tl.store(lse + (batch * heads + head) * tokens + token, logsum, mask=wanted)
+
+
+@triton.jit
+def _over_keys(  # type: ignore[no-untyped-def]
+    most, total, mean, queries, k, v, blocks, masked, first, last, tokens, scale, k_token, v_token, batch, head,
+    BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Go on with tiles of keys, from the first to before the last; the softmax is kept in powers of two."""
+    parts: tl.constexpr = BLOCK_K // TILE_K
+    column, channel = tl.arange(0, TILE_K), tl.arange(0, HEAD_DIM)
+    for i in range(first, last):
+        block = i // parts
+        block = tl.where(masked, tl.load(blocks + block, mask=masked, other=0), block)
+        start = block * BLOCK_K + (i % parts) * TILE_K
+        key = start + column
+        if TMA:
+            keys = k.load([batch, head, start, 0]).reshape([TILE_K, HEAD_DIM]).T
+        elif TAIL:
+            keys = tl.load(
+                k + key[None, :].to(tl.int64) * k_token + channel[:, None], mask=key[None, :] < tokens, other=0.0
+            )
+        else:
+            keys = tl.load(k + key[None, :].to(tl.int64) * k_token + channel[:, None])
+        scores = tl.dot(queries, keys) * scale
+        if TAIL:
+            scores = tl.where(key[None, :] < tokens, scores, float("-inf"))
+        # the first tile of a block has at least one real key, so the maximum is finite from then on
+        new_most = tl.maximum(most, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_most[:, None])
+        shrink = tl.exp2(most - new_most)
+        total = total * shrink + tl.sum(weights, 1)
+        mean = mean * shrink[:, None]
+        if TMA:
+            values = v.load([batch, head, start, 0]).reshape([TILE_K, HEAD_DIM])
+        elif TAIL:
+            values = tl.load(
+                v + key[:, None].to(tl.int64) * v_token + channel[None, :], mask=key[:, None] < tokens, other=0.0
+            )
+        else:
+            values = tl.load(v + key[:, None].to(tl.int64) * v_token + channel[None, :])
+        mean = tl.dot(weights.to(values.dtype), values, mean)
+        most = new_most
+    return most, total, mean
