@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from calibatt.models.catalogue import SHAPES
 from calibatt.models.shapes.pipeline import SHIFT, WEIGHTS, load_pipeline
 from calibatt.models.shapes.reader import attributes
 from calibatt.models.shapes.scenes import HEIGHT, WIDTH, held_out_captions
 
-FRAMES = {"standard": 16, "quick": 8}
-_STEPS, _GUIDANCE = 20, 3.0
 _CAPTIONS, _SCAN_CAPTIONS = 64, 32
-_SCAN = tuple((guidance, shift) for shift in (1.0, 3.0, 5.0) for guidance in (1.0, 2.0, 3.0, 5.0))
+# guidance and shift
+_SCAN = ((1.0, 5.0), (2.0, 5.0), (3.0, 5.0), (5.0, 5.0), (3.0, 1.0), (3.0, 3.0), (3.0, 8.0))
 # videos a call; bounds the memory
 _BATCH = 32
 
@@ -72,7 +72,7 @@ def score(videos: Float[Tensor, "videos 3 frames height width"], captions: Seque
 
 
 def evaluate_weights(weights: Path, *, out: Path, device: torch.device) -> None:
-    """Write results.json and samples.png: a scan of guidance and shift, then both sizes at the default setting.
+    """Write results.json and samples.png: both sizes at the default setting, then a scan of guidance and shift.
 
     Args:
         weights: folder of the transformer.
@@ -80,25 +80,23 @@ def evaluate_weights(weights: Path, *, out: Path, device: torch.device) -> None:
         device: to generate on.
     """
     pipe = load_pipeline(device=device, dtype=torch.bfloat16, weights=weights)
-    scheduler = type(pipe.scheduler)
-    # other captions than those that are reported, so that the choice is not made on them
-    texts = held_out_captions(_SCAN_CAPTIONS, seed=1)
-    scan = []
-    for guidance, shift in _SCAN:
-        pipe.scheduler = scheduler(shift=shift)
-        videos = sample(pipe, texts, frames=FRAMES["standard"], steps=_STEPS, guidance=guidance, seed=1000)
-        scan.append({"guidance": guidance, "shift": shift, **score(videos, texts)})
-        print(scan[-1], flush=True)
-    pipe.scheduler = scheduler(shift=SHIFT)
     texts = held_out_captions(_CAPTIONS, seed=0)
     results = {}
-    for name, frames in FRAMES.items():
-        videos = sample(pipe, texts, frames=frames, steps=_STEPS, guidance=_GUIDANCE, seed=0)
+    for name, size in SHAPES.resolutions.items():
+        videos = sample(pipe, texts, frames=size.frames, steps=SHAPES.steps, guidance=SHAPES.guidance, seed=0)
         results[name] = score(videos, texts)
         print(name, results[name], flush=True)
         if name == "standard":
             draw_samples(videos, texts, out / "samples.png")
-    facts = {"captions": _CAPTIONS, "steps": _STEPS, "guidance": _GUIDANCE, "shift": SHIFT}
+    # other captions than those that are reported, so that a choice by the scan is not made on them
+    texts, size = held_out_captions(_SCAN_CAPTIONS, seed=1), SHAPES.resolution("standard")
+    scan = []
+    for guidance, shift in _SCAN:
+        pipe.scheduler = type(pipe.scheduler)(shift=shift)
+        videos = sample(pipe, texts, frames=size.frames, steps=SHAPES.steps, guidance=guidance, seed=1000)
+        scan.append({"guidance": guidance, "shift": shift, **score(videos, texts)})
+        print(scan[-1], flush=True)
+    facts = {"captions": _CAPTIONS, "steps": SHAPES.steps, "guidance": SHAPES.guidance, "shift": SHIFT}
     (out / "results.json").write_text(json.dumps({**facts, "results": results, "scan": scan}, indent=1) + "\n")
 
 

@@ -12,12 +12,12 @@ from calibatt.models.shapes.codec import PixelCodec
 from calibatt.models.shapes.text import TEXT_DIM, SceneTextEncoder, SceneTokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
-# sigmas are shifted towards noise, where layout, colour and motion are decided; best of the scan in MODEL_CARD.md
-SHIFT = 3.0
+# sigmas are shifted towards noise, where layout, colour and motion are decided; the best of the scan in MODEL_CARD.md
+SHIFT = 5.0
 
 
 def new_transformer(*, layers: int = 8, heads: int = 4) -> Any:
-    """An untrained WanTransformer3DModel of this model's sizes, 8.6 million parameters by default.
+    """An untrained WanTransformer3DModel of this model's sizes, 8.5 million parameters by default.
 
     Args:
         layers, heads: fewer make a model for tests.

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from calibatt.models.shapes.evaluate import draw_curve, evaluate_weights
-from calibatt.models.shapes.pipeline import cast, new_transformer
+from calibatt.models.shapes.pipeline import cast, load_pipeline, new_transformer
 from calibatt.models.shapes.scenes import ONE_OBJECT_SHARE, caption, encode, every_scene, held_out, render
 from calibatt.models.shapes.text import SceneTextEncoder, SceneTokenizer
 
@@ -39,13 +39,13 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How the shipped weights were trained.
+    """How to train; MODEL_CARD.md beside the weights says what they were trained with.
 
     Args:
         layers, heads: of the transformer.
-        stages: short videos first. Speeds are pixels a frame at every length, so what four frames teach, at a tenth
+        stages: short videos first. Speeds are pixels a frame at every length, so what four frames teach, at a sixth
             of the price of sixteen, holds for sixteen; the last stage has both sizes that the model is used at.
-        batches: videos a step, by number of frames; about 200,000 tokens each.
+        batches: videos a step, by number of frames; 100,000 to 150,000 tokens each.
         rate, matrix_rate: peak learning rates, of AdamW and of Muon (which has the matrices of the layers).
         warm_up: steps until the peak.
         flat_until: fraction of the training after which the rates fall, linearly, to `last_rate` of the peak.
@@ -59,11 +59,11 @@ class Recipe:
     layers: int = 8
     heads: int = 4
     stages: tuple[Stage, ...] = (
-        Stage(until=0.35, shares={4: 1.0}),
-        Stage(until=0.65, shares={8: 0.9, 4: 0.1}),
+        Stage(until=0.25, shares={4: 1.0}),
+        Stage(until=0.6, shares={8: 0.9, 4: 0.1}),
         Stage(until=1.0, shares={16: 0.7, 8: 0.3}),
     )
-    batches: Mapping[int, int] = field(default_factory=lambda: {4: 96, 8: 64, 16: 32})
+    batches: Mapping[int, int] = field(default_factory=lambda: {4: 64, 8: 48, 16: 24})
     rate: float = 8e-4
     matrix_rate: float = 2e-3
     warm_up: int = 100
@@ -242,6 +242,16 @@ class Training:
             parameter.data.copy_(average)
         return cast(transformer.requires_grad_(False), torch.bfloat16)
 
+    def begin_with(self, folder: Path) -> None:
+        """Take over another training's weights, but not its optimisers or its clock.
+
+        Raises:
+            OSError: the folder holds no weights.
+        """
+        pipe = load_pipeline(device=self.device, dtype=torch.float32, weights=folder)
+        self.model.load_state_dict(pipe.transformer.state_dict())
+        self.average = [p.detach().clone() for p in self.model.parameters()]
+
     def save(self, path: Path) -> None:
         """Write a checkpoint, whole or not at all."""
         aside = path.with_suffix(".partial")
@@ -285,6 +295,7 @@ def train(
     minutes: float | None = None,
     steps: int | None = None,
     resume: bool = False,
+    start: Path | None = None,
 ) -> Training:
     """Train until the minutes or the steps are used up; whichever is given is what the recipe's fractions are of.
 
@@ -295,21 +306,26 @@ def train(
         device: to train on; compiled and in bf16 on CUDA, plain elsewhere.
         minutes, steps: one of the two. Minutes count from the first step, and earlier tries that were resumed count.
         resume: whether to go on from the folder's checkpoint.
+        start: folder of weights to begin a new training with, in place of random ones.
 
     Raises:
-        ValueError: neither or both of minutes and steps are given.
-        OSError: there is no checkpoint to resume.
+        ValueError: neither or both of minutes and steps are given, or both resume and start.
+        OSError: there is no checkpoint to resume, or there are no weights to start with.
     """
     if (minutes is None) == (steps is None):
         raise ValueError("give either minutes or steps")
+    if resume and start is not None:
+        raise ValueError("give either resume or start: a checkpoint has its own weights")
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
     training = Training(recipe, seed=seed, device=device)
     if resume:
         training.restore(checkpoint)
+    if start is not None:
+        training.begin_with(start)
     if device.type == "cuda":
         training.compile()
-    before, start, saved = training.seconds, time.monotonic(), time.monotonic()
+    before, began, saved = training.seconds, time.monotonic(), time.monotonic()
     losses: dict[int, list[Tensor]] = {}
     while True:
         progress = training.seconds / (60 * minutes) if minutes else training.step / (steps or 1)
@@ -317,7 +333,7 @@ def train(
             break
         frames, loss = training.advance(progress)
         losses.setdefault(frames, []).append(loss)
-        training.seconds = before + time.monotonic() - start
+        training.seconds = before + time.monotonic() - began
         if training.step % 50 == 0:
             # reading the losses waits for the device, which also keeps the clock honest
             for frames, some in sorted(losses.items()):
@@ -343,10 +359,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="length of the training in steps, in place of minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
+    parser.add_argument("--start", type=Path, help="folder of weights to begin with, in place of random ones")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = Recipe()
     try:
+        # the training that this one goes on from; read first, so that a missing file is said before the work
+        earlier = json.loads((args.start / "loss.json").read_text(encoding="utf-8")) if args.start else None
         training = train(
             recipe,
             out=args.out,
@@ -355,13 +374,20 @@ def main() -> None:
             minutes=args.minutes,
             steps=args.steps,
             resume=args.resume,
+            start=args.start,
         )
     except (ValueError, OSError) as problem:
         parser.error(str(problem))
     weights = args.out / "weights"
     # two files of less than 9 MB
     training.averaged().to(torch.bfloat16).save_pretrained(weights, max_shard_size="9MB")
-    facts = {"seed": args.seed, "steps": training.step, "minutes": training.seconds / 60, "recipe": asdict(recipe)}
+    facts = {
+        "seed": args.seed,
+        "start": earlier,
+        "steps": training.step,
+        "minutes": training.seconds / 60,
+        "recipe": asdict(recipe),
+    }
     (weights / "loss.json").write_text(json.dumps({**facts, "curve": training.curve}, indent=1) + "\n")
     draw_curve(training.curve, weights / "loss.png")
     evaluate_weights(weights, out=weights, device=device)

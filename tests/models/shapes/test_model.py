@@ -12,12 +12,12 @@ from calibatt.models.shapes.evaluate import sample, score
 from calibatt.models.shapes.pipeline import WEIGHTS, assemble, load_pipeline, new_transformer
 from calibatt.models.shapes.scenes import held_out_captions
 from calibatt.models.shapes.text import LENGTH, TEXT_DIM, SceneTextEncoder, SceneTokenizer
-from calibatt.models.shapes.train import Muon, Recipe, Stage, train
+from calibatt.models.shapes.train import Muon, Recipe, Stage, Training, train
 
 _TINY = Recipe(
     layers=1,
     heads=1,
-    batches={4: 4},
+    batches={4: 2},
     stages=(Stage(until=1.0, shares={4: 1.0}),),
     warm_up=5,
     rate=3e-3,
@@ -71,22 +71,45 @@ def test_the_transformer_has_the_sizes_that_the_catalogue_says() -> None:
 
 
 @pytest.mark.slow
-def test_the_shipped_weights_show_what_unseen_captions_say() -> None:
+def test_the_shipped_weights_show_far_more_of_unseen_captions_than_chance() -> None:
     pipe = load_pipeline(device=torch.device("cpu"), dtype=torch.float32)
-    captions = held_out_captions(2, seed=0)
-    videos = sample(pipe, captions, frames=8, steps=SHAPES.steps, guidance=SHAPES.guidance, seed=0)
-    assert score(videos, captions)["alignment"] >= 0.75
+    captions = held_out_captions(4, seed=0)
+    videos = sample(pipe, captions, frames=8, steps=8, guidance=SHAPES.guidance, seed=0)
+    # renders of other captions reach 0.15
+    assert score(videos, captions)["alignment"] > 0.3
 
 
-def test_training_lowers_the_loss_and_resumes_as_if_never_stopped(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_training_lowers_the_loss(tmp_path: Path) -> None:
+    training = train(_TINY, out=tmp_path, seed=0, device=torch.device("cpu"), steps=100)
+    assert training.curve[-1]["loss"] < 0.8 * training.curve[0]["loss"]
+
+
+@pytest.mark.slow
+def test_a_resumed_training_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     device = torch.device("cpu")
-    whole = train(_TINY, out=tmp_path / "whole", seed=0, device=device, steps=100)
-    assert whole.curve[-1]["loss"] < 0.8 * whole.curve[0]["loss"]
-    # stopped at a checkpoint half way, with the progress that the recipe's fractions are of unchanged
-    half = train(_TINY, out=tmp_path / "half", seed=0, device=device, steps=100)
-    again = train(_TINY, out=tmp_path / "half", seed=0, device=device, steps=110, resume=True)
-    assert (half.step, again.step) == (100, 110)
-    assert any(not torch.equal(a, b) for a, b in zip(half.average, again.average, strict=True))
+    whole = Training(_TINY, seed=0, device=device)
+    half = Training(_TINY, seed=0, device=device)
+    for training, steps in ((whole, 6), (half, 3)):
+        for _ in range(steps):
+            training.advance(0.0)
+    half.save(tmp_path / "checkpoint.pt")
+    resumed = Training(_TINY, seed=0, device=device)
+    resumed.restore(tmp_path / "checkpoint.pt")
+    for _ in range(3):
+        resumed.advance(0.0)
+    assert resumed.step == whole.step
+    for a, b in zip(resumed.average, whole.average, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not all(torch.equal(a, b) for a, b in zip(half.average, whole.average, strict=True))
+
+
+def test_a_training_can_start_from_the_shipped_weights() -> None:
+    training = Training(Recipe(), seed=0, device=torch.device("cpu"))
+    training.begin_with(WEIGHTS)
+    shipped = load_pipeline(device=torch.device("cpu"), dtype=torch.float32).transformer
+    for a, b in zip(training.averaged().parameters(), shipped.parameters(), strict=True):
+        assert torch.equal(a.bfloat16(), b.bfloat16())
 
 
 def test_matrices_taken_together_are_updated_as_torch_takes_them_one_by_one() -> None:

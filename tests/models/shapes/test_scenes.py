@@ -108,8 +108,6 @@ def test_objects_stay_inside_and_never_touch() -> None:
     rng = random.Random(5)
     scenes = [scene for scene in (random_scene(rng) for _ in range(200)) if len(scene.things) == 2]
     videos = render(encode(scenes), frames=16, generator=torch.Generator().manual_seed(5))
-    border = torch.cat((videos[..., 0, :], videos[..., -1, :]), -1)
-    assert (border.amax(1) - border.amin(1)).max() < 0.3
     for scene, video in zip(scenes, videos, strict=True):
         for thing in scene.things:
             full = (video == torch.tensor(COLOURS[thing.colour])[:, None, None, None]).all(0).sum((1, 2))
