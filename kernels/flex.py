@@ -73,15 +73,21 @@ class Flex:
 def _launch(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     from torch.nn.attention.flex_attention import BlockMask as FlexMask
 
-    indices, counts = mask.lists()
+    shares = _shares(q, mask)
+    if shares > 1:
+        # queries in the place of the batch, all of them with the same keys
+        q = q[0].unflatten(1, (shares, -1)).transpose(0, 1)
+        k, v = (x.expand(shares, -1, -1, -1) for x in (k, v))
+    # share × heads × query blocks of the share
+    indices, counts = (x.unflatten(1, (shares, -1)).transpose(0, 1).contiguous() for x in mask.lists())
     # all kept blocks are "full": nothing inside a block is masked, so no mask function is evaluated
     blocks = FlexMask.from_kv_blocks(
-        torch.zeros_like(counts)[None],
-        torch.zeros_like(indices)[None],
-        counts[None],
-        indices[None],
+        torch.zeros_like(counts),
+        torch.zeros_like(indices),
+        counts,
+        indices,
         BLOCK_SIZE=(mask.block_q, mask.block_k),
-        seq_lengths=(mask.tokens, mask.tokens),
+        seq_lengths=(mask.tokens // shares, mask.tokens),
     )
     options: dict[str, Any] = {}
     if q.is_cuda:
@@ -89,7 +95,18 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         options = {"kernel_options": {"BLOCK_M": min(mask.block_q, 128), "BLOCK_N": min(mask.block_k, 64)}}
     with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
         out: Tensor = _compiled()(q, k, v, block_mask=blocks, **options)
-    return out
+    return out if shares == 1 else out.transpose(0, 1).flatten(1, 2)[None]
+
+
+def _shares(q: Tensor, mask: BlockMask) -> int:
+    """Into how many equal parts the queries are cut, so that the threads of a CPU have about the same work.
+
+    torch gives every thread the same number of query blocks, one head after the other: a thread whose heads keep few
+    blocks, or none as those that reuse rows, would wait for the others. Cut by queries, each has a part of every head.
+    """
+    threads = torch.get_num_threads()
+    even = q.shape[0] == 1 and mask.tokens % (threads * mask.block_q) == 0
+    return threads if q.device.type == "cpu" and even else 1
 
 
 @functools.cache

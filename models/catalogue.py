@@ -178,7 +178,7 @@ SHAPES = ModelEntry(
     block=(64, 64),
     resolutions=MappingProxyType(
         {
-            "quick": Resolution(height=64, width=96, frames=8, steps=8),
+            "quick": Resolution(height=64, width=96, frames=8, steps=6),
             "standard": Resolution(height=64, width=96, frames=16),
         }
     ),
