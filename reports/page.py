@@ -139,7 +139,7 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
 
 
 def tables(run: Run) -> str:
-    """The main figures of a run as Markdown: a table for each workload with a speedup.
+    """The main figures of a run as Markdown: a table for each workload with a speedup, then what has no times, and why.
 
     Raises:
         UnusableFile: the run's pictures cannot be read.
@@ -149,13 +149,15 @@ def tables(run: Run) -> str:
         arms = entries(run, records, palette(record.method for record in records))
         if all(arm.record.speedup is None for arm in arms):
             continue
-        cells = [[read(arm) for title, _, read in _COLUMNS if title in _BRIEF] for arm in arms]
+        timed = [arm for arm in arms if arm.record.outcome == "ok"]
+        cells = [[read(arm) for title, _, read in _COLUMNS if title in _BRIEF] for arm in timed]
         shown = [i for i in range(len(_BRIEF)) if any(row[i] for row in cells)]
         titles = [title for title, _, _ in _COLUMNS if title in _BRIEF]
         rows = [["arm", *(titles[i] for i in shown)], ["---"] * (len(shown) + 1)]
-        rows += [[arm.label, *(row[i] or "–" for i in shown)] for arm, row in zip(arms, cells, strict=True)]
+        rows += [[arm.label, *(row[i] or "–" for i in shown)] for arm, row in zip(timed, cells, strict=True)]
         lines = [f"| {' | '.join(row)} |" for row in rows]
         parts.append("\n".join([f"**{_title(records[0])}**", "", *lines, ""]))
+        parts += [f"{arm.label}: {_outcome(arm)}.\n" for arm in arms if arm.record.outcome != "ok"]
     return "\n".join(parts)
 
 
