@@ -50,6 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[_SESSION] = open_session(config.option, _PytestConsole(config))
         for suite in _SUITES:
             cells(config.option, suite)
+        if config.option.benchmark_json is not None:
+            # pytest-benchmark opens the file when everything is measured: without its folder all would be lost
+            Path(config.option.benchmark_json).parent.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         raise pytest.UsageError(str(error)) from None
 

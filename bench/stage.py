@@ -122,8 +122,9 @@ class Stage:
     def _dense_kernels(self) -> list[Kernel]:
         task = self.task(None)
         # a plan that keeps everything goes through torch's own choice in FlexAttention: not a kernel of its own;
-        # the math backend holds all scores at once and serves as a reference only
-        dense = (kernel for name, kernel in KERNELS.items() if name not in ("flex", "sdpa-math"))
+        # the math backend holds all scores at once and serves as a reference only; the Triton kernel has not been run
+        # on a GPU yet, and a baseline must be beyond doubt
+        dense = (kernel for name, kernel in KERNELS.items() if name not in ("flex", "sdpa-math", "triton"))
         return [kernel for kernel in dense if kernel.refusal(task) is None]
 
     def task(self, block: tuple[int, int] | None) -> Task:

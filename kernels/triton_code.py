@@ -5,9 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# what a head does; the numbers are those of `triton_sparse.KINDS`
+# what a head does, if it is not dense; the numbers are those of `triton_sparse.KINDS`
 _MASKED = tl.constexpr(0)
-_DENSE = tl.constexpr(1)
 _REUSED = tl.constexpr(2)
 _LN2 = tl.constexpr(0.6931471805599453)
 

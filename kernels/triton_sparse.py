@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,8 @@ class Triton:
 
     def refusal(self, task: Task) -> Unsupported | None:
         """Why this kernel cannot do the task on this machine, or None when it can."""
+        if importlib.util.find_spec("triton") is None:
+            return Unsupported("the Triton kernel needs Triton, which is there for Linux: pip install triton")
         if task.device.type != "cuda" and not _interpreted():
             return Unsupported(f"the Triton kernel needs a CUDA GPU, not {task.device.type}")
         halves = (torch.bfloat16, torch.float16)

@@ -66,7 +66,8 @@ def test_a_wrong_option_is_one_line_before_anything_runs(arguments: list[str], m
 
 @pytest.mark.slow
 def test_a_run_leaves_records_of_what_was_and_of_what_could_not_be_timed(tmp_path: Path) -> None:
-    path = tmp_path / "bench.json"
+    # in a folder that is not there yet
+    path = tmp_path / "out" / "bench.json"
     done = _bench(
         "--methods", "dense,calibatt,radial", "--kernels", "flex,sdpa-math", "--steps", "2", "--rounds", "2",
         "--calibration-prompts", "1", f"--benchmark-json={path}",

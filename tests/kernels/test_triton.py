@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from calibatt.kernels import oracle, triton_code, triton_sparse
+from calibatt.kernels.base import Task
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan, RowReuse
 from calibatt.kernels.triton_sparse import Triton, expand
@@ -113,6 +114,13 @@ def test_what_it_does_not_have_is_refused_before_anything_runs(change: dict[str,
     q = torch.zeros(shape, dtype=change.get("dtype", DTYPE), device=DEVICE)
     with pytest.raises(ValueError, match="the Triton kernel"):
         Triton().attend(q, q, q, plan)
+
+
+def test_where_there_is_no_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refusal = Triton().refusal(Task(device=torch.device(DEVICE), dtype=DTYPE, head_dim=64))
+    assert refusal is not None
+    assert "pip install triton" in refusal.reason
 
 
 # compute capability, head dim, block
