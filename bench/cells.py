@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from calibatt.bench.masks import MaskSource
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import look_up
 from calibatt.methods.catalogue import METHODS
@@ -62,12 +63,42 @@ DENSE = Arm(method="dense", preset="default", mode="native", kernel="fastest")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlockArm:
+    """A mask on a kernel, without a method, as one thing to measure.
+
+    Args:
+        kernel: name in the catalogue of kernels.
+        density: share of the blocks to keep; 1 is the kernel's own dense path, which has no mask.
+        mask: how blocks are chosen; None at density 1.
+        block: tokens of a query and of a key block; None at density 1.
+
+    Raises:
+        ValueError: the fields contradict each other.
+    """
+
+    kernel: str
+    density: float
+    mask: MaskSource | None
+    block: tuple[int, int] | None
+
+    def __post_init__(self) -> None:
+        whole = self.density == 1
+        if not 0 < self.density <= 1 or (self.mask is None) != whole or (self.block is None) != whole:
+            raise ValueError(f"a density is above 0 and up to 1, and has mask and blocks below 1: got {self}")
+
+    def __str__(self) -> str:
+        if self.mask is None or self.block is None:
+            return "all"
+        return f"{self.mask}-{self.density:g}-{self.block[0]}x{self.block[1]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """What the arms that may be compared have in common.
 
     Args:
         model, resolution: names in the catalogue of models.
-        steps: denoising steps.
+        steps: denoising steps; 0 where kernels are measured by themselves.
         device: where it runs.
     """
 
@@ -87,7 +118,8 @@ class Workload:
         return working_dtype(self.device)
 
     def __str__(self) -> str:
-        return f"{self.model}-{self.resolution}-{self.steps}"
+        steps = f"-{self.steps}" if self.steps else ""
+        return f"{self.model}-{self.resolution}{steps}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +127,7 @@ class Cell:
     """One benchmark: an arm on a workload."""
 
     workload: Workload
-    arm: Arm
+    arm: Arm | BlockArm
 
     def __str__(self) -> str:
         return f"{self.workload}-{self.arm}-{self.arm.kernel}"

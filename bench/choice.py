@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from calibatt.bench.cells import Arm, Cell, Workload
+from calibatt.bench.cells import DENSE, Arm, BlockArm, Cell, Workload
 from calibatt.bench.console import Console
+from calibatt.bench.masks import MASK_SOURCES, MaskSource
 from calibatt.bench.record import Suite
-from calibatt.bench.session import BenchSession, Settings, prompts_for
+from calibatt.bench.session import BenchSession, Settings
+from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import look_up
 from calibatt.models.catalogue import MODELS
 from calibatt.models.device import pick_device
@@ -34,13 +38,17 @@ def open_session(options: Namespace, console: Console) -> BenchSession:
         prompts=None if options.prompts is None else read_prompts(options.prompts),
         artifacts=artifacts_folder(options.benchmark_json),
     )
-    for workload in _workloads(options):
-        prompts_for(workload, settings)
     return BenchSession(settings, console)
 
 
 def cells(options: Namespace, suite: Suite) -> list[Cell]:
-    """The cells of a suite, in the order they will run."""
+    """The cells of a suite, in the order they will run.
+
+    Raises:
+        ValueError: an option makes no sense; the message is one line that says what to do.
+    """
+    if suite == "kernel":
+        return _kernel_cells(options)
     arms = dict.fromkeys(
         Arm.parse(method, kernel) for kernel in _names(options.kernels) for method in _names(options.methods)
     )
@@ -49,6 +57,31 @@ def cells(options: Namespace, suite: Suite) -> list[Cell]:
         calibrated = [arm for arm in arms if arm.method == "calibatt"]
         arms = dict.fromkeys(calibrated[:1])
     return [Cell(workload=workload, arm=arm) for workload in _workloads(options) for arm in arms]
+
+
+def _kernel_cells(options: Namespace) -> list[Cell]:
+    kernels = _names(options.kernels)
+    for kernel in kernels:
+        look_up(KERNELS, kernel, "kernel")
+    catalogue: dict[str, MaskSource] = {source: source for source in MASK_SOURCES}
+    sources = [look_up(catalogue, name, "mask") for name in _names(options.masks)]
+    found: list[Cell] = []
+    # the same geometry at another number of steps is the same
+    for workload in dict.fromkeys(replace(workload, steps=0) for workload in _workloads(options)):
+        blocks = _blocks(options.blocks) or [workload.entry.block]
+        arms: list[Arm | BlockArm] = [DENSE]
+        for kernel in kernels:
+            for density in _densities(options.densities):
+                if density == 1:
+                    arms.append(BlockArm(kernel=kernel, density=density, mask=None, block=None))
+                else:
+                    arms += [
+                        BlockArm(kernel=kernel, density=density, mask=source, block=block)
+                        for source in sources
+                        for block in blocks
+                    ]
+        found += [Cell(workload=workload, arm=arm) for arm in arms]
+    return found
 
 
 def artifacts_folder(json_file: str | None) -> Path | None:
@@ -79,3 +112,20 @@ def _steps(text: str) -> list[int]:
     if any(number < 1 for number in steps):
         raise ValueError(f"--steps {text}: give whole numbers from 1 up, separated by commas")
     return steps
+
+
+def _densities(text: str) -> list[float]:
+    try:
+        densities = [float(name) for name in _names(text)]
+    except ValueError:
+        densities = [0.0]
+    if not all(0 < density <= 1 for density in densities):
+        raise ValueError(f"--densities {text}: give numbers above 0 and up to 1, separated by commas")
+    return densities
+
+
+def _blocks(text: str) -> list[tuple[int, int]]:
+    found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name) for name in _names(text)]
+    if not all(found):
+        raise ValueError(f"--blocks {text}: give QUERIESxKEYS in tokens, such as 128x128,64x64")
+    return [(int(match[1]), int(match[2])) for match in found if match]

@@ -13,7 +13,7 @@ import pytest
 from calibatt.bench.record import Suite
 
 # the order in which suites run on one workload: each can use what the one before has made
-_SUITES: tuple[Suite, ...] = ("calibration", "attention", "denoise")
+_SUITES: tuple[Suite, ...] = ("kernel", "calibration", "attention", "denoise")
 # pip names of what decides a figure
 _VERSIONS = (
     "calibatt", "torch", "triton", "diffusers", "transformers", "numpy", "flash-attn", "flash-attn-4", "fa3-fwd",
@@ -35,6 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--resolutions", default="", help="see `calibatt models`; default: each model's first")
     add("--steps", default="", help="denoising steps; default: the model's at that resolution")
     add("--kernels", default="flex", help="see `calibatt kernels`; default: %(default)s")
+    add("--densities", default="0.25", help="of the kernel suite, 1 for dense; default: %(default)s")
+    add("--blocks", default="", help="of the kernel suite, QUERIESxKEYS in tokens; default: the model's")
+    add("--masks", default="random", help="of the kernel suite: random, banded, captured; default: %(default)s")
     add("--device", default=None, help="cpu or cuda; default: cuda where there is one")
     add("--rounds", type=int, default=6, help="videos an arm; below 6 no interval exists; default: %(default)s")
     add("--calibration-prompts", type=int, default=4, help="prompts to calibrate on; default: %(default)s")
@@ -79,11 +82,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Only what -k and the like have left will be measured."""
+    """Only what -k and the like have left will be measured; a lack of prompts is one line and exit code 4."""
     for item in session.items:
         cell = _cell(item)
         if cell is not None:
-            session.config.stash[_SESSION].choose(item.module.SUITE, cell)  # type: ignore[attr-defined]
+            try:
+                session.config.stash[_SESSION].choose(item.module.SUITE, cell)  # type: ignore[attr-defined]
+            except ValueError as error:
+                raise pytest.UsageError(str(error)) from None
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

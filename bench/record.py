@@ -38,6 +38,7 @@ class Record:
         suite, model, weights, resolution, frames, steps, tokens, heads, head_dim, dtype, compiled: the workload.
         guidance: classifier-free guidance scale of a whole generation.
         method, preset, mode: `native` is the method's own settings, `equal_density` those that give CalibAtt's density.
+            In the kernel suite the method is `blocks` and the preset the density that was asked for.
         kernel, block: the kernel, and tokens of a query and of a key block.
         mask: where a kernel benchmark's mask comes from.
         baseline: the dense kernel that times are compared with.
@@ -50,6 +51,7 @@ class Record:
         baseline_samples_s: the dense arm, same rounds.
         phases_s: samples of each phase (`plan`, `attend`, …).
         tflops: of the blocks kept.
+        gemm_tflops: rate of a large matrix product on the same device in the same run: the roofline.
     Cost:
         peak_memory_bytes, plan_memory_bytes, energy_j (samples), clocks_mhz (samples).
         calibration_cost_ratio: time of calibration over that of generating the same videos densely.
@@ -94,6 +96,7 @@ class Record:
     baseline_samples_s: Samples | None = None
     phases_s: Mapping[str, Samples] | None = None
     tflops: float | None = None
+    gemm_tflops: float | None = None
     peak_memory_bytes: int | None = None
     plan_memory_bytes: int | None = None
     energy_j: Samples | None = None
@@ -143,6 +146,13 @@ class Record:
         return paired_ratio(self.baseline_samples_s, self.samples_s)
 
     @property
+    def of_ideal(self) -> float | None:
+        """Speedup over what leaving blocks out could give at best, 1 / density; for attention calls, not for videos."""
+        if self.suite == "denoise" or self.speedup is None or self.density is None:
+            return None
+        return self.speedup.median * self.density
+
+    @property
     def arm(self) -> str:
         """Short name of the arm within its workload, e.g. `radial/default` or `dense`."""
         mode = " =density" if self.mode == "equal_density" else ""
@@ -157,7 +167,7 @@ class Record:
     def key(self) -> tuple[Any, ...]:
         """What is the same measurement in another run, also where it failed there before it knew its blocks."""
         if self.suite == "kernel":
-            return (*self.workload, self.method, self.kernel, self.block, self.mask)
+            return (*self.workload, self.method, self.preset, self.kernel, self.block, self.mask)
         # elsewhere a preset fixes the blocks, and dense runs on whichever kernel is fastest that day
         kernel = None if self.method == "dense" else self.kernel
         return (*self.workload, self.method, self.preset, self.mode, kernel)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from calibatt.bench import attention, denoise, preparation
-from calibatt.bench.cells import DENSE, Arm, Cell, Workload
+from calibatt.bench import attention, denoise, kernel, preparation
+from calibatt.bench.cells import DENSE, Arm, BlockArm, Cell, Workload
 from calibatt.bench.console import Console
 from calibatt.bench.record import Record, Suite
 from calibatt.bench.stage import Stage
@@ -45,20 +45,25 @@ class BenchSession:
     def __init__(self, settings: Settings, console: Console) -> None:
         self.settings = settings
         self.console = console
-        self.chosen: dict[tuple[Suite, Workload], list[Arm]] = {}
+        self.chosen: dict[tuple[Suite, Workload], list[Arm | BlockArm]] = {}
         self.untimed: list[Record] = []
         self._records: dict[tuple[Suite, Cell], Record] = {}
         self._stage: Stage | None = None
 
     def choose(self, suite: Suite, cell: Cell) -> None:
-        """Say that a cell will be asked for."""
+        """Say that a cell will be asked for.
+
+        Raises:
+            ValueError: the cell needs more prompts than there are.
+        """
+        if suite != "kernel":
+            prompts_for(cell.workload, self.settings)
         self.chosen.setdefault((suite, cell.workload), []).append(cell.arm)
 
     def record(self, suite: Suite, cell: Cell) -> Record:
         """The record of a cell."""
         if (suite, cell) not in self._records:
-            stage = self._staged(cell.workload)
-            for arm, record in self._measure(stage, suite, self.chosen[suite, cell.workload]).items():
+            for arm, record in self._measure(suite, cell.workload):
                 self._records[suite, Cell(workload=cell.workload, arm=arm)] = record
         record = self._records[suite, cell]
         if record.outcome != "ok":
@@ -67,14 +72,18 @@ class BenchSession:
 
     # kernels that compile would otherwise do so a second time for the pipeline, which runs without gradients
     @torch.no_grad()
-    def _measure(self, stage: Stage, suite: Suite, arms: Sequence[Arm]) -> dict[Arm, Record]:
+    def _measure(self, suite: Suite, workload: Workload) -> Iterable[tuple[Arm | BlockArm, Record]]:
+        chosen = self.chosen[suite, workload]
+        if suite == "kernel":
+            return kernel.measure(workload, chosen, self.console).items()
+        stage, arms = self._staged(workload), [arm for arm in chosen if isinstance(arm, Arm)]
         if suite == "calibration":
-            return {arm: preparation.measure(stage, arm) for arm in arms}
+            return [(arm, preparation.measure(stage, arm)) for arm in arms]
         # the baseline is measured even where nobody asked to see it
-        with_dense = [DENSE, *(arm for arm in arms if arm != DENSE)]
+        arms = [DENSE, *(arm for arm in arms if arm != DENSE)]
         if suite == "attention":
-            return attention.measure(stage, with_dense)
-        return denoise.measure(stage, with_dense, rounds=self.settings.rounds, artifacts=self.settings.artifacts)
+            return attention.measure(stage, arms).items()
+        return denoise.measure(stage, arms, rounds=self.settings.rounds, artifacts=self.settings.artifacts).items()
 
     def _staged(self, workload: Workload) -> Stage:
         # one model at a time is in memory

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
+from calibatt.bench.baseline import dense_kernels, fastest_dense
 from calibatt.bench.cells import Arm, Workload
 from calibatt.bench.console import Console
 from calibatt.bench.density import solve
@@ -19,8 +19,6 @@ from calibatt.bench.timer import timed
 from calibatt.calibration.collect import calibrate
 from calibatt.calibration.store import Calibration
 from calibatt.kernels.base import Kernel, Task, Unsupported
-from calibatt.kernels.catalogue import KERNELS
-from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Method
 from calibatt.methods.catalogue import METHODS, build
 from calibatt.models.adapter import attached
@@ -29,8 +27,6 @@ from calibatt.models.generate import generate
 
 # attention calls at which arms are checked: from the first step and layer to the last, evenly
 _PROBES = 4
-# timings of each dense kernel from which the fastest is chosen
-_DENSE_ROUNDS = 5
 # the seed of round i is this one plus i; calibration draws its own noise far from it
 SEED = 0
 CALIBRATION_SEED = 10_000
@@ -92,7 +88,8 @@ class Stage:
     def probes(self) -> tuple[Probe, ...]:
         """Inputs of some attention calls of a dense generation, which is also the pipeline's warm-up."""
         self.log(f"{self.workload}: one dense video to take attention inputs from")
-        meter = Meter(build("dense"), self._dense_kernels()[0], self.workload.device)
+        kernel = dense_kernels(self.workload.device, self.workload.dtype, self.entry.head_dim)[0]
+        meter = Meter(build("dense"), kernel, self.workload.device)
         last_step, last_layer = self.workload.steps - 1, self.entry.layers - 1
         share = [i / (_PROBES - 1) for i in range(_PROBES)]
         meter.probe_sites = {(round(last_step * x), round(last_layer * x)) for x in share}
@@ -101,31 +98,14 @@ class Stage:
 
     @cached_property
     def dense(self) -> Kernel:
-        """The fastest dense kernel on this machine at this geometry, by measurement."""
-        probe = self.probes[0]
-        plan = Plan.dense(probe.site.geometry)
-        kernels = self._dense_kernels()
-        times: dict[str, list[float]] = {kernel.name: [] for kernel in kernels}
-        for round_ in range(_DENSE_ROUNDS + 1):
-            for kernel in kernels:
-                seconds, _ = timed(self.workload.device, partial(kernel.attend, probe.q, probe.k, probe.v, plan))
-                # the first round warms up
-                if round_:
-                    times[kernel.name].append(seconds)
-        medians = {name: statistics.median(samples) for name, samples in times.items()}
-        self.log(
-            f"{self.workload}: dense attention of one layer takes "
-            + ", ".join(f"{seconds * 1e3:.2f} ms ({name})" for name, seconds in medians.items())
-        )
-        return min(kernels, key=lambda kernel: medians[kernel.name])
+        """The fastest dense kernel that is right, on this machine at this geometry, by measurement.
 
-    def _dense_kernels(self) -> list[Kernel]:
-        task = self.task(None)
-        # a plan that keeps everything goes through torch's own choice in FlexAttention: not a kernel of its own;
-        # the math backend holds all scores at once and serves as a reference only; the Triton kernel has not been run
-        # on a GPU yet, and a baseline must be beyond doubt
-        dense = (kernel for name, kernel in KERNELS.items() if name not in ("flex", "sdpa-math", "triton"))
-        return [kernel for kernel in dense if kernel.refusal(task) is None]
+        Raises:
+            RuntimeError: none is.
+        """
+        probe = self.probes[0]
+        geometry = probe.site.geometry
+        return fastest_dense(probe.q, probe.k, probe.v, geometry, log=lambda line: self.log(f"{self.workload}: {line}"))
 
     def task(self, block: tuple[int, int] | None) -> Task:
         """What a kernel is asked to do here."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt.kernels.base import Task, Unsupported, check
+from calibatt.kernels.by_kind import attend_by_kind
 from calibatt.kernels.plan import BlockMask, Plan
 
 # a suite that walks over geometries compiles more variants than Dynamo's default limit of 8, past which it would
@@ -53,26 +54,14 @@ class Flex:
             ValueError: inputs and plan do not belong together.
         """
         check(q, k, v, plan)
-        mask = plan.launch_mask()
-        if mask is not None:
-            out = _launch(q, k, v, mask)
-        elif (dense := plan.heads_of("dense")) and len(dense) == len(plan.kinds):
-            return scaled_dot_product_attention(q, k, v)
-        else:
-            out = torch.empty_like(q)
-            out[:, dense] = scaled_dot_product_attention(q[:, dense], k[:, dense], v[:, dense])
-        if plan.reuse is not None:
-            reused = plan.heads_of("reused")
-            rows = scaled_dot_product_attention(
-                q[:, reused].index_select(2, plan.reuse.computed), k[:, reused], v[:, reused]
-            )
-            out[:, reused] = rows.index_select(2, plan.reuse.source)
-        return out
+        return attend_by_kind(q, k, v, plan, masked=_launch, dense=scaled_dot_product_attention)
 
 
-def _launch(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+def _launch(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     from torch.nn.attention.flex_attention import BlockMask as FlexMask
 
+    mask = plan.launch_mask()
+    assert mask is not None
     shares = _shares(q, mask)
     if shares > 1:
         # queries in the place of the batch, all of them with the same keys

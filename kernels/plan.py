@@ -238,6 +238,16 @@ class Plan:
         """Every head computes the blocks of the mask."""
         return cls(tokens=mask.tokens, kinds=_alike("masked", heads), mask=mask)
 
+    def of_heads(self, heads: Sequence[int]) -> Plan:
+        """The plan of some heads alone, in this order."""
+        kinds = tuple(self.kinds[head] for head in heads)
+        mask = self.mask if "masked" in kinds else None
+        if mask is not None and mask.heads > 1:
+            mask = BlockMask(
+                bits=mask.bits[list(heads)], tokens=mask.tokens, block_q=mask.block_q, block_k=mask.block_k
+            )
+        return Plan(tokens=self.tokens, kinds=kinds, mask=mask, reuse=self.reuse if "reused" in kinds else None)
+
     def heads_of(self, kind: HeadKind) -> list[int]:
         """Indices of the heads of one kind."""
         return [head for head, own in enumerate(self.kinds) if own == kind]

@@ -5,24 +5,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# what a head does, if it is not dense; the numbers are those of `triton_sparse.KINDS`
+# what a head does; the numbers are those of `expand.KINDS`
 _MASKED = tl.constexpr(0)
+_DENSE = tl.constexpr(1)
 _REUSED = tl.constexpr(2)
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def expand(words, kinds, indices, counts, k_blocks, head_stride, row_words, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Bits to lists: for one query block of one masked head, its key blocks, ascending, and how many they are."""
+def expand(  # type: ignore[no-untyped-def]
+    words, kinds, indices, counts, k_blocks, head_stride, row_words, BLOCKS: tl.constexpr, EVERY_HEAD: tl.constexpr
+):
+    """Bits to lists: for one query block of one head, its key blocks, ascending, and how many they are."""
     row, head = tl.program_id(0), tl.program_id(1)
-    if tl.load(kinds + head) == _MASKED:
+    kind = tl.load(kinds + head)
+    if EVERY_HEAD or kind == _MASKED:
         block = tl.arange(0, BLOCKS)
-        word = tl.load(words + head * head_stride + row * row_words + block // 32, mask=block < k_blocks, other=0)
+        listed = tl.where(kind == _MASKED, k_blocks, 0)
+        word = tl.load(words + head * head_stride + row * row_words + block // 32, mask=block < listed, other=0)
         keep = (word >> (block % 32)) & 1
+        if EVERY_HEAD:
+            keep = keep | (block < tl.where(kind == _DENSE, k_blocks, 0)).to(tl.int32)
         place = tl.cumsum(keep, 0) - keep
-        listed = head * tl.num_programs(0) + row
-        tl.store(indices + listed * k_blocks + place, block, mask=keep == 1)
-        tl.store(counts + listed, tl.sum(keep, 0))
+        here = head * tl.num_programs(0) + row
+        tl.store(indices + here * k_blocks + place, block, mask=keep == 1)
+        tl.store(counts + here, tl.sum(keep, 0))
 
 
 @triton.jit

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int8, Int32
+from jaxtyping import Float
 from torch import Tensor
 
 from calibatt.kernels.base import Task, Unsupported, check
-from calibatt.kernels.plan import HeadKind, Plan, block_count
+from calibatt.kernels.expand import block_lists, kinds_on
+from calibatt.kernels.plan import Plan, block_count
 
-# as the device code counts them
-KINDS: tuple[HeadKind, ...] = ("masked", "dense", "reused")
 # tokens of a block where a plan has none, and of a tile of queries at the most: larger ones do not fit the registers
 _BLOCK = 128
 # tl.dot multiplies tiles of at least 16 × 16
@@ -94,7 +91,7 @@ class Triton:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         batch, heads, tokens, head_dim = q.shape
         out = torch.empty_like(q)
-        kinds = _kinds(plan.kinds, q.device)
+        kinds = kinds_on(plan.kinds, q.device)
         block_q, block_k = block or (_BLOCK, _BLOCK)
         tma = _has_tma(k, v)
         tile_q, tile_k, warps, stages = launch_shape(_capability(q.device), (block_q, block_k), tma=tma)
@@ -103,7 +100,7 @@ class Triton:
         indices = counts = computed = served = kinds
         served_most = 1
         if plan.mask is not None:
-            indices, counts = expand(plan, kinds)
+            indices, counts = block_lists(plan)
         if plan.reuse is not None:
             computed, served = plan.reuse.computed, plan.reuse.served
             served_most = served.shape[1]
@@ -117,34 +114,6 @@ class Triton:
             TMA=tma, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return out
-
-
-def expand(
-    plan: Plan, kinds: Int8[Tensor, "heads"]
-) -> tuple[Int32[Tensor, "heads q_blocks k_blocks"], Int32[Tensor, "heads q_blocks"]]:
-    """The mask's bits as lists, made on the mask's device: kept key blocks, ascending, and how many.
-
-    What lies behind a row's count, and the rows of heads that are not masked, is not written.
-    """
-    import triton
-
-    from calibatt.kernels import triton_code
-
-    mask = plan.mask
-    assert mask is not None
-    indices = torch.empty((len(kinds), mask.q_blocks, mask.k_blocks), dtype=torch.int32, device=mask.bits.device)
-    counts = torch.empty((len(kinds), mask.q_blocks), dtype=torch.int32, device=mask.bits.device)
-    words = mask.bits.view(torch.int32)
-    triton_code.expand[(mask.q_blocks, len(kinds))](
-        words, kinds, indices, counts, mask.k_blocks, words.stride(0) if mask.heads > 1 else 0, words.stride(1),
-        BLOCKS=triton.next_power_of_2(mask.k_blocks),
-    )  # fmt: skip
-    return indices, counts
-
-
-@functools.lru_cache(maxsize=256)
-def _kinds(kinds: Sequence[HeadKind], device: torch.device) -> Int8[Tensor, "heads"]:
-    return torch.tensor([KINDS.index(kind) for kind in kinds], dtype=torch.int8, device=device)
 
 
 def _tile(block: int, most: int) -> int:

@@ -28,6 +28,8 @@ _MARKERS = {"native": "o", "equal_density": "D", None: "o"}
 # plan, attend, what is left, any other: Okabe and Ito's colours, each with its own hatch
 _PHASES = {"plan": ("#E69F00", "////"), "attend": ("#56B4E9", ""), "other": ("#DDDDDD", "")}
 _MORE_PHASE = ("#CC79A7", "....")
+# Okabe and Ito's, without the yellow; further lines are dashed, then dotted
+_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
 # at most so many pictures in a row: more are too small to see
 _COLUMNS = 4
 _FRAMES = 5
@@ -258,6 +260,36 @@ def phases(entries: Sequence[Entry]) -> Figure | None:
     axes.set_xlabel(f"median time ({unit})")
     _plain(axes)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=_SMALL, borderaxespad=0.2)
+    return figure
+
+
+def ideal(entries: Sequence[Entry]) -> Figure | None:
+    """Speedup times density over density, one line a kernel, block and mask; where there are densities to compare."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for entry in entries:
+        record = entry.record
+        if record.suite == "kernel" and record.of_ideal is not None and record.density is not None and record.block:
+            name = f"{record.kernel}, {record.block[0]}×{record.block[1]}, {record.mask}"
+            lines.setdefault(name, []).append((record.density, record.of_ideal))
+    if max(map(len, lines.values()), default=0) < 2:
+        return None
+    figure = _figure(4.4 + 0.2 * -(-len(lines) // 2))
+    axes = figure.add_subplot()
+    for number, (name, points) in enumerate(sorted(lines.items())):
+        x, y = zip(*sorted(points), strict=True)
+        colour = _LINES[number % len(_LINES)]
+        axes.plot(x, y, marker="o", markersize=4, color=colour, linestyle=("-", "--", ":")[number // len(_LINES) % 3],
+                  label=name)  # fmt: skip
+    axes.axhline(1, color=_INK, linewidth=1, linestyle="--", zorder=1)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    ticks = sorted({round(x, 2) for points in lines.values() for x, _ in points})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("density: share of the blocks computed")
+    axes.set_ylabel("speedup × density")
+    _plain(axes)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=_SMALL, borderaxespad=0.2)
     return figure
 
 

@@ -52,6 +52,10 @@ _HOW_TO_READ = {
         "The same prompt and the same noise in every row, time from left to right. The figure behind a name is the "
         "PSNR of that video against the dense one."
     ),
+    "ideal": (
+        "Speedup times density: at 1 a kernel takes the density's share of the fastest dense kernel's time, which is "
+        "all that leaving blocks out can give. What is below is lost to lists, uneven rows and small blocks."
+    ),
     "phases": (
         "Where the time goes: choosing blocks (plan), computing them (attend), and what is neither (other). Medians."
     ),
@@ -236,15 +240,16 @@ def _pictures(arms: Sequence[Entry], stem: str) -> list[Picture]:
     drawn: list[tuple[str, str, Figure | None]] = [
         ("speedup", "Speedup", figures.speedup(arms)),
         ("fidelity", "Fidelity against speedup", figures.fidelity(arms)),
+        ("ideal", "Speedup against the ideal", figures.ideal(arms)),
         ("phases", "Where the time goes", figures.phases(arms)),
         ("density", "Density by step, layer and head", figures.density(arms)),
         ("masks", "Some masks", figures.masks(arms)),
     ]
     drawn += [("frames", f"“{caption}”" if caption else "Frames", figure) for caption, figure in figures.videos(arms)]
+    there = [(kind, title, figure) for kind, title, figure in drawn if figure is not None]
     return [
         Picture(name=f"{stem}-{place}-{kind}.png", png=_png(figure), title=title, caption=_HOW_TO_READ[kind])
-        for place, (kind, title, figure) in enumerate(drawn, start=1)
-        if figure is not None
+        for place, (kind, title, figure) in enumerate(there, start=1)
     ]
 
 
@@ -364,6 +369,10 @@ def _size(count: int | None) -> str:
     return f"{count} B"
 
 
+def _of_gemm(record: Record) -> float | None:
+    return None if record.tflops is None or record.gemm_tflops is None else record.tflops / record.gemm_tflops
+
+
 def _sparsity(entry: Entry) -> str:
     density = entry.record.density
     return "" if density is None else f"{1 - density:.1%}"
@@ -383,7 +392,9 @@ _COLUMNS: Sequence[tuple[str, str, Callable[[Entry], str]]] = (
     ("kernel", "what computes the chosen blocks", lambda entry: entry.record.kernel),
     ("kernel error", "largest, against fp64, of what is allowed", _kernel_error),
     ("method error", "of attention outputs, against dense", lambda e: _number(e.record.method_error, "{:.3g}")),
+    ("of the ideal", "speedup against 1 / density", lambda entry: _percent(entry.record.of_ideal)),
     ("TFLOP/s", "of the blocks kept", lambda entry: _number(entry.record.tflops, "{:.3g}")),
+    ("of a GEMM", "that rate against a large matrix product's", lambda entry: _percent(_of_gemm(entry.record))),
     ("peak memory", "of the GPU", lambda entry: _size(entry.record.peak_memory_bytes)),
     ("plan memory", "of one plan, or of the calibration", lambda entry: _size(entry.record.plan_memory_bytes)),
     ("energy J", "median a video", lambda entry: _median(entry.record.energy_j, "{:.0f}")),
@@ -394,7 +405,7 @@ _COLUMNS: Sequence[tuple[str, str, Callable[[Entry], str]]] = (
 )  # fmt: skip
 
 # those of them that stand in the Markdown tables
-_BRIEF = ("speedup (95 %)", "time", "PSNR dB", "SSIM", "alignment", "sparsity")
+_BRIEF = ("speedup (95 %)", "time", "PSNR dB", "SSIM", "alignment", "sparsity", "of the ideal")
 
 
 def _number(value: float | None, form: str) -> str:

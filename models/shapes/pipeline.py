@@ -12,7 +12,7 @@ from calibatt.models.shapes.codec import PixelCodec
 from calibatt.models.shapes.text import TEXT_DIM, SceneTextEncoder, SceneTokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
-# sigmas are shifted towards noise, where layout, colour and motion are decided; the best of the scan in MODEL_CARD.md
+# sigmas are shifted towards noise, where layout, colour and motion are decided; Wan's own value at 720p
 SHIFT = 5.0
 
 

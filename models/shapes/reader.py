@@ -33,7 +33,7 @@ _COMPACT = 0.8
 _LASTING = 0.8
 # overlap (intersection over union) of object and template, averaged over time; a circle and a square share 0.87
 _OVERLAP = 0.7
-# pixels a frame, against 0 or 2: nearest wins, and what fits neither is no motion of this world
+# pixels a frame, against 0, 2 or 3: nearest wins, and what fits none is no motion of this world
 _SPEED_TOLERANCE = 0.75
 # root mean square distance, in pixels, of the centres from a straight line
 _WOBBLE = 1.5

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -43,14 +44,18 @@ class Recipe:
 
     Args:
         layers, heads: of the transformer.
-        stages: short videos first. Speeds are pixels a frame at every length, so what four frames teach, at a sixth
-            of the price of sixteen, holds for sixteen; the last stage has both sizes that the model is used at.
-        batches: videos a step, by number of frames; 100,000 to 150,000 tokens each.
+        stages: the shorter video first, which teaches colours, shapes and backgrounds at two fifths of the price.
+        batches: videos a step, by number of frames; 147,456 tokens each.
         rate, matrix_rate: peak learning rates, of AdamW and of Muon (which has the matrices of the layers).
         warm_up: steps until the peak.
         flat_until: fraction of the training after which the rates fall, linearly, to `last_rate` of the peak.
-        logit_mean, logit_std: of the noise level's logit, a normal distribution. exp(1) is a shift of 2.7: layout,
-            colour and motion are decided at high noise, since sixteen frames say the same thing many times.
+        logit_mean, logit_std: of the noise level's logit, a normal distribution, drawn stratified over the batch.
+            Layout, colour and motion are decided at high noise, since sixteen frames say the same thing many times: a
+            quarter of the draws are above 0.95.
+        anchored: share of the videos whose first frame has less noise than the others, as in diffusion forcing (Chen
+            and others, 2024). Without it directions are not learnt: that a thing moves to the right shows in no single
+            frame, only in two at once, and a model that knows neither "later" nor "to the right" gains nothing by
+            learning one of them. After a clear first frame everything is later.
         blank: share of captions replaced by the empty one, for guidance.
         ema: decay of the averaged weights, which are those that are kept.
         clip: largest norm of the gradient.
@@ -59,18 +64,18 @@ class Recipe:
     layers: int = 8
     heads: int = 4
     stages: tuple[Stage, ...] = (
-        Stage(until=0.25, shares={4: 1.0}),
-        Stage(until=0.6, shares={8: 0.9, 4: 0.1}),
+        Stage(until=0.2, shares={8: 1.0}),
         Stage(until=1.0, shares={16: 0.7, 8: 0.3}),
     )
-    batches: Mapping[int, int] = field(default_factory=lambda: {4: 64, 8: 48, 16: 24})
+    batches: Mapping[int, int] = field(default_factory=lambda: {8: 48, 16: 24})
     rate: float = 8e-4
     matrix_rate: float = 2e-3
     warm_up: int = 100
-    flat_until: float = 0.5
-    last_rate: float = 0.05
-    logit_mean: float = 1.0
+    flat_until: float = 0.4
+    last_rate: float = 0.03
+    logit_mean: float = 2.0
     logit_std: float = 1.4
+    anchored: float = 0.5
     blank: float = 0.1
     ema: float = 0.999
     clip: float = 1.0
@@ -166,12 +171,19 @@ def flow_loss(
     generator: torch.Generator,
 ) -> Float[Tensor, ""]:
     """Mean squared error of the velocity (noise − video) at random noise levels."""
-    logits = torch.randn(len(video), generator=generator, device=video.device)
-    sigma = torch.sigmoid(logits * recipe.logit_std + recipe.logit_mean)
+    # one draw in each of as many equal parts of the distribution as there are videos
+    within = torch.rand(len(video), generator=generator, device=video.device)
+    strata = torch.arange(len(video), device=video.device) + within
+    logits = torch.special.ndtri(strata / len(video))
+    sigma = torch.sigmoid(logits * recipe.logit_std + recipe.logit_mean)[:, None].repeat(1, video.shape[2])
+    chosen, less = torch.rand((2, len(video)), generator=generator, device=video.device)
+    sigma[:, 0] *= torch.where(chosen < recipe.anchored, less, 1)
     noise = torch.randn(video.shape, generator=generator, device=video.device)
-    noisy = torch.lerp(video, noise, sigma[:, None, None, None, None])
-    # Wan counts noise levels in thousandths
-    velocity = model(noisy, timestep=sigma * 1000, encoder_hidden_states=text, return_dict=False)[0]
+    noisy = torch.lerp(video, noise, sigma[:, None, :, None, None])
+    # Wan counts noise levels in thousandths, and has one for each token
+    tokens = video[0, 0, 0].numel() // math.prod(model.config.patch_size)
+    steps = (sigma * 1000).repeat_interleave(tokens, dim=1)
+    velocity = model(noisy, timestep=steps, encoder_hidden_states=text, return_dict=False)[0]
     return torch.nn.functional.mse_loss(velocity.float(), noise - video)
 
 
@@ -311,6 +323,7 @@ def train(
     Raises:
         ValueError: neither or both of minutes and steps are given, or both resume and start.
         OSError: there is no checkpoint to resume, or there are no weights to start with.
+        KeyboardInterrupt: asked to stop (SIGINT); the checkpoint is written first.
     """
     if (minutes is None) == (steps is None):
         raise ValueError("give either minutes or steps")
@@ -327,27 +340,35 @@ def train(
         training.compile()
     before, began, saved = training.seconds, time.monotonic(), time.monotonic()
     losses: dict[int, list[Tensor]] = {}
-    while True:
-        progress = training.seconds / (60 * minutes) if minutes else training.step / (steps or 1)
-        if progress >= 1:
-            break
-        frames, loss = training.advance(progress)
-        losses.setdefault(frames, []).append(loss)
-        training.seconds = before + time.monotonic() - began
-        if training.step % 50 == 0:
-            # reading the losses waits for the device, which also keeps the clock honest
-            for frames, some in sorted(losses.items()):
-                point = {"step": training.step, "minutes": training.seconds / 60, "frames": frames}
-                training.curve.append({**point, "loss": float(torch.stack(some).mean())})
-                if training.step % 200 == 0:
-                    print({name: round(value, 5) for name, value in training.curve[-1].items()}, flush=True)
-            if not math.isfinite(training.curve[-1]["loss"]):
-                raise FloatingPointError(f"the loss is {training.curve[-1]['loss']} at step {training.step}")
-            losses.clear()
-        if time.monotonic() - saved > 120:
-            training.save(checkpoint)
-            saved = time.monotonic()
+    interrupts: list[int] = []
+    # heard between steps: one that is cut in half would be in the checkpoint
+    handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    try:
+        while not interrupts:
+            progress = training.seconds / (60 * minutes) if minutes else training.step / (steps or 1)
+            if progress >= 1:
+                break
+            frames, loss = training.advance(progress)
+            losses.setdefault(frames, []).append(loss)
+            training.seconds = before + time.monotonic() - began
+            if training.step % 50 == 0:
+                # reading the losses waits for the device, which also keeps the clock honest
+                for frames, some in sorted(losses.items()):
+                    point = {"step": training.step, "minutes": training.seconds / 60, "frames": frames}
+                    training.curve.append({**point, "loss": float(torch.stack(some).mean())})
+                    if training.step % 200 == 0:
+                        print({name: round(value, 5) for name, value in training.curve[-1].items()}, flush=True)
+                if not math.isfinite(training.curve[-1]["loss"]):
+                    raise FloatingPointError(f"the loss is {training.curve[-1]['loss']} at step {training.step}")
+                losses.clear()
+            if time.monotonic() - saved > 120:
+                training.save(checkpoint)
+                saved = time.monotonic()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     training.save(checkpoint)
+    if interrupts:
+        raise KeyboardInterrupt(f"stopped after {training.seconds / 60:.1f} minutes: go on with --resume")
     return training
 
 
@@ -378,6 +399,8 @@ def main() -> None:
         )
     except (ValueError, OSError) as problem:
         parser.error(str(problem))
+    except KeyboardInterrupt as stopped:
+        parser.exit(130, f"{stopped}\n")
     weights = args.out / "weights"
     # two files of less than 9 MB
     training.averaged().to(torch.bfloat16).save_pretrained(weights, max_shard_size="9MB")

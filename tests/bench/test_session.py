@@ -53,6 +53,9 @@ def test_an_arm_that_does_not_exist_is_refused(text: str, message: str) -> None:
         (["--steps", "ten"], "whole numbers"),
         (["--rounds", "0"], "at least 1"),
         (["--models", "wan2.1-1.3b"], "--prompts"),
+        (["--densities", "1.5"], "up to 1"),
+        (["--blocks", "64"], "QUERIESxKEYS"),
+        (["--masks", "randm"], "did you mean random"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--calibration", "nowhere.safetensors"], "no such file"),
     ],
@@ -98,3 +101,25 @@ def test_a_run_leaves_records_of_what_was_and_of_what_could_not_be_timed(tmp_pat
     assert sparse.density is not None
     assert 0 < sparse.density < 1
     assert {"torch", "diffusers", "calibatt"} <= set(run.machine["versions"])
+
+
+@pytest.mark.slow
+def test_kernels_are_timed_at_a_models_geometry_without_the_model(tmp_path: Path) -> None:
+    path = tmp_path / "kernel.json"
+    done = _bench(
+        "-k", "test_kernels", "--kernels", "flex,sdpa-flash", "--densities", "1,0.3", "--masks", "random,captured",
+        f"--benchmark-json={path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {(r.method, r.kernel, r.preset, r.mask): r for r in load_run(path).records}
+    dense = found["dense", "sdpa-flash", "default", None]
+    assert dense.gemm_tflops is not None
+    assert dense.tflops is not None
+    for mask in ("random", "captured"):
+        sparse = found["blocks", "flex", "0.3", mask]
+        assert sparse.speedup is not None
+        assert sparse.density == pytest.approx(0.3, abs=0.02)
+        assert sparse.of_ideal == pytest.approx(sparse.speedup.median * sparse.density)
+        # a dense kernel has no blocks to leave out
+        assert found["blocks", "sdpa-flash", "0.3", mask].outcome == "unsupported"
+    assert found["blocks", "flex", "1", None].density == 1

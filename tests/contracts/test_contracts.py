@@ -30,6 +30,7 @@ GEOMETRIES = {
     "1000-text-first": Geometry(grid=(6, 6, 27), heads=HEADS, head_dim=128, text_tokens=28, text_side="first"),
     "1000-text-last": Geometry(grid=(6, 6, 27), heads=HEADS, head_dim=128, text_tokens=28, text_side="last"),
 }
+NARROW = Geometry(grid=(8, 5, 25), heads=HEADS, head_dim=64)
 SMALL, LARGE = GEOMETRIES["63"], GEOMETRIES["1000"]
 # where no kernel runs, few channels do
 PLANNED = Geometry(grid=(8, 5, 25), heads=HEADS, head_dim=16)
@@ -220,6 +221,33 @@ def test_a_kernel_mixes_the_kinds_of_heads(
     plan = on(kinds_plan(geometry, kinds), place[0])
     q, k, v = inputs(geometry, place)
     assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
+
+
+# what rivals and kernels have; the last two divide by no power of two
+SIZES = [(128, 128), (128, 64), (64, 64), (256, 128), (64, 128), (128, 80), (192, 48)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("geometry", [GEOMETRIES["1000-text-last"], NARROW], ids=["128", "64"])
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_a_kernel_walks_blocks_of_every_size(
+    kernel: Kernel, size: tuple[int, int], geometry: Geometry, dtype: torch.dtype
+) -> None:
+    rows, columns = (block_count(1000, block) for block in size)
+    q, k, v = inputs(geometry, ("cuda", dtype))
+    task = Task(device=q.device, dtype=dtype, head_dim=geometry.head_dim, block=size)
+    if (refusal := kernel.refusal(task)) is not None:
+        pytest.skip(refusal.reason)
+    some = torch.rand((HEADS, rows, columns), generator=torch.Generator().manual_seed(0)) < 0.4
+    some[:, 1] = False
+    for keep in (some, *(adversary(rows, columns) for adversary in ADVERSARIES.values())):
+        mask = BlockMask.from_keep(keep, tokens=1000, block_q=size[0], block_k=size[1])
+        reuse = RowReuse.of_anchor_rows(geometry, (0, 2))
+        for kinds in (("masked",) * 3, ("masked", "reused", "dense")):
+            plan = Plan(tokens=1000, kinds=kinds, mask=mask, reuse=reuse if "reused" in kinds else None)
+            plan = on(plan, "cuda")
+            assert_exact(kernel.attend(q, k, v, plan), q, k, v, plan)
 
 
 def test_keeping_all_blocks_is_dense_attention(kernel: Kernel, place: Place) -> None:

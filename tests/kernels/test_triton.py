@@ -1,4 +1,4 @@
-"""What only the Triton kernel has: lists made on the device, log-sum-exps, two ways to load, code for every GPU."""
+"""What only the Triton kernel has: log-sum-exps, two ways to load, code for every GPU."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from triton.compiler import ASTSource
 from calibatt.kernels import oracle, triton_code, triton_sparse
 from calibatt.kernels.base import Task
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, RowReuse
-from calibatt.kernels.triton_sparse import Triton, expand
+from calibatt.kernels.plan import BlockMask, Plan, RowReuse, block_count
+from calibatt.kernels.triton_sparse import Triton
 
 pytestmark = pytest.mark.skipif(
     not (triton_sparse._interpreted() or torch.cuda.is_available()), reason="needs Triton's interpreter or a CUDA GPU"
@@ -31,8 +31,9 @@ GEOMETRY = Geometry(grid=(2, 7, 9), heads=3, head_dim=64)
 DEVICE, DTYPE = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
 
-def _mask(block_q: int, block_k: int, *, heads: int = 3, tokens: int = GEOMETRY.tokens) -> BlockMask:
-    shape = (heads, -(-tokens // block_q), -(-tokens // block_k))
+def _mask(block_q: int, block_k: int) -> BlockMask:
+    tokens = GEOMETRY.tokens
+    shape = (3, block_count(tokens, block_q), block_count(tokens, block_k))
     keep = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
     keep[:, 1] = False
     return BlockMask.from_keep(keep, tokens=tokens, block_q=block_q, block_k=block_k).to(DEVICE)
@@ -52,18 +53,6 @@ def _inputs(heads: int = 3) -> list[Tensor]:
 def _within_budget(out: Tensor, inputs: list[Tensor], plan: Plan) -> bool:
     exact = oracle.attend(*inputs, plan)
     return bool((out.double() - exact).abs().max() <= oracle.error_budget(*inputs, plan, exact))
-
-
-@pytest.mark.parametrize("heads", [3, 1])
-def test_lists_made_on_the_device_are_those_of_the_mask(heads: int) -> None:
-    # more blocks than a word has bits
-    mask = _mask(32, 16, heads=heads, tokens=1000)
-    plan = Plan.masked(mask, 3)
-    indices, counts = expand(plan, triton_sparse._kinds(plan.kinds, mask.bits.device))
-    wanted, lengths = mask.lists()
-    assert torch.equal(counts, lengths.expand(3, -1))
-    listed = torch.arange(mask.k_blocks, device=counts.device) < counts[..., None]
-    assert torch.equal(indices[listed], wanted.expand(3, -1, -1)[listed])
 
 
 def test_the_log_sum_exp_is_that_of_the_keys_a_query_sees() -> None:

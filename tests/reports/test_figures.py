@@ -109,6 +109,25 @@ def test_an_artifact_of_another_form_is_refused(arrays: dict[str, Any], make: Si
         _entries(make.arm("radial", artifact="a.npz"), folder=tmp_path)
 
 
+def _blocks(density: float, speed: float, **more: Any) -> Record:
+    facts = {**BARE, "suite": "kernel", "method": "blocks", "block": (64, 64), "mask": "random", **more}
+    return Record(
+        **facts, preset=f"{density:g}", density=density, samples_s=(1 / speed,) * 6, baseline_samples_s=(1.0,) * 6
+    )
+
+
+def test_kernels_are_compared_with_what_leaving_blocks_out_could_give() -> None:
+    whole = Record(**{**BARE, "suite": "kernel"}, method="blocks", preset="1", density=1.0, samples_s=(1.0,) * 6)
+    arms = _entries(whole, _blocks(0.5, 1.6), _blocks(0.25, 3.2), _blocks(0.25, 2.0, kernel="triton"))
+    figure = figures.ideal(arms)
+    assert figure is not None
+    drawn = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    assert list(drawn["flex, 64×64, random"]) == pytest.approx([0.8, 0.8])
+    assert list(drawn["triton, 64×64, random"]) == pytest.approx([0.5])
+    # one density has nothing to be compared over
+    assert figures.ideal(_entries(_blocks(0.5, 1.6))) is None
+
+
 def test_a_method_keeps_its_colour(make: SimpleNamespace) -> None:
     few, many = palette(["calibatt"]), palette(["calibatt", "dense", "radial", "one", "other"])
     assert few["calibatt"] == many["calibatt"]

@@ -76,7 +76,7 @@ def test_the_shipped_weights_show_far_more_of_unseen_captions_than_chance() -> N
     captions = held_out_captions(4, seed=0)
     videos = sample(pipe, captions, frames=8, steps=8, guidance=SHAPES.guidance, seed=0)
     # renders of other captions reach 0.15
-    assert score(videos, captions)["alignment"] > 0.3
+    assert score(videos, captions)["alignment"] > 0.6
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
-"""torch's own dense attention, one arm a backend, each pinned: never whatever torch happens to choose."""
+"""Dense kernels, each explicit: never whatever torch happens to choose."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -11,27 +13,28 @@ from calibatt.kernels.base import Task, Unsupported, check
 from calibatt.kernels.plan import Plan
 
 
-class Sdpa:
-    """scaled_dot_product_attention on one backend. Dense plans only.
+class Dense:
+    """A kernel for dense plans only.
 
     Args:
         name: what the arm is called.
-        backend: the backend it is pinned to.
-        devices: device types the backend runs on.
+        compute: attention of q, k and v, [batch, heads, tokens, head_dim], with every key.
+        objection: why it cannot do a dense task on this machine, or None when it can.
     """
 
-    def __init__(self, name: str, backend: SDPBackend, devices: tuple[str, ...]) -> None:
+    def __init__(
+        self, name: str, compute: Callable[[Tensor, Tensor, Tensor], Tensor], objection: Callable[[Task], str | None]
+    ) -> None:
         self.name = name
-        self._backend = backend
-        self._devices = devices
+        self._compute = compute
+        self._objection = objection
 
     def refusal(self, task: Task) -> Unsupported | None:
         """Why this kernel cannot do the task on this machine, or None when it can."""
         if task.block is not None:
             return Unsupported(f"{self.name} is a dense kernel and would compute every block: choose a sparse one")
-        if task.device.type not in self._devices:
-            return Unsupported(f"{self.name} runs on {' and '.join(self._devices)}, not on {task.device.type}")
-        return None
+        objection = self._objection(task)
+        return None if objection is None else Unsupported(objection)
 
     def attend(
         self,
@@ -50,11 +53,25 @@ class Sdpa:
             raise ValueError(
                 f"{self.name} computes dense plans only, this one has {', '.join(sorted(set(plan.kinds)))}"
             )
-        with sdpa_kernel(self._backend):
+        return self._compute(q, k, v)
+
+
+def _sdpa(name: str, backend: SDPBackend, devices: tuple[str, ...]) -> Dense:
+    """scaled_dot_product_attention, pinned to a backend that runs on these types of device."""
+
+    def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
             return scaled_dot_product_attention(q, k, v)
+
+    def objection(task: Task) -> str | None:
+        if task.device.type in devices:
+            return None
+        return f"{name} runs on {' and '.join(devices)}, not on {task.device.type}"
+
+    return Dense(name, compute, objection)
 
 
 # on CUDA torch's flash backend is FlashAttention-2; on a CPU it is torch's own tiled kernel
-SDPA_FLASH = Sdpa("sdpa-flash", SDPBackend.FLASH_ATTENTION, ("cpu", "cuda"))
-SDPA_CUDNN = Sdpa("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION, ("cuda",))
-SDPA_MATH = Sdpa("sdpa-math", SDPBackend.MATH, ("cpu", "cuda"))
+SDPA_FLASH = _sdpa("sdpa-flash", SDPBackend.FLASH_ATTENTION, ("cpu", "cuda"))
+SDPA_CUDNN = _sdpa("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION, ("cuda",))
+SDPA_MATH = _sdpa("sdpa-math", SDPBackend.MATH, ("cpu", "cuda"))

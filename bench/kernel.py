@@ -1,0 +1,178 @@
+"""The kernel suite: kernels by themselves, at a model's geometry, over densities, blocks and masks."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from calibatt.bench.accuracy import spot_error
+from calibatt.bench.arms import Failure, guarded
+from calibatt.bench.baseline import fastest_dense
+from calibatt.bench.cells import DENSE, Arm, BlockArm, Workload
+from calibatt.bench.console import Console
+from calibatt.bench.masks import make_mask
+from calibatt.bench.record import Record
+from calibatt.bench.rounds import in_turns
+from calibatt.bench.stage import Stage
+from calibatt.bench.telemetry import read
+from calibatt.bench.timer import PhaseTimer, timed
+from calibatt.calibration.energy import block_energy
+from calibatt.kernels.base import Kernel, Task
+from calibatt.kernels.catalogue import KERNELS
+from calibatt.kernels.plan import Plan
+from calibatt.models.catalogue import SHAPES
+
+# as in the attention suite
+ROUNDS = 20
+# side of the square matrices whose product is the roofline: large enough for a device's full rate
+_GEMM = {"cuda": 8192, "cpu": 2048}
+_GEMM_ROUNDS = 5
+# of the video whose attention captured masks are made of: the embedded model's own number at its quick size
+_CAPTURED_STEPS = SHAPES.steps_at("quick")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Ready:
+    """An arm that was checked and may be timed."""
+
+    kernel: Kernel
+    plan: Plan
+    error: float
+    budget: float
+
+
+class _Bench:
+    """Inputs, baseline and roofline that the arms of one geometry share."""
+
+    def __init__(self, workload: Workload, console: Console) -> None:
+        self.workload = workload
+        self.geometry = workload.entry.geometry(workload.resolution)
+        self._console = console
+        generator = torch.Generator(workload.device).manual_seed(0)
+        # tokens before heads in memory, as models hand them over
+        shape = (1, self.geometry.tokens, self.geometry.heads, self.geometry.head_dim)
+        self.q, self.k, self.v = (
+            torch.randn(shape, generator=generator, device=workload.device, dtype=workload.dtype).transpose(1, 2)
+            for _ in range(3)
+        )
+        self.dense = fastest_dense(self.q, self.k, self.v, self.geometry, log=self.log)
+        self.gemm_tflops = _gemm_tflops(workload.device, workload.dtype)
+
+    def log(self, line: str) -> None:
+        self._console.line(f"{self.workload}: {line}")
+
+    def ready(self, arm: Arm | BlockArm) -> _Ready | Failure:
+        """Plan an arm and check its kernel."""
+        self.log(f"checking {arm} on {arm.kernel}")
+        return guarded(lambda: self._ready(arm))
+
+    def _ready(self, arm: Arm | BlockArm) -> _Ready | Failure:
+        kernel = self.dense if isinstance(arm, Arm) else KERNELS[arm.kernel]
+        block = None if isinstance(arm, Arm) else arm.block
+        device, dtype = self.workload.device, self.workload.dtype
+        refusal = kernel.refusal(Task(device=device, dtype=dtype, head_dim=self.geometry.head_dim, block=block))
+        if refusal is not None:
+            return Failure("unsupported", refusal.reason)
+        plan = Plan.dense(self.geometry)
+        if isinstance(arm, BlockArm) and arm.mask is not None and arm.block is not None:
+            mask = make_mask(arm.mask, arm.density, self.geometry, arm.block, lambda: self._captured)
+            plan = Plan.masked(mask.to(device), self.geometry.heads)
+        error, budget = spot_error(kernel, self.q, self.k, self.v, plan)
+        if not error <= budget:
+            return Failure("wrong", f"its largest error against fp64 is {error:.3g}, allowed {budget:.3g}")
+        return _Ready(kernel=kernel, plan=plan, error=error, budget=budget)
+
+    @functools.cached_property
+    def _captured(self) -> Float[Tensor, "maps q_blocks k_blocks"]:
+        """Attention mass a block, of every head at the probes of one video of the embedded model; on the CPU."""
+        workload = Workload(
+            model=SHAPES.name,
+            resolution=next(iter(SHAPES.resolutions)),
+            steps=_CAPTURED_STEPS,
+            device=self.workload.device,
+        )
+        assert SHAPES.captions is not None
+        prompts = SHAPES.captions(1, 0)
+        stage = Stage(workload, prompts, calibration_prompts=0, calibration=None, console=self._console)
+        block_q, block_k = SHAPES.block
+        maps = [block_energy(probe.q[0], probe.k[0], block_q=block_q, block_k=block_k) for probe in stage.probes]
+        return torch.cat(maps).float().cpu()
+
+    def facts(self, arm: Arm | BlockArm) -> dict[str, Any]:
+        """The fields of a record that say what was run."""
+        baseline = isinstance(arm, Arm)
+        return {
+            "suite": "kernel",
+            "model": self.workload.model,
+            "resolution": self.workload.resolution,
+            "tokens": self.geometry.tokens,
+            "heads": self.geometry.heads,
+            "head_dim": self.geometry.head_dim,
+            "dtype": str(self.workload.dtype).removeprefix("torch."),
+            "method": arm.method if isinstance(arm, Arm) else "blocks",
+            "preset": arm.preset if isinstance(arm, Arm) else f"{arm.density:g}",
+            "kernel": self.dense.name if baseline else arm.kernel,
+            "baseline": None if baseline else self.dense.name,
+            "block": None if isinstance(arm, Arm) else arm.block,
+            "mask": None if isinstance(arm, Arm) else arm.mask,
+        }
+
+
+def measure(workload: Workload, arms: Sequence[Arm | BlockArm], console: Console) -> dict[Arm | BlockArm, Record]:
+    """Time kernels in turns with the fastest dense one; lists that a kernel makes of a mask's bits are its own time."""
+    bench = guarded(lambda: _Bench(workload, console))
+    if isinstance(bench, Failure):
+        raise RuntimeError(bench.reason)
+    readied = {arm: bench.ready(arm) for arm in dict.fromkeys((DENSE, *arms))}
+    timed_arms = {arm: one for arm, one in readied.items() if isinstance(one, _Ready)}
+    bench.log(f"timing {len(timed_arms)} arms, {ROUNDS} rounds")
+    timer = PhaseTimer(workload.device)
+    seconds: dict[Arm | BlockArm, list[float]] = {arm: [] for arm in timed_arms}
+    throttled: dict[Arm | BlockArm, bool] = dict.fromkeys(timed_arms, False)
+    # the first round warms up
+    for round_, arm in in_turns(list(timed_arms), ROUNDS + 1):
+        one = timed_arms[arm]
+        with timer.phase("attend"):
+            one.kernel.attend(bench.q, bench.k, bench.v, one.plan)
+        taken = timer.collect_s()["attend"]
+        state = read(workload.device)
+        if round_:
+            seconds[arm].append(taken)
+            throttled[arm] |= state is not None and state.throttled
+    records: dict[Arm | BlockArm, Record] = {}
+    for arm, result in readied.items():
+        if isinstance(result, Failure):
+            records[arm] = Record(**bench.facts(arm), outcome=result.outcome, reason=result.reason)
+            continue
+        geometry, density = bench.geometry, result.plan.density().mean().item()
+        # two matrix products of tokens × tokens × head_dim multiply-adds a head
+        operations = 4 * geometry.tokens**2 * geometry.head_dim * geometry.heads * density
+        records[arm] = Record(
+            **bench.facts(arm),
+            outcome="ok",
+            samples_s=tuple(seconds[arm]),
+            baseline_samples_s=None if arm == DENSE else tuple(seconds[DENSE]),
+            tflops=operations / statistics.median(seconds[arm]) / 1e12,
+            gemm_tflops=bench.gemm_tflops,
+            throttled=throttled[arm] if workload.device.type == "cuda" else None,
+            density=density,
+            kernel_error=result.error,
+            kernel_error_budget=result.budget,
+            plan_memory_bytes=result.plan.nbytes(),
+        )
+    return records
+
+
+def _gemm_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """Rate of a large matrix product on this device: what a kernel of matrix products can hope for."""
+    side = _GEMM[device.type]
+    a, b = torch.randn((2, side, side), device=device, dtype=dtype)
+    samples = [timed(device, lambda: a @ b)[0] for _ in range(_GEMM_ROUNDS + 1)]
+    return 2 * side**3 / statistics.median(samples[1:]) / 1e12

@@ -1,0 +1,71 @@
+"""Masks to time kernels with: drawn by lot, a band, or as uneven as those of the embedded model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import BlockMask, block_count
+
+MaskSource = Literal["random", "banded", "captured"]
+
+
+def random_keep(density: float, heads: int, rows: int, columns: int) -> Bool[Tensor, "heads rows columns"]:
+    """Every block kept or not by lot, the same at every call."""
+    return torch.rand((heads, rows, columns), generator=torch.Generator().manual_seed(0)) < density
+
+
+def banded_keep(density: float, heads: int, rows: int, columns: int) -> Bool[Tensor, "heads rows columns"]:
+    """A band along the diagonal, as wide as the density asks for."""
+    # a band of half-width w on the unit square covers 1 - (1 - w)²
+    width = 1 - math.sqrt(1 - density)
+    down = (torch.arange(rows)[:, None] + 0.5) / rows
+    right = (torch.arange(columns) + 0.5) / columns
+    return ((down - right).abs() < width).expand(heads, -1, -1)
+
+
+def captured_keep(
+    density: float, heads: int, rows: int, columns: int, energy: Float[Tensor, "maps side side"]
+) -> Bool[Tensor, "heads rows columns"]:
+    """The blocks with the most attention, over all heads together: so heads and rows differ as they do in a model.
+
+    Args:
+        energy: attention mass a block, of heads of a real generation; taken in turns, and resampled to this size.
+    """
+    maps = torch.nn.functional.interpolate(energy[None].float(), (rows, columns), mode="bilinear")[0]
+    tiled = maps[torch.arange(heads) % len(maps)].flatten()
+    keep = torch.zeros_like(tiled, dtype=torch.bool)
+    keep[tiled.topk(round(density * len(tiled)), sorted=False).indices] = True
+    return keep.view(heads, rows, columns)
+
+
+_Maker = Callable[[float, int, int, int], Bool[Tensor, "heads rows columns"]]
+_MAKERS: Mapping[MaskSource, _Maker] = MappingProxyType({"random": random_keep, "banded": banded_keep})
+MASK_SOURCES: tuple[MaskSource, ...] = ("random", "banded", "captured")
+
+
+def make_mask(
+    source: MaskSource,
+    density: float,
+    geometry: Geometry,
+    block: tuple[int, int],
+    energy: Callable[[], Float[Tensor, "maps side side"]],
+) -> BlockMask:
+    """A mask of about this density, on the CPU.
+
+    Args:
+        source: how blocks are chosen.
+        density: share of the blocks to keep, between 0 and 1.
+        geometry, block: of the attention call.
+        energy: gives what `captured` masks are made of; called only for them.
+    """
+    size = (geometry.heads, block_count(geometry.tokens, block[0]), block_count(geometry.tokens, block[1]))
+    keep = captured_keep(density, *size, energy()) if source == "captured" else _MAKERS[source](density, *size)
+    return BlockMask.from_keep(keep, tokens=geometry.tokens, block_q=block[0], block_k=block[1])

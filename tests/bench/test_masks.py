@@ -1,0 +1,48 @@
+"""Masks to time kernels with: of the density that was asked for, and as uneven as they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from calibatt.bench.masks import MASK_SOURCES, MaskSource, banded_keep, captured_keep, make_mask
+from calibatt.kernels.geometry import Geometry
+
+# 4,000 tokens: the last block of 64 has 32
+GEOMETRY = Geometry(grid=(10, 20, 20), heads=6, head_dim=64)
+
+
+def _energy() -> torch.Tensor:
+    """One head that looks everywhere, one that looks along the diagonal."""
+    flat = torch.full((48, 48), 1 / 48)
+    sharp = torch.softmax(-((torch.arange(48)[:, None] - torch.arange(48)).abs().float()), dim=-1)
+    return torch.stack((flat, sharp))
+
+
+@pytest.mark.parametrize("source", MASK_SOURCES)
+@pytest.mark.parametrize("density", [0.5, 0.25, 0.1])
+@pytest.mark.parametrize("block", [(128, 64), (64, 64)])
+def test_it_has_the_density_that_was_asked_for(source: MaskSource, density: float, block: tuple[int, int]) -> None:
+    mask = make_mask(source, density, GEOMETRY, block, _energy)
+    assert mask.density().mean().item() == pytest.approx(density, abs=0.03)
+    again = make_mask(source, density, GEOMETRY, block, _energy)
+    assert torch.equal(mask.bits, again.bits)
+
+
+def test_the_energy_is_asked_for_only_where_it_is_used() -> None:
+    def never() -> torch.Tensor:
+        raise AssertionError("nobody needs this")
+
+    make_mask("random", 0.5, GEOMETRY, (64, 64), never)
+
+
+def test_captured_masks_are_uneven_over_heads() -> None:
+    keep = captured_keep(0.3, 6, 63, 63, _energy())
+    shares = keep.float().mean((1, 2))
+    assert shares.max() > 2 * shares.min()
+
+
+def test_a_band_lies_along_the_diagonal_whatever_the_blocks() -> None:
+    keep = banded_keep(0.3, 1, 16, 32)[0]
+    assert keep.float().argmax(1).tolist() == sorted(keep.float().argmax(1).tolist())
+    assert keep[torch.arange(16), torch.arange(16) * 2].all()
