@@ -60,7 +60,7 @@ def _speed(entry: Entry) -> str:
     if record.psnr_db is not None:
         facts.append(f"PSNR {statistics.median(record.psnr_db):.1f} dB")
     if record.alignment is not None and record.alignment_dense is not None:
-        after, before = statistics.median(record.alignment), statistics.median(record.alignment_dense)
+        after, before = statistics.fmean(record.alignment), statistics.fmean(record.alignment_dense)
         facts.append(f"alignment {after:.2f} where dense has {before:.2f}")
     if record.density is not None:
         facts.append(f"density {record.density:.2f}")
