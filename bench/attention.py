@@ -44,9 +44,7 @@ def measure(stage: Stage, arms: Sequence[Arm]) -> dict[Arm, Record]:
                 phases[arm].setdefault(name, []).append(part / calls)
     for arm, (one, _) in meters.items():
         density = statistics.mean(plan.density().mean().item() for plan in one.plans)
-        geometry = stage.probes[0].site.geometry
-        # two matrix products of tokens × tokens × head_dim multiply-adds a head
-        operations = 4 * geometry.tokens**2 * geometry.head_dim * geometry.heads * density
+        operations = stage.probes[0].site.geometry.operations * density
         records[arm] = Record(
             **passed(stage, "attention", one),
             samples_s=tuple(seconds[arm]),

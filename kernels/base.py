@@ -65,6 +65,18 @@ class Kernel(Attender, Protocol):
         ...
 
 
+def check_accepted(kernel: Kernel, q: Tensor, plan: Plan) -> None:
+    """Raise what a kernel would refuse.
+
+    Raises:
+        ValueError: the kernel does not have these inputs' device, dtype or head dim, or the plan's blocks.
+    """
+    block = None if plan.mask is None else (plan.mask.block_q, plan.mask.block_k)
+    refusal = kernel.refusal(Task(device=q.device, dtype=q.dtype, head_dim=q.shape[-1], block=block))
+    if refusal is not None:
+        raise ValueError(refusal.reason)
+
+
 def check(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
     """Refuse inputs that do not belong together, naming both sides.
 

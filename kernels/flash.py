@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.base import Task, Unsupported, check
+from calibatt.kernels.base import Task, Unsupported, check, check_accepted
 from calibatt.kernels.by_kind import attend_by_kind
 from calibatt.kernels.dense import Dense
 from calibatt.kernels.expand import block_lists
@@ -101,10 +101,7 @@ class Flash4:
             ValueError: inputs and plan do not belong together, or the kernel does not have their dtype or sizes.
         """
         check(q, k, v, plan)
-        block = None if plan.mask is None else (plan.mask.block_q, plan.mask.block_k)
-        refusal = self.refusal(Task(device=q.device, dtype=q.dtype, head_dim=q.shape[-1], block=block))
-        if refusal is not None:
-            raise ValueError(refusal.reason)
+        check_accepted(self, q, plan)
         return attend_by_kind(q, k, v, plan, masked=_fa4_masked, dense=_fa4_dense)
 
 

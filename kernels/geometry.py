@@ -54,6 +54,11 @@ class Geometry:
         """Index of the first video token."""
         return self.text_tokens if self.text_side == "first" else 0
 
+    @property
+    def operations(self) -> int:
+        """Floating-point operations of one dense call: two matrix products of tokens × tokens × head_dim a head."""
+        return 4 * self.tokens**2 * self.head_dim * self.heads
+
     def __str__(self) -> str:
         text = f"+{self.text_tokens}" if self.text_tokens else ""
         return f"{'×'.join(map(str, self.grid))}{text} tokens, {self.heads} heads × {self.head_dim}"

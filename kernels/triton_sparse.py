@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.base import Task, Unsupported, check
+from calibatt.kernels.base import Task, Unsupported, check, check_accepted
 from calibatt.kernels.expand import block_lists, kinds_on
 from calibatt.kernels.plan import Plan, block_count
 
@@ -83,16 +83,13 @@ class Triton:
         from calibatt.kernels import triton_code
 
         check(q, k, v, plan)
-        block = None if plan.mask is None else (plan.mask.block_q, plan.mask.block_k)
-        refusal = self.refusal(Task(device=q.device, dtype=q.dtype, head_dim=q.shape[-1], block=block))
-        if refusal is not None:
-            raise ValueError(refusal.reason)
+        check_accepted(self, q, plan)
         # the device code steps over tokens, heads and batch by their strides, but over channels by one
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         batch, heads, tokens, head_dim = q.shape
         out = torch.empty_like(q)
         kinds = kinds_on(plan.kinds, q.device)
-        block_q, block_k = block or (_BLOCK, _BLOCK)
+        block_q, block_k = (_BLOCK, _BLOCK) if plan.mask is None else (plan.mask.block_q, plan.mask.block_k)
         tma = _has_tma(k, v)
         tile_q, tile_k, warps, stages = launch_shape(_capability(q.device), (block_q, block_k), tma=tma)
         q_blocks, k_blocks = block_count(tokens, block_q), block_count(tokens, block_k)

@@ -185,3 +185,16 @@ def test_density_of_a_plan_is_that_of_each_kind_of_head() -> None:
 def test_memory_of_a_plan_is_that_of_its_tensors() -> None:
     # 1 head × 4 rows × one 32-bit word; 16 computed and 64 sources of 8 bytes
     assert mixed_plan(1).nbytes() == 4 * 4 + (16 + 64) * 8
+
+
+def test_the_plan_of_some_heads_has_their_kinds_and_their_blocks() -> None:
+    geometry = Geometry(grid=(1, 8, 8), heads=3, head_dim=16)
+    keep = torch.rand((3, 4, 4), generator=torch.Generator().manual_seed(0)) < 0.5
+    mask = BlockMask.from_keep(keep, tokens=64, block_q=16, block_k=16)
+    reuse = RowReuse.of_anchor_rows(geometry, (1, 5))
+    plan = Plan(tokens=64, kinds=("masked", "reused", "masked"), mask=mask, reuse=reuse)
+    some = plan.of_heads([0, 2])
+    assert (some.kinds, some.reuse) == (("masked", "masked"), None)
+    assert some.mask is not None
+    assert torch.equal(some.mask.keep(), keep[[0, 2]])
+    assert plan.of_heads([1]).mask is None
