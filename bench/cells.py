@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from calibatt.bench.masks import MaskSource
+from calibatt.bench.masks import Pattern
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import look_up
 from calibatt.methods.catalogue import METHODS
@@ -15,6 +15,8 @@ from calibatt.models.catalogue import MODELS, ModelEntry
 from calibatt.models.device import working_dtype
 
 Mode = Literal["native", "equal_density"]
+Order = Literal["tile", "token-major", "random"]
+ORDERS: tuple[Order, ...] = ("tile", "token-major", "random")
 
 _EQUAL_DENSITY = "=density"
 
@@ -69,8 +71,8 @@ class BlockArm:
     Args:
         kernel: name in the catalogue of kernels.
         density: share of the blocks to keep; 1 is the kernel's own dense path, which has no mask.
-        mask: how blocks are chosen; None at density 1.
-        block: tokens of a query and of a key block; None at density 1.
+        mask: what the heads do; None at density 1.
+        block: tokens of a query and of a key block; None at density 1, and where rows are reused in place of a mask.
 
     Raises:
         ValueError: the fields contradict each other.
@@ -78,18 +80,38 @@ class BlockArm:
 
     kernel: str
     density: float
-    mask: MaskSource | None
+    mask: Pattern | None
     block: tuple[int, int] | None
 
     def __post_init__(self) -> None:
         whole = self.density == 1
-        if not 0 < self.density <= 1 or (self.mask is None) != whole or (self.block is None) != whole:
+        blockless = whole or self.mask == "rows"
+        if not 0 < self.density <= 1 or (self.mask is None) != whole or (self.block is None) != blockless:
             raise ValueError(f"a density is above 0 and up to 1, and has mask and blocks below 1: got {self}")
 
     def __str__(self) -> str:
-        if self.mask is None or self.block is None:
+        if self.mask is None:
             return "all"
-        return f"{self.mask}-{self.density:g}-{self.block[0]}x{self.block[1]}"
+        block = "" if self.block is None else f"-{self.block[0]}x{self.block[1]}"
+        return f"{self.mask}-{self.density:g}{block}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveArm:
+    """Queries, keys and values into another order, as one thing to measure; the baseline is a copy of them.
+
+    Args:
+        order: tiles of a video, the frames of one place after the other, or every head by lot.
+    """
+
+    order: Order
+    kernel: str = "triton"
+
+    def __str__(self) -> str:
+        return f"permute-{self.order}"
+
+
+AnyArm = Arm | BlockArm | MoveArm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +149,7 @@ class Cell:
     """One benchmark: an arm on a workload."""
 
     workload: Workload
-    arm: Arm | BlockArm
+    arm: AnyArm
 
     def __str__(self) -> str:
         return f"{self.workload}-{self.arm}-{self.arm.kernel}"

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from calibatt.bench.cells import DENSE, Arm, BlockArm, Cell, Workload
+from calibatt.bench.cells import DENSE, ORDERS, AnyArm, Arm, BlockArm, Cell, MoveArm, Order, Workload
 from calibatt.bench.console import Console
-from calibatt.bench.masks import MASK_SOURCES, MaskSource
+from calibatt.bench.masks import PATTERNS, Pattern
 from calibatt.bench.record import Suite
 from calibatt.bench.session import BenchSession, Settings
 from calibatt.kernels.catalogue import KERNELS
@@ -56,29 +56,33 @@ def cells(options: Namespace, suite: Suite) -> list[Cell]:
         # one preparation serves every preset and kernel
         calibrated = [arm for arm in arms if arm.method == "calibatt"]
         arms = dict.fromkeys(calibrated[:1])
-    return [Cell(workload=workload, arm=arm) for workload in _workloads(options) for arm in arms]
+    # what cannot be loaded has its place in the kernel suite alone
+    workloads = [workload for workload in _workloads(options) if workload.entry.loader is not None]
+    return [Cell(workload=workload, arm=arm) for workload in workloads for arm in arms]
 
 
 def _kernel_cells(options: Namespace) -> list[Cell]:
     kernels = _names(options.kernels)
     for kernel in kernels:
         look_up(KERNELS, kernel, "kernel")
-    catalogue: dict[str, MaskSource] = {source: source for source in MASK_SOURCES}
-    sources = [look_up(catalogue, name, "mask") for name in _names(options.masks)]
+    catalogue: dict[str, Pattern] = {pattern: pattern for pattern in PATTERNS}
+    patterns = [look_up(catalogue, name, "mask") for name in _names(options.masks)]
+    orders: dict[str, Order] = {order: order for order in ORDERS}
+    moves = [MoveArm(order=look_up(orders, name, "order")) for name in _names(options.orders)]
     found: list[Cell] = []
     # the same geometry at another number of steps is the same
     for workload in dict.fromkeys(replace(workload, steps=0) for workload in _workloads(options)):
         blocks = _blocks(options.blocks) or [workload.entry.block]
-        arms: list[Arm | BlockArm] = [DENSE]
+        arms: list[AnyArm] = [DENSE, *moves]
         for kernel in kernels:
             for density in _densities(options.densities):
                 if density == 1:
                     arms.append(BlockArm(kernel=kernel, density=density, mask=None, block=None))
                 else:
                     arms += [
-                        BlockArm(kernel=kernel, density=density, mask=source, block=block)
-                        for source in sources
-                        for block in blocks
+                        BlockArm(kernel=kernel, density=density, mask=pattern, block=block)
+                        for pattern in patterns
+                        for block in ([None] if pattern == "rows" else blocks)
                     ]
         found += [Cell(workload=workload, arm=arm) for arm in arms]
     return found

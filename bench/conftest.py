@@ -37,7 +37,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--kernels", default="flex", help="see `calibatt kernels`; default: %(default)s")
     add("--densities", default="0.25", help="of the kernel suite, 1 for dense; default: %(default)s")
     add("--blocks", default="", help="of the kernel suite, QUERIESxKEYS in tokens; default: the model's")
-    add("--masks", default="random", help="of the kernel suite: random, banded, captured; default: %(default)s")
+    add(
+        "--masks",
+        default="random",
+        help="of the kernel suite: random, banded, captured from the embedded model, rows (reused in place of a mask), "
+        "mixed; default: %(default)s",
+    )
+    add(
+        "--orders",
+        default="",
+        help="of the kernel suite: permutations to time against a copy: tile, token-major, random; default: none",
+    )
     add("--device", default=None, help="cpu or cuda; default: cuda where there is one")
     add("--rounds", type=int, default=6, help="videos an arm; below 6 no interval exists; default: %(default)s")
     add("--calibration-prompts", type=int, default=4, help="prompts to calibrate on; default: %(default)s")
@@ -96,8 +106,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     """Add what decides a figure."""
     import torch
 
-    # a host's name decides no figure, and result files are published
-    machine_info.pop("node", None)
+    # a host's name and its system's build decide no figure, and result files are published
+    for name in ("node", "release"):
+        machine_info.pop(name, None)
     machine_info["versions"] = _installed_versions()
     machine_info["threads"] = torch.get_num_threads()
     if torch.cuda.is_available():
@@ -135,8 +146,12 @@ def report(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Any], No
 
 
 def _cell(item: pytest.Item) -> Any:
+    from calibatt.bench.cells import Cell
+
     callspec = getattr(item, "callspec", None)
-    return None if callspec is None else callspec.params.get("cell")
+    # a suite without cells has one test that pytest skips, and no cell of ours
+    cell = None if callspec is None else callspec.params.get("cell")
+    return cell if isinstance(cell, Cell) else None
 
 
 class _PytestConsole:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from calibatt.bench import moves
 from calibatt.bench.accuracy import spot_error
 from calibatt.bench.arms import Failure, guarded
 from calibatt.bench.baseline import fastest_dense
-from calibatt.bench.cells import DENSE, Arm, BlockArm, Workload
+from calibatt.bench.cells import DENSE, AnyArm, Arm, BlockArm, MoveArm, Workload
 from calibatt.bench.console import Console
-from calibatt.bench.masks import make_mask
+from calibatt.bench.masks import make_plan
 from calibatt.bench.record import Record
 from calibatt.bench.rounds import in_turns
 from calibatt.bench.stage import Stage
@@ -26,11 +28,12 @@ from calibatt.bench.timer import PhaseTimer, timed
 from calibatt.calibration.energy import block_energy
 from calibatt.kernels.base import Kernel, Task
 from calibatt.kernels.catalogue import KERNELS
+from calibatt.kernels.expand import block_lists
 from calibatt.kernels.plan import Plan
 from calibatt.models.catalogue import SHAPES
 
-# as in the attention suite
-ROUNDS = 20
+# half of the attention suite's: at 720p a dense call takes as long as a hundred rounds of the embedded model
+ROUNDS = 10
 # side of the square matrices whose product is the roofline: large enough for a device's full rate
 _GEMM = {"cuda": 8192, "cpu": 2048}
 _GEMM_ROUNDS = 5
@@ -81,9 +84,8 @@ class _Bench:
         if refusal is not None:
             return Failure("unsupported", refusal.reason)
         plan = Plan.dense(self.geometry)
-        if isinstance(arm, BlockArm) and arm.mask is not None and arm.block is not None:
-            mask = make_mask(arm.mask, arm.density, self.geometry, arm.block, lambda: self._captured)
-            plan = Plan.masked(mask.to(device), self.geometry.heads)
+        if isinstance(arm, BlockArm) and arm.mask is not None:
+            plan = make_plan(arm.mask, arm.density, self.geometry, arm.block, lambda: self._captured).to(device)
         error, budget = spot_error(kernel, self.q, self.k, self.v, plan)
         if not error <= budget:
             return Failure("wrong", f"its largest error against fp64 is {error:.3g}, allowed {budget:.3g}")
@@ -105,9 +107,28 @@ class _Bench:
         maps = [block_energy(probe.q[0], probe.k[0], block_q=block_q, block_k=block_k) for probe in stage.probes]
         return torch.cat(maps).float().cpu()
 
-    def facts(self, arm: Arm | BlockArm) -> dict[str, Any]:
+    def moves(self, arms: Sequence[MoveArm]) -> dict[AnyArm, Record]:
+        """Time permutations."""
+        # they are Triton's wherever they run
+        task = Task(device=self.workload.device, dtype=self.workload.dtype, head_dim=self.geometry.head_dim)
+        refusal = KERNELS["triton"].refusal(task)
+        if refusal is not None:
+            return {arm: Record(**self.facts(arm), outcome="unsupported", reason=refusal.reason) for arm in arms}
+        self.log(f"timing {len(arms)} permutations")
+        return moves.measure(arms, (self.q, self.k, self.v), self.geometry, self.facts, ROUNDS)
+
+    def facts(self, arm: AnyArm) -> dict[str, Any]:
         """The fields of a record that say what was run."""
-        baseline = isinstance(arm, Arm)
+        what: dict[str, Any]
+        if isinstance(arm, Arm):
+            what = {"method": arm.method, "preset": arm.preset, "kernel": self.dense.name, "baseline": None}
+        elif isinstance(arm, MoveArm):
+            what = {"method": "permute", "preset": arm.order, "kernel": arm.kernel, "baseline": "copy"}
+        else:
+            what = {
+                "method": "blocks", "preset": f"{arm.density:g}", "kernel": arm.kernel, "baseline": self.dense.name,
+                "block": arm.block, "mask": arm.mask,
+            }  # fmt: skip
         return {
             "suite": "kernel",
             "model": self.workload.model,
@@ -116,35 +137,44 @@ class _Bench:
             "heads": self.geometry.heads,
             "head_dim": self.geometry.head_dim,
             "dtype": str(self.workload.dtype).removeprefix("torch."),
-            "method": arm.method if isinstance(arm, Arm) else "blocks",
-            "preset": arm.preset if isinstance(arm, Arm) else f"{arm.density:g}",
-            "kernel": self.dense.name if baseline else arm.kernel,
-            "baseline": None if baseline else self.dense.name,
-            "block": None if isinstance(arm, Arm) else arm.block,
-            "mask": None if isinstance(arm, Arm) else arm.mask,
+            **what,
         }
 
 
-def measure(workload: Workload, arms: Sequence[Arm | BlockArm], console: Console) -> dict[Arm | BlockArm, Record]:
+def measure(workload: Workload, arms: Sequence[AnyArm], console: Console) -> dict[AnyArm, Record]:
     """Time kernels in turns with the fastest dense one; lists that a kernel makes of a mask's bits are its own time."""
     bench = _Bench(workload, console)
-    readied = {arm: bench.ready(arm) for arm in dict.fromkeys((DENSE, *arms))}
+    records: dict[AnyArm, Record] = {}
+    if moved := [arm for arm in arms if isinstance(arm, MoveArm)]:
+        records.update(bench.moves(moved))
+    attending = [arm for arm in arms if not isinstance(arm, MoveArm)]
+    readied = {arm: bench.ready(arm) for arm in dict.fromkeys((DENSE, *attending))}
     timed_arms = {arm: one for arm, one in readied.items() if isinstance(one, _Ready)}
     bench.log(f"timing {len(timed_arms)} arms, {ROUNDS} rounds")
     timer = PhaseTimer(workload.device)
     seconds: dict[Arm | BlockArm, list[float]] = {arm: [] for arm in timed_arms}
+    phases: dict[Arm | BlockArm, dict[str, list[float]]] = {arm: {} for arm in timed_arms}
     throttled: dict[Arm | BlockArm, bool] = dict.fromkeys(timed_arms, False)
     # the first round warms up
     for round_, arm in in_turns(list(timed_arms), ROUNDS + 1):
         one = timed_arms[arm]
+        timer.lead()
+        start = time.perf_counter()
         with timer.phase("attend"):
             one.kernel.attend(bench.q, bench.k, bench.v, one.plan)
-        taken = timer.collect_s()["attend"]
+        launch = time.perf_counter() - start
+        if one.plan.mask is not None and workload.device.type == "cuda":
+            with timer.phase("lists"):
+                block_lists(one.plan)
+        taken = timer.collect_s()
         state = read(workload.device)
         if round_:
-            seconds[arm].append(taken)
+            seconds[arm].append(taken.pop("attend"))
+            # elsewhere the host computes itself
+            if workload.device.type == "cuda":
+                for name, part in (*taken.items(), ("launch", launch)):
+                    phases[arm].setdefault(name, []).append(part)
             throttled[arm] |= state is not None and state.throttled
-    records: dict[Arm | BlockArm, Record] = {}
     for arm, result in readied.items():
         if isinstance(result, Failure):
             records[arm] = Record(**bench.facts(arm), outcome=result.outcome, reason=result.reason)
@@ -156,6 +186,7 @@ def measure(workload: Workload, arms: Sequence[Arm | BlockArm], console: Console
             outcome="ok",
             samples_s=tuple(seconds[arm]),
             baseline_samples_s=None if arm == DENSE else tuple(seconds[DENSE]),
+            phases_s={name: tuple(parts) for name, parts in phases[arm].items()} or None,
             tflops=operations / statistics.median(seconds[arm]) / 1e12,
             gemm_tflops=bench.gemm_tflops,
             throttled=throttled[arm] if workload.device.type == "cuda" else None,

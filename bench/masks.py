@@ -1,4 +1,4 @@
-"""Masks to time kernels with: drawn by lot, a band, or as uneven as those of the embedded model."""
+"""Plans to time kernels with: masks by lot, in a band, or as uneven as the embedded model's; row reuse; both."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, block_count
+from calibatt.kernels.plan import BlockMask, HeadKind, Plan, RowReuse, block_count
 
 MaskSource = Literal["random", "banded", "captured"]
+# `rows`: heads that reuse rows; `mixed`: every other head reuses rows, the others have a random mask
+Pattern = Literal["random", "banded", "captured", "rows", "mixed"]
 
 
 def random_keep(density: float, heads: int, rows: int, columns: int) -> Bool[Tensor, "heads rows columns"]:
@@ -49,6 +51,7 @@ def captured_keep(
 _Maker = Callable[[float, int, int, int], Bool[Tensor, "heads rows columns"]]
 _MAKERS: Mapping[MaskSource, _Maker] = MappingProxyType({"random": random_keep, "banded": banded_keep})
 MASK_SOURCES: tuple[MaskSource, ...] = ("random", "banded", "captured")
+PATTERNS: tuple[Pattern, ...] = (*MASK_SOURCES, "rows", "mixed")
 
 
 def make_mask(
@@ -69,3 +72,36 @@ def make_mask(
     size = (geometry.heads, block_count(geometry.tokens, block[0]), block_count(geometry.tokens, block[1]))
     keep = captured_keep(density, *size, energy()) if source == "captured" else _MAKERS[source](density, *size)
     return BlockMask.from_keep(keep, tokens=geometry.tokens, block_q=block[0], block_k=block[1])
+
+
+def anchor_rows(density: float, rows: int) -> list[int]:
+    """Rows of a frame, evenly apart, that are about this share of all."""
+    count = max(1, round(density * rows))
+    return [(2 * i + 1) * rows // (2 * count) for i in range(count)]
+
+
+def make_plan(
+    pattern: Pattern,
+    density: float,
+    geometry: Geometry,
+    block: tuple[int, int] | None,
+    energy: Callable[[], Float[Tensor, "maps side side"]],
+) -> Plan:
+    """A plan of about this density, on the CPU.
+
+    Args:
+        pattern: what its heads do.
+        density: share of the blocks, or of the rows of a frame, to compute.
+        geometry, block: of the attention call; `rows` needs no block.
+        energy: as for `make_mask`.
+    """
+    reuse = mask = None
+    if pattern in ("rows", "mixed"):
+        reuse = RowReuse.of_anchor_rows(geometry, anchor_rows(density, geometry.grid[1]))
+    if pattern != "rows":
+        assert block is not None
+        mask = make_mask("random" if pattern == "mixed" else pattern, density, geometry, block, energy)
+    cycles: Mapping[Pattern, tuple[HeadKind, ...]] = {"rows": ("reused",), "mixed": ("masked", "reused")}
+    of_heads = cycles.get(pattern, ("masked",))
+    kinds = tuple(of_heads[head % len(of_heads)] for head in range(geometry.heads))
+    return Plan(tokens=geometry.tokens, kinds=kinds, mask=mask, reuse=reuse)

@@ -40,7 +40,7 @@ class Record:
         method, preset, mode: `native` is the method's own settings, `equal_density` those that give CalibAtt's density.
             In the kernel suite the method is `blocks` and the preset the density that was asked for.
         kernel, block: the kernel, and tokens of a query and of a key block.
-        mask: where a kernel benchmark's mask comes from.
+        mask: where a kernel benchmark's mask comes from; `rows` for row reuse, `mixed` for both in one layer.
         baseline: the dense kernel that times are compared with.
         prompts: captions of the samples, in order.
     How it went:
@@ -49,7 +49,9 @@ class Record:
     Time, in seconds:
         samples_s: end to end, one a round (in `stats.data` of the file).
         baseline_samples_s: the dense arm, same rounds.
-        phases_s: samples of each phase (`plan`, `attend`, …).
+        phases_s: samples of each phase (`plan`, `attend`, …). In the kernel suite on a GPU: `lists`, what it takes to
+            make lists of the mask's bits (a part of each sample, taken again by itself), and `launch`, the host's time
+            until all is queued, which is in no sample.
         tflops: of the blocks kept.
         gemm_tflops: rate of a large matrix product on the same device in the same run: the roofline.
     Cost:
@@ -88,7 +90,7 @@ class Record:
     preset: str | None = None
     mode: Literal["native", "equal_density"] | None = None
     block: tuple[int, int] | None = None
-    mask: Literal["random", "banded", "captured"] | None = None
+    mask: Literal["random", "banded", "captured", "rows", "mixed"] | None = None
     baseline: str | None = None
     prompts: tuple[str, ...] | None = None
     throttled: bool | None = None

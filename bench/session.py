@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from calibatt.bench import attention, denoise, kernel, preparation
-from calibatt.bench.cells import DENSE, Arm, BlockArm, Cell, Workload
+from calibatt.bench.cells import DENSE, AnyArm, Arm, Cell, Workload
 from calibatt.bench.console import Console
 from calibatt.bench.record import Record, Suite
 from calibatt.bench.stage import Stage
@@ -45,7 +45,7 @@ class BenchSession:
     def __init__(self, settings: Settings, console: Console) -> None:
         self.settings = settings
         self.console = console
-        self.chosen: dict[tuple[Suite, Workload], list[Arm | BlockArm]] = {}
+        self.chosen: dict[tuple[Suite, Workload], list[AnyArm]] = {}
         self.untimed: list[Record] = []
         self._records: dict[tuple[Suite, Cell], Record] = {}
         self._stage: Stage | None = None
@@ -72,7 +72,7 @@ class BenchSession:
 
     # kernels that compile would otherwise do so a second time for the pipeline, which runs without gradients
     @torch.no_grad()
-    def _measure(self, suite: Suite, workload: Workload) -> Iterable[tuple[Arm | BlockArm, Record]]:
+    def _measure(self, suite: Suite, workload: Workload) -> Iterable[tuple[AnyArm, Record]]:
         chosen = self.chosen[suite, workload]
         if suite == "kernel":
             return kernel.measure(workload, chosen, self.console).items()

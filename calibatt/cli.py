@@ -209,7 +209,8 @@ def _models(arguments: argparse.Namespace) -> int:
         for name, size in entry.resolutions.items():
             rows.append(
                 (entry.name, name, f"{size.width}×{size.height}, {size.frames} frames",
-                 f"{entry.geometry(name)} in {entry.layers} layers", f"{entry.steps_at(name)} steps")
+                 f"{entry.geometry(name)} in {entry.layers} layers",
+                 f"{entry.steps_at(name)} steps" if entry.loader else "attention only")
             )  # fmt: skip
     _table(("MODEL", "RESOLUTION", "VIDEO", "ATTENTION", "DEFAULT"), rows)
     return 0

@@ -65,6 +65,11 @@ class Kernel(Attender, Protocol):
         ...
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As people write it: bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_accepted(kernel: Kernel, q: Tensor, plan: Plan) -> None:
     """Raise what a kernel would refuse.
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.base import Task, Unsupported, check, check_accepted
+from calibatt.kernels.base import Task, Unsupported, check, check_accepted, dtype_name
 from calibatt.kernels.by_kind import attend_by_kind
 from calibatt.kernels.dense import Dense
 from calibatt.kernels.expand import block_lists
 from calibatt.kernels.plan import Plan
 
 _HEAD_DIMS = (64, 128)
+_HALVES = (torch.bfloat16, torch.float16)
 # Block sizes that FlashAttention-4 walks on sm90, flash_attn/cute/interface.py of 4.0.0b36: query tiles of 128 or 64
 # divide a query block, and a key block is one tile, of at most 128 keys in steps of 16.
 _SM90_QUERIES, _SM90_MOST_KEYS, _SM90_KEY_STEP = 64, 128, 16
@@ -26,7 +27,13 @@ _SM100_QUERIES, _SM100_KEYS = 256, 128
 
 
 def _objection(
-    name: str, package: str, extra: str, least: tuple[int, int], most: tuple[int, int], task: Task
+    name: str,
+    package: str,
+    extra: str,
+    least: tuple[int, int],
+    most: tuple[int, int],
+    dtypes: Sequence[torch.dtype],
+    task: Task,
 ) -> str | None:
     """What keeps FlashAttention from a dense task: the GPU, the package, the dtype or the head dim."""
     if task.device.type != "cuda":
@@ -36,8 +43,8 @@ def _objection(
         return f"{name} runs on sm{least[0]}{least[1]} to sm{most[0]}{most[1]}, not on sm{capability[0]}{capability[1]}"
     if not _installed(package):
         return f"{name} is not installed: pip install 'calibatt[{extra}]'"
-    if task.dtype not in (torch.bfloat16, torch.float16):
-        return f"{name} computes bfloat16 and float16, not {str(task.dtype).removeprefix('torch.')}"
+    if task.dtype not in dtypes:
+        return f"{name} computes {' and '.join(map(dtype_name, dtypes))} here, not {dtype_name(task.dtype)}"
     if task.head_dim not in _HEAD_DIMS:
         return f"{name} is used at head dims {' and '.join(map(str, _HEAD_DIMS))} here, not {task.head_dim}"
     return None
@@ -72,7 +79,8 @@ def _fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 FA3 = Dense(
     "fa3",
     _fa3,
-    functools.partial(_objection, "FlashAttention-3", "fa3_fwd_interface", "fa3", (9, 0), (9, 0)),
+    # fa3-fwd 0.0.3 is built without fp16, and says so when called
+    functools.partial(_objection, "FlashAttention-3", "fa3_fwd_interface", "fa3", (9, 0), (9, 0), [torch.bfloat16]),
 )
 
 
@@ -83,7 +91,7 @@ class Flash4:
 
     def refusal(self, task: Task) -> Unsupported | None:
         """Why this kernel cannot do the task on this machine, or None when it can."""
-        objection = _objection("FlashAttention-4", "flash_attn.cute", "fa4", (8, 0), (12, 1), task)
+        objection = _objection("FlashAttention-4", "flash_attn.cute", "fa4", (8, 0), (12, 1), _HALVES, task)
         if objection is None and task.block is not None:
             objection = _block_objection(torch.cuda.get_device_capability(task.device), task.block)
         return None if objection is None else Unsupported(objection)

@@ -238,6 +238,13 @@ class Plan:
         """Every head computes the blocks of the mask."""
         return cls(tokens=mask.tokens, kinds=_alike("masked", heads), mask=mask)
 
+    def to(self, device: torch.device | str) -> Plan:
+        """The same plan on another device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return Plan(
+            tokens=self.tokens, kinds=self.kinds, mask=mask, reuse=None if self.reuse is None else self.reuse.to(device)
+        )
+
     def of_heads(self, heads: Sequence[int]) -> Plan:
         """The plan of some heads alone, in this order."""
         kinds = tuple(self.kinds[head] for head in heads)

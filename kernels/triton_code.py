@@ -13,7 +13,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def expand(  # type: ignore[no-untyped-def]
+def expand(
     words, kinds, indices, counts, k_blocks, head_stride, row_words, BLOCKS: tl.constexpr, EVERY_HEAD: tl.constexpr
 ):
     """Bits to lists: for one query block of one head, its key blocks, ascending, and how many they are."""
@@ -33,7 +33,34 @@ def expand(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def attend(  # type: ignore[no-untyped-def]
+def move_rows(
+    x_0, x_1, x_2, y_0, y_1, y_2, order, order_head, order_token, tokens,
+    x_batch, x_head, x_token, x_channel, y_batch, y_head, y_token, y_channel,
+    COUNT: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """Some rows of one head of one of the tensors: from where the order says, or back to there."""
+    head, third = tl.program_id(1), tl.program_id(2)
+    batch, which = (third // COUNT).to(tl.int64), third % COUNT
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = place < tokens
+    listed = tl.load(order + head * order_head + place * order_token, mask=real, other=0)
+    place, listed = place.to(tl.int64), listed.to(tl.int64)
+    channel = tl.arange(0, HEAD_DIM)
+    source, target = listed, place
+    if BACK:
+        source, target = place, listed
+    here = batch * x_batch + head.to(tl.int64) * x_head + source[:, None] * x_token + channel[None, :] * x_channel
+    there = batch * y_batch + head.to(tl.int64) * y_head + target[:, None] * y_token + channel[None, :] * y_channel
+    if which == 0:
+        tl.store(y_0 + there, tl.load(x_0 + here, mask=real[:, None]), mask=real[:, None])
+    elif which == 1:
+        tl.store(y_1 + there, tl.load(x_1 + here, mask=real[:, None]), mask=real[:, None])
+    else:
+        tl.store(y_2 + there, tl.load(x_2 + here, mask=real[:, None]), mask=real[:, None])
+
+
+@triton.jit
+def attend(
     q, k, v, out, lse, indices, counts, kinds, computed, served,
     scale, tokens, computed_count, served_most, q_blocks, k_blocks, heads,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
@@ -107,7 +134,7 @@ def attend(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _over_keys(  # type: ignore[no-untyped-def]
+def _over_keys(
     most, total, mean, queries, k, v, blocks, masked, first, last, tokens, scale, k_token, v_token, batch, head,
     BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip

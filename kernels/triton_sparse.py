@@ -7,25 +7,20 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.base import Task, Unsupported, check, check_accepted
-from calibatt.kernels.expand import block_lists, kinds_on
+from calibatt.kernels.base import Task, Unsupported, dtype_name
+from calibatt.kernels.one_launch import Launch, OneLaunch, tensor_map_fits
 from calibatt.kernels.plan import Plan, block_count
 
-# tokens of a block where a plan has none, and of a tile of queries at the most: larger ones do not fit the registers
-_BLOCK = 128
+# queries of a tile at the most: more do not fit the registers
+_MOST_QUERIES = 128
 # tl.dot multiplies tiles of at least 16 × 16
 _LEAST_TILE = 16
 
 
-class Triton:
-    """One launch for all heads: masked ones walk their lists, dense ones all keys, reused ones their computed rows.
-
-    A reused head's rows are gathered when they are loaded, and each is written to every token that takes its output:
-    there is no pass over the output besides.
-    """
+class Triton(OneLaunch):
+    """For any NVIDIA GPU: masked heads walk their lists, dense ones all keys, reused ones compute a few rows."""
 
     name = "triton"
 
@@ -40,7 +35,7 @@ class Triton:
         known = (torch.float32, torch.float16) if _interpreted() else halves
         if task.dtype not in known:
             return Unsupported(
-                f"the Triton kernel computes {' and '.join(map(_short, known))}, not {_short(task.dtype)}"
+                f"the Triton kernel computes {' and '.join(map(dtype_name, known))}, not {dtype_name(task.dtype)}"
             )
         if task.head_dim not in (64, 128):
             return Unsupported(f"the Triton kernel has head dims 64 and 128, not {task.head_dim}")
@@ -48,69 +43,24 @@ class Triton:
             return Unsupported(f"the Triton kernel needs blocks that are multiples of {_LEAST_TILE}: got {task.block}")
         return None
 
-    def attend(
-        self,
-        q: Float[Tensor, "batch heads tokens head_dim"],
-        k: Float[Tensor, "batch heads tokens head_dim"],
-        v: Float[Tensor, "batch heads tokens head_dim"],
-        plan: Plan,
-    ) -> Float[Tensor, "batch heads tokens head_dim"]:
-        """Attention under a plan; a row with no block gives zeros.
-
-        Raises:
-            ValueError: inputs and plan do not belong together, or the kernel does not have their dtype or sizes.
-        """
-        return self._launch(q, k, v, plan, None)
-
-    def attend_with_lse(
-        self,
-        q: Float[Tensor, "batch heads tokens head_dim"],
-        k: Float[Tensor, "batch heads tokens head_dim"],
-        v: Float[Tensor, "batch heads tokens head_dim"],
-        plan: Plan,
-    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens"]]:
-        """The same, and the logarithm of the sum of exponentials of each query's scores, in fp32.
-
-        A query with no key has -inf; one that takes another's output has that one's.
-
-        Raises:
-            ValueError: as `attend`.
-        """
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        return self._launch(q, k, v, plan, lse), lse
-
-    def _launch(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, lse: Tensor | None) -> Tensor:
+    def _launch(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, plan: Plan) -> None:
         from calibatt.kernels import triton_code
 
-        check(q, k, v, plan)
-        check_accepted(self, q, plan)
-        # the device code steps over tokens, heads and batch by their strides, but over channels by one
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         batch, heads, tokens, head_dim = q.shape
-        out = torch.empty_like(q)
-        kinds = kinds_on(plan.kinds, q.device)
-        block_q, block_k = (_BLOCK, _BLOCK) if plan.mask is None else (plan.mask.block_q, plan.mask.block_k)
+        given = Launch.of(plan, q.device)
+        block = given.block_q, given.block_k
         tma = _has_tma(k, v)
-        tile_q, tile_k, warps, stages = launch_shape(_capability(q.device), (block_q, block_k), tma=tma)
-        q_blocks, k_blocks = block_count(tokens, block_q), block_count(tokens, block_k)
-        # an argument that nothing reads must still be a tensor
-        indices = counts = computed = served = kinds
-        served_most = 1
-        if plan.mask is not None:
-            indices, counts = block_lists(plan)
-        if plan.reuse is not None:
-            computed, served = plan.reuse.computed, plan.reuse.served
-            served_most = served.shape[1]
+        tile_q, tile_k, warps, stages = launch_shape(_capability(q.device), block, tma=tma)
         keys, values = (_descriptor(x, tile_k) for x in (k, v)) if tma else (k, v)
         triton_code.attend[(block_count(tokens, tile_q), heads, batch)](
-            q, keys, values, out, q if lse is None else lse, indices, counts, kinds, computed, served,
-            math.log2(math.e) / math.sqrt(head_dim), tokens, len(computed), served_most, q_blocks, k_blocks, heads,
+            q, keys, values, out, q if lse is None else lse, given.indices, given.counts, given.kinds,
+            given.computed, given.served, math.log2(math.e) / math.sqrt(head_dim), tokens, len(given.computed),
+            given.served_most, given.q_blocks, given.k_blocks, heads,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            BLOCK_Q=block_q, BLOCK_K=block_k, TILE_Q=tile_q, TILE_K=tile_k, HEAD_DIM=head_dim,
+            BLOCK_Q=block[0], BLOCK_K=block[1], TILE_Q=tile_q, TILE_K=tile_k, HEAD_DIM=head_dim,
             REUSE=plan.reuse is not None, WITH_LSE=lse is not None,
             TMA=tma, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        return out
 
 
 def _tile(block: int, most: int) -> int:
@@ -132,8 +82,8 @@ def launch_shape(capability: tuple[int, int], block: tuple[int, int], *, tma: bo
     """
     roomy = capability in ((8, 0), (9, 0))
     most_keys = 128 if capability == (9, 0) and tma else 64 if roomy else 32
-    tile_q, tile_k = _tile(block[0], _BLOCK), _tile(block[1], most_keys)
-    return tile_q, tile_k, 8 if tile_q == _BLOCK else 4, 3
+    tile_q, tile_k = _tile(block[0], _MOST_QUERIES), _tile(block[1], most_keys)
+    return tile_q, tile_k, 8 if tile_q == _MOST_QUERIES else 4, 3
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
@@ -143,12 +93,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def _has_tma(*tensors: Tensor) -> bool:
     """Whether tiles can be copied by a tensor memory accelerator: a unit of Hopper and newer, for aligned tensors."""
-    # addresses and strides in multiples of 16 bytes: CUDA's programming guide on tensor maps
-    aligned = all(
-        x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
-        for x in tensors
-    )
-    return aligned and _capability(tensors[0].device) >= (9, 0)
+    return _capability(tensors[0].device) >= (9, 0) and all(map(tensor_map_fits, tensors))
 
 
 def _descriptor(x: Tensor, tile: int) -> Any:
@@ -162,7 +107,3 @@ def _interpreted() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

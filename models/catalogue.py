@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.geometry import Geometry, TextSide
 from calibatt.kernels.names import look_up
 
 # takes device and dtype, and a folder of weights to use in place of the model's own
@@ -63,7 +63,8 @@ class ModelEntry:
         steps, guidance: defaults of a generation.
         prompt_tokens: length the prompt is padded to.
         negative_prompt: prompt of the unconditional pass.
-        loader: makes the pipeline.
+        loader: makes the pipeline; None where only the attention can be measured, by itself.
+        text_tokens, text_side: of the prompt in the sequence of self-attention, where it is there.
         alignment: score of text alignment, where the model has one.
         captions: the model's own prompts (`held_out` of them were never trained on), where it has a grammar for them.
     """
@@ -80,7 +81,9 @@ class ModelEntry:
     steps: int
     guidance: float
     prompt_tokens: int
-    loader: Loader
+    loader: Loader | None
+    text_tokens: int = 0
+    text_side: TextSide = "last"
     negative_prompt: str = ""
     alignment: Alignment | None = None
     captions: Callable[[int, int], list[str]] | None = None
@@ -105,10 +108,14 @@ class ModelEntry:
 
     def geometry(self, resolution: str) -> Geometry:
         """Layout of the tokens of one self-attention call."""
+        # latents that do not fill their last patch are padded
         frames, rows, columns = (
-            extent // patch for extent, patch in zip(self.latent_shape(resolution)[2:], self.patch, strict=True)
+            -(-extent // patch) for extent, patch in zip(self.latent_shape(resolution)[2:], self.patch, strict=True)
         )
-        return Geometry(grid=(frames, rows, columns), heads=self.heads, head_dim=self.head_dim)
+        return Geometry(
+            grid=(frames, rows, columns), heads=self.heads, head_dim=self.head_dim, text_tokens=self.text_tokens,
+            text_side=self.text_side,
+        )  # fmt: skip
 
     def load(self, *, resolution: str, device: torch.device, dtype: torch.dtype, weights: Path | None = None) -> Any:
         """The Diffusers pipeline, on the device, with the resolution's schedule.
@@ -118,8 +125,13 @@ class ModelEntry:
 
         Raises:
             UnknownName: the model has no such resolution.
+            ValueError: the model has no loader.
             OSError: the weights cannot be had.
         """
+        if self.loader is None:
+            raise ValueError(
+                f"{self.name} cannot generate here: its attention alone is measured, by pytest bench -k test_kernels"
+            )
         shift = self.resolution(resolution).flow_shift
         pipe = self.loader(device, dtype, weights)
         if shift is not None:
@@ -217,10 +229,50 @@ def _wan(name: str, repository: str, *, layers: int, heads: int) -> ModelEntry:
     )
 
 
+# Sizes, steps and guidance: the documentation of each one's pipeline in Diffusers, and its transformer's configuration.
+_ATTENTION_ONLY = (
+    ModelEntry(
+        name="wan2.2-ti2v-5b", layers=30, heads=24, head_dim=128, patch=(1, 2, 2), latent_stride=(4, 16),
+        latent_channels=48, block=(128, 128), steps=50, guidance=5.0, prompt_tokens=512, loader=None,
+        resolutions=MappingProxyType({"720p": Resolution(height=704, width=1280, frames=121)}),
+    ),
+    ModelEntry(
+        name="mochi-1", layers=48, heads=24, head_dim=128, patch=(1, 2, 2), latent_stride=(6, 8),
+        latent_channels=12, block=(128, 128), steps=64, guidance=4.5, prompt_tokens=256, loader=None, text_tokens=256,
+        resolutions=MappingProxyType({
+            "85f": Resolution(height=480, width=848, frames=85),
+            "163f": Resolution(height=480, width=848, frames=163),
+        }),
+    ),
+    ModelEntry(
+        name="hunyuanvideo", layers=60, heads=24, head_dim=128, patch=(1, 2, 2), latent_stride=(4, 8),
+        latent_channels=16, block=(128, 128), steps=50, guidance=6.0, prompt_tokens=256, loader=None, text_tokens=256,
+        resolutions=MappingProxyType({"720p": Resolution(height=720, width=1280, frames=129)}),
+    ),
+    ModelEntry(
+        name="cogvideox-5b", layers=42, heads=48, head_dim=64, patch=(1, 2, 2), latent_stride=(4, 8),
+        latent_channels=16, block=(128, 128), steps=50, guidance=6.0, prompt_tokens=226, loader=None, text_tokens=226,
+        text_side="first",
+        resolutions=MappingProxyType({"480p": Resolution(height=480, width=720, frames=49)}),
+    ),
+    ModelEntry(
+        name="cogvideox1.5-5b", layers=42, heads=48, head_dim=64, patch=(2, 2, 2), latent_stride=(4, 8),
+        latent_channels=16, block=(128, 128), steps=50, guidance=6.0, prompt_tokens=226, loader=None, text_tokens=226,
+        text_side="first",
+        resolutions=MappingProxyType({"768p": Resolution(height=768, width=1360, frames=81)}),
+    ),
+    ModelEntry(
+        name="ltx-video-2b", layers=28, heads=32, head_dim=64, patch=(1, 1, 1), latent_stride=(8, 32),
+        latent_channels=128, block=(128, 128), steps=50, guidance=3.0, prompt_tokens=128, loader=None,
+        resolutions=MappingProxyType({"512p": Resolution(height=512, width=704, frames=161)}),
+    ),
+)  # fmt: skip
+
 MODELS: Mapping[str, ModelEntry] = MappingProxyType(
     {
         "shapes": SHAPES,
         "wan2.1-1.3b": _wan("wan2.1-1.3b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", layers=30, heads=12),
         "wan2.1-14b": _wan("wan2.1-14b", "Wan-AI/Wan2.1-T2V-14B-Diffusers", layers=40, heads=40),
+        **{entry.name: entry for entry in _ATTENTION_ONLY},
     }
 )

@@ -12,15 +12,17 @@ from calibatt.reports.page import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = README + "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
 RESULTS = sorted((ROOT / "bench" / "results").rglob("*.json"))
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: str(path.relative_to(ROOT / "bench" / "results")))
 def test_every_committed_result_is_quoted_as_it_is(path: Path) -> None:
     run = load_run(path)
-    assert str(path.relative_to(ROOT)) in README
+    assert str(path.relative_to(ROOT)) in PAGES
+    assert run.command in PAGES
     for part in tables(run).split("\n\n"):
-        assert part.strip() in README
+        assert part.strip() in PAGES
 
 
 def test_the_tests_are_run_by_the_command_that_it_gives() -> None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calibatt.bench.masks import MASK_SOURCES, MaskSource, banded_keep, captured_keep, make_mask
+from calibatt.bench.masks import (
+    MASK_SOURCES,
+    MaskSource,
+    anchor_rows,
+    banded_keep,
+    captured_keep,
+    make_mask,
+    make_plan,
+)
 from calibatt.kernels.geometry import Geometry
 
 # 4,000 tokens: the last block of 64 has 32
@@ -46,3 +54,20 @@ def test_a_band_lies_along_the_diagonal_whatever_the_blocks() -> None:
     keep = banded_keep(0.3, 1, 16, 32)[0]
     assert keep.float().argmax(1).tolist() == sorted(keep.float().argmax(1).tolist())
     assert keep[torch.arange(16), torch.arange(16) * 2].all()
+
+
+def test_anchor_rows_are_evenly_apart() -> None:
+    assert anchor_rows(5 / 30, 30) == [3, 9, 15, 21, 27]
+    assert anchor_rows(0.01, 30) == [15]
+
+
+def test_rows_need_no_blocks_and_compute_their_share() -> None:
+    plan = make_plan("rows", 0.25, GEOMETRY, None, _energy)
+    assert set(plan.kinds) == {"reused"}
+    assert plan.density().tolist() == pytest.approx([0.25] * 6)
+
+
+def test_every_other_head_of_a_mixed_plan_reuses_rows() -> None:
+    plan = make_plan("mixed", 0.25, GEOMETRY, (64, 64), _energy)
+    assert plan.kinds == ("masked", "reused") * 3
+    assert plan.density().mean().item() == pytest.approx(0.25, abs=0.03)

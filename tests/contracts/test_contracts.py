@@ -128,15 +128,6 @@ def made(name: str, preset: str, geometry: Geometry) -> Method:
     return method
 
 
-def on(plan: Plan, device: str) -> Plan:
-    return Plan(
-        tokens=plan.tokens,
-        kinds=plan.kinds,
-        mask=None if plan.mask is None else plan.mask.to(device),
-        reuse=None if plan.reuse is None else plan.reuse.to(device),
-    )
-
-
 def run(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     """The kernel's output; skips where the kernel says that it cannot."""
     block = None if set(plan.kinds) == {"dense"} else BLOCK
@@ -194,7 +185,7 @@ def test_a_kernel_computes_the_blocks_it_is_given_and_no_others(
     kernel: Kernel, adversary: str, geometry: Geometry, place: Place
 ) -> None:
     keep = ADVERSARIES[adversary](block_count(geometry.tokens, BLOCK[0]), block_count(geometry.tokens, BLOCK[1]))
-    plan = on(Plan.masked(mask_of(keep, geometry.tokens), HEADS), place[0])
+    plan = Plan.masked(mask_of(keep, geometry.tokens), HEADS).to(place[0])
     q, k, v = inputs(geometry, place)
     out = run(kernel, q, k, v, plan)
     assert_exact(out, q, k, v, plan)
@@ -218,7 +209,7 @@ def test_a_kernel_computes_the_blocks_it_is_given_and_no_others(
 def test_a_kernel_mixes_the_kinds_of_heads(
     kernel: Kernel, kinds: tuple[HeadKind, ...], geometry: Geometry, place: Place
 ) -> None:
-    plan = on(kinds_plan(geometry, kinds), place[0])
+    plan = kinds_plan(geometry, kinds).to(place[0])
     q, k, v = inputs(geometry, place)
     assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
 
@@ -246,20 +237,20 @@ def test_a_kernel_walks_blocks_of_every_size(
         reuse = RowReuse.of_anchor_rows(geometry, (0, 2))
         for kinds in (("masked",) * 3, ("masked", "reused", "dense")):
             plan = Plan(tokens=1000, kinds=kinds, mask=mask, reuse=reuse if "reused" in kinds else None)
-            plan = on(plan, "cuda")
+            plan = plan.to("cuda")
             assert_exact(kernel.attend(q, k, v, plan), q, k, v, plan)
 
 
 def test_keeping_all_blocks_is_dense_attention(kernel: Kernel, place: Place) -> None:
     keep = torch.ones(HEADS, block_count(1000, BLOCK[0]), block_count(1000, BLOCK[1]), dtype=torch.bool)
-    plan = on(Plan.masked(mask_of(keep, 1000), HEADS), place[0])
+    plan = Plan.masked(mask_of(keep, 1000), HEADS).to(place[0])
     q, k, v = inputs(LARGE, place)
     assert_exact(run(kernel, q, k, v, plan), q, k, v, Plan.dense(LARGE))
 
 
 @pytest.mark.parametrize("kinds", [("dense",) * 3, ("masked", "reused", "dense")], ids="-".join)
 def test_large_logits_neither_overflow_nor_vanish(kernel: Kernel, kinds: tuple[HeadKind, ...], place: Place) -> None:
-    plan = on(kinds_plan(SMALL, kinds), place[0])
+    plan = kinds_plan(SMALL, kinds).to(place[0])
     q, k, v = inputs(SMALL, place)
     # scores of several hundreds, which exp overflows on unless the maximum is taken off
     q = 50 * q
@@ -271,7 +262,7 @@ def test_large_logits_neither_overflow_nor_vanish(kernel: Kernel, kinds: tuple[H
 def test_a_kernel_takes_one_head_and_a_batch(kernel: Kernel, batch: int, heads: int, kind: str, place: Place) -> None:
     geometry = Geometry(grid=SMALL.grid, heads=heads, head_dim=64)
     masked = Plan.masked(mask_of(some_blocks(63)[:heads], 63), heads)
-    plan = on(masked if kind == "masked" else Plan.dense(geometry), place[0])
+    plan = (masked if kind == "masked" else Plan.dense(geometry)).to(place[0])
     samples = [inputs(geometry, place, seed) for seed in range(batch)]
     q, k, v = (torch.cat(parts) for parts in zip(*samples, strict=True))
     assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
@@ -280,7 +271,7 @@ def test_a_kernel_takes_one_head_and_a_batch(kernel: Kernel, batch: int, heads: 
 @pytest.mark.parametrize("kinds", [("dense",) * 3, ("masked", "reused", "dense")], ids="-".join)
 def test_inputs_may_be_views(kernel: Kernel, kinds: tuple[HeadKind, ...], place: Place) -> None:
     # as the adapter hands them over: tokens before heads in memory
-    plan = on(kinds_plan(SMALL, kinds), place[0])
+    plan = kinds_plan(SMALL, kinds).to(place[0])
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(SMALL, place))
     assert not q.is_contiguous()
     assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
@@ -288,7 +279,7 @@ def test_inputs_may_be_views(kernel: Kernel, kinds: tuple[HeadKind, ...], place:
 
 @pytest.mark.parametrize("kinds", [("dense",) * 3, ("masked", "reused", "dense")], ids="-".join)
 def test_a_kernel_gives_the_same_output_twice(kernel: Kernel, kinds: tuple[HeadKind, ...], place: Place) -> None:
-    plan = on(kinds_plan(LARGE, kinds), place[0])
+    plan = kinds_plan(LARGE, kinds).to(place[0])
     q, k, v = inputs(LARGE, place)
     assert torch.equal(run(kernel, q, k, v, plan), run(kernel, q, k, v, plan))
 
@@ -297,7 +288,7 @@ def test_a_kernel_keeps_nothing_of_the_last_plan(kernel: Kernel, place: Place) -
     # one shape, two masks: a compiled kernel must not have baked the first one in
     q, k, v = inputs(SMALL, place)
     for seed in (1, 2):
-        plan = on(kinds_plan(SMALL, ("masked",) * 3, seed=seed), place[0])
+        plan = kinds_plan(SMALL, ("masked",) * 3, seed=seed).to(place[0])
         assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
 
 

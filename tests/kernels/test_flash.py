@@ -36,7 +36,7 @@ def _reason(name: str, task: Task) -> str | None:
     ("change", "said"),
     [
         ({"device": torch.device("cpu")}, "runs on cuda, not on cpu"),
-        ({"dtype": torch.float32}, "bfloat16 and float16, not float32"),
+        ({"dtype": torch.float32}, "here, not float32"),
         ({"head_dim": 96}, "head dims 64 and 128 here, not 96"),
         ({}, None),
     ],
@@ -47,6 +47,12 @@ def test_a_dense_task_is_taken_or_refused_with_both_sides(
 ) -> None:
     reason = _reason(name, _task(**change))
     assert reason is None if said is None else said in str(reason)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_fa3_as_it_is_packaged_has_no_fp16() -> None:
+    assert "computes bfloat16 here, not float16" in str(_reason("fa3", _task(dtype=torch.float16)))
+    assert _reason("fa4", _task(dtype=torch.float16)) is None
 
 
 @pytest.mark.parametrize("name", ["fa3", "fa4"])

@@ -1,9 +1,8 @@
-"""What only the Triton kernel has: log-sum-exps, two ways to load, code for every GPU."""
+"""What only the Triton kernel has: two ways to load, blocks of any size, code for every GPU."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -53,25 +52,6 @@ def _inputs(heads: int = 3) -> list[Tensor]:
 def _within_budget(out: Tensor, inputs: list[Tensor], plan: Plan) -> bool:
     exact = oracle.attend(*inputs, plan)
     return bool((out.double() - exact).abs().max() <= oracle.error_budget(*inputs, plan, exact))
-
-
-def test_the_log_sum_exp_is_that_of_the_keys_a_query_sees() -> None:
-    (q, k, v), plan = _inputs(), _mixed()
-    out, lse = Triton().attend_with_lse(q, k, v, plan)
-    assert _within_budget(out, [q, k, v], plan)
-    scores = q.double() @ k.double().mT / math.sqrt(GEOMETRY.head_dim)
-    assert plan.reuse is not None
-    seen = oracle.token_mask(plan, 0, slice(0, GEOMETRY.tokens))
-    exact = torch.stack(
-        (
-            scores[0, 0].masked_fill(~seen, -math.inf).logsumexp(-1),
-            scores[0, 1, plan.reuse.computed[plan.reuse.source]].logsumexp(-1),
-            scores[0, 2].logsumexp(-1),
-        )
-    )
-    # rows 32 to 63 of the first head have no key
-    assert bool(lse[0, 0, 32:64].isneginf().all())
-    torch.testing.assert_close(lse[0].double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_both_ways_to_load_keys_give_attention(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,3 +92,25 @@ def test_geometries_are_the_published_ones() -> None:
     assert MODELS["wan2.1-14b"].geometry("720p").tokens == 75_600
     assert MODELS["shapes"].geometry("standard").tokens == 6_144
     assert MODELS["shapes"].geometry("quick").tokens == 3_072
+
+
+@pytest.mark.parametrize(
+    ("model", "resolution", "grid", "tokens"),
+    [
+        ("wan2.2-ti2v-5b", "720p", (31, 22, 40), 27_280),
+        ("mochi-1", "85f", (15, 30, 53), 23_850 + 256),
+        ("mochi-1", "163f", (28, 30, 53), 44_520 + 256),
+        ("hunyuanvideo", "720p", (33, 45, 80), 118_800 + 256),
+        ("cogvideox-5b", "480p", (13, 30, 45), 17_550 + 226),
+        ("cogvideox1.5-5b", "768p", (11, 48, 85), 44_880 + 226),
+        ("ltx-video-2b", "512p", (21, 16, 22), 7_392),
+    ],
+)
+def test_a_model_whose_attention_alone_is_measured_has_its_geometry(
+    model: str, resolution: str, grid: tuple[int, int, int], tokens: int
+) -> None:
+    entry = MODELS[model]
+    geometry = entry.geometry(resolution)
+    assert (geometry.grid, geometry.tokens) == (grid, tokens)
+    with pytest.raises(ValueError, match=f"{model} cannot generate here"):
+        entry.load(resolution=resolution, device=torch.device("cpu"), dtype=torch.float32)

@@ -1,0 +1,90 @@
+"""Permutations by themselves: tokens into the order of a method, against a copy of the same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from jaxtyping import Int32
+from torch import Tensor
+
+from calibatt.bench.cells import AnyArm, MoveArm, Order
+from calibatt.bench.record import Record
+from calibatt.bench.rounds import in_turns
+from calibatt.bench.timer import PhaseTimer
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.permute import permute, unpermute
+
+# frames × rows × columns of a tile of Sliding Tile Attention: arXiv 2502.04507
+_TILE = (6, 8, 8)
+
+
+def tile_order(geometry: Geometry) -> Int32[Tensor, "1 tokens"]:
+    """Tile by tile, text where it is; a grid that tiles do not divide has smaller ones at its ends."""
+    axes = torch.meshgrid(*(torch.arange(extent) for extent in geometry.grid), indexing="ij")
+    key = torch.zeros_like(axes[0])
+    for axis, size, extent in zip(axes, _TILE, geometry.grid, strict=True):
+        key = key * -(-extent // size) + axis // size
+    return _of_video(geometry, key.flatten().argsort(stable=True))
+
+
+def token_major_order(geometry: Geometry) -> Int32[Tensor, "1 tokens"]:
+    """The frames of one place after the other, as Sparse VideoGen's temporal heads have them: arXiv 2502.01776."""
+    frames = geometry.grid[0]
+    return _of_video(geometry, torch.arange(geometry.video_tokens).view(frames, -1).T.flatten())
+
+
+def random_order(geometry: Geometry) -> Int32[Tensor, "heads tokens"]:
+    """By lot, every head in its own way: the worst that clusters of tokens can ask for."""
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(geometry.tokens, generator=generator) for _ in range(geometry.heads)]
+    return torch.stack(orders).to(torch.int32)
+
+
+def _of_video(geometry: Geometry, order: Tensor) -> Int32[Tensor, "1 tokens"]:
+    whole = torch.arange(geometry.tokens)
+    start = geometry.video_start
+    whole[start : start + geometry.video_tokens] = order + start
+    return whole[None].to(torch.int32)
+
+
+_ORDERS: Mapping[Order, Callable[[Geometry], Tensor]] = MappingProxyType(
+    {"tile": tile_order, "token-major": token_major_order, "random": random_order}
+)
+
+
+def measure(
+    arms: Sequence[MoveArm],
+    tensors: Sequence[Tensor],
+    geometry: Geometry,
+    facts: Callable[[MoveArm], dict[str, Any]],
+    rounds: int,
+) -> dict[AnyArm, Record]:
+    """Time permutations in turns with a copy of the tensors: a speedup of 1 is the bandwidth of a copy."""
+    orders = {arm: _ORDERS[arm.order](geometry).to(tensors[0].device) for arm in arms}
+    works: dict[MoveArm | None, Callable[[], Any]] = {None: lambda: [x.clone() for x in tensors]}
+    works.update({arm: partial(permute, tensors, order) for arm, order in orders.items()})
+    timer = PhaseTimer(tensors[0].device)
+    seconds: dict[MoveArm | None, list[float]] = {arm: [] for arm in works}
+    # the first round warms up
+    for round_, arm in in_turns(list(works), rounds + 1):
+        timer.lead()
+        with timer.phase("move"):
+            works[arm]()
+        taken = timer.collect_s()["move"]
+        if round_:
+            seconds[arm].append(taken)
+    records: dict[AnyArm, Record] = {}
+    for arm, order in orders.items():
+        moved = permute(tensors[:1], order)[0]
+        index = order.long().expand(geometry.heads, -1)[None, :, :, None].expand(1, -1, -1, geometry.head_dim)
+        if torch.equal(moved, tensors[0].gather(2, index)) and torch.equal(unpermute(moved, order), tensors[0]):
+            records[arm] = Record(
+                **facts(arm), outcome="ok", samples_s=tuple(seconds[arm]), baseline_samples_s=tuple(seconds[None])
+            )
+        else:
+            records[arm] = Record(**facts(arm), outcome="wrong", reason="tokens are not where the order says")
+    return records

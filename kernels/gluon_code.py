@@ -1,0 +1,569 @@
+"""Device code of the Hopper kernel. `kernels/gluon_hopper.py` launches it, and says what the arguments are.
+
+Two ways to run one algorithm. `attend`: a warp loads tiles for one or two warpgroups that multiply, each 64 queries.
+`attend_alone`: one warpgroup that loads for itself, of which more fit a multiprocessor.
+
+Annotations are objects here, which Triton looks at: this file does not import them from the future.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.core import _aggregate as aggregate
+
+# Triton 3.7 gave these other names
+_copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+# what a head does; the numbers are those of `expand.KINDS`
+_MASKED = gl.constexpr(0)
+_REUSED = gl.constexpr(2)
+_LN2 = gl.constexpr(0.6931471805599453)
+# queries of a warpgroup: the rows of one wgmma
+_ROWS = gl.constexpr(64)
+
+
+@aggregate
+class Call:
+    """What every function needs to know of a launch."""
+
+    q: tma.tensor_descriptor
+    k: tma.tensor_descriptor
+    v: tma.tensor_descriptor
+    out: tma.tensor_descriptor
+    lse: gl.tensor
+    indices: gl.tensor
+    counts: gl.tensor
+    kinds: gl.tensor
+    computed: gl.tensor
+    served: gl.tensor
+    q_pointer: gl.tensor
+    out_pointer: gl.tensor
+    scale: gl.tensor
+    tokens: gl.tensor
+    tiles: gl.tensor
+    served_most: gl.tensor
+    q_blocks: gl.tensor
+    k_blocks: gl.tensor
+    heads: gl.tensor
+    computed_count: gl.tensor
+    q_batch: gl.tensor
+    q_head: gl.tensor
+    q_token: gl.tensor
+    out_batch: gl.tensor
+    out_head: gl.tensor
+    out_token: gl.tensor
+    BLOCK_Q: gl.constexpr
+    BLOCK_K: gl.constexpr
+    TILE_K: gl.constexpr
+    HEAD_DIM: gl.constexpr
+    WARPGROUPS: gl.constexpr
+    STAGES: gl.constexpr
+    REUSE: gl.constexpr
+    WITH_LSE: gl.constexpr
+    Q_REGISTERS: gl.constexpr
+    # layouts of a warpgroup's scores, of its outputs, and of its queries and weights in registers
+    SCORES: gl.constexpr
+    OUTPUTS: gl.constexpr
+    QUERIES: gl.constexpr
+    WEIGHTS: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(
+        self, q, k, v, out, lse, indices, counts, kinds, computed, served, q_pointer, out_pointer,
+        scale, tokens, tiles, served_most, q_blocks, k_blocks, heads, computed_count,
+        q_batch, q_head, q_token, out_batch, out_head, out_token,
+        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, WARPGROUPS, STAGES, REUSE, WITH_LSE, Q_REGISTERS,
+    ):  # fmt: skip
+        self.q, self.k, self.v, self.out, self.lse = q, k, v, out, lse
+        self.indices, self.counts, self.kinds, self.computed, self.served = indices, counts, kinds, computed, served
+        self.q_pointer, self.out_pointer = q_pointer, out_pointer
+        self.scale, self.tokens, self.tiles, self.served_most = scale, tokens, tiles, served_most
+        self.q_blocks, self.k_blocks, self.heads, self.computed_count = q_blocks, k_blocks, heads, computed_count
+        self.q_batch, self.q_head, self.q_token = q_batch, q_head, q_token
+        self.out_batch, self.out_head, self.out_token = out_batch, out_head, out_token
+        self.BLOCK_Q, self.BLOCK_K = gl.constexpr(BLOCK_Q), gl.constexpr(BLOCK_K)
+        self.TILE_K, self.HEAD_DIM = gl.constexpr(TILE_K), gl.constexpr(HEAD_DIM)
+        self.WARPGROUPS, self.STAGES = gl.constexpr(WARPGROUPS), gl.constexpr(STAGES)
+        self.REUSE, self.WITH_LSE = gl.constexpr(REUSE), gl.constexpr(WITH_LSE)
+        self.Q_REGISTERS = gl.constexpr(Q_REGISTERS)
+        scores = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 16])
+        outputs = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+        self.SCORES, self.OUTPUTS = gl.constexpr(scores), gl.constexpr(outputs)
+        self.QUERIES = gl.constexpr(gl.DotOperandLayout(0, scores, 2))
+        self.WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, outputs, 2))
+
+
+@gluon.jit
+def attend(
+    q, k, v, out, lse, indices, counts, kinds, computed, served, work, counter, q_pointer, out_pointer,
+    scale, tokens, items, tiles, served_most, q_blocks, k_blocks, heads, computed_count,
+    q_batch, q_head, q_token, out_batch, out_head, out_token,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, HEAD_DIM: gl.constexpr,
+    WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, REUSE: gl.constexpr, WITH_LSE: gl.constexpr,
+    Q_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Take one tile of queries after the other until none is left."""
+    queries = gl.allocate_shared_memory(q.dtype, [WARPGROUPS, 1, 1, _ROWS, HEAD_DIM], q.layout)
+    keys = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, TILE_K, HEAD_DIM], k.layout)
+    values = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, TILE_K, HEAD_DIM], v.layout)
+    outputs = gl.allocate_shared_memory(q.dtype, [WARPGROUPS, 1, 1, _ROWS, HEAD_DIM], out.layout)
+    picked = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full = _barriers(1, 1)
+    q_empty = _barriers(1, WARPGROUPS)
+    k_full = _barriers(STAGES, 1)
+    k_empty = _barriers(STAGES, WARPGROUPS)
+    v_full = _barriers(STAGES, 1)
+    v_empty = _barriers(STAGES, WARPGROUPS)
+    picked_full = _barriers(2, 1)
+    picked_empty = _barriers(2, WARPGROUPS)
+    fence_async_shared()
+
+    # integers as tensors: Triton makes constants of those that are 1, and workers take none
+    c = Call(
+        q, k, v, out, lse, indices, counts, kinds, computed, served, q_pointer, out_pointer,
+        gl.to_tensor(scale), gl.to_tensor(tokens), gl.to_tensor(tiles), gl.to_tensor(served_most),
+        gl.to_tensor(q_blocks), gl.to_tensor(k_blocks), gl.to_tensor(heads), gl.to_tensor(computed_count),
+        gl.to_tensor(q_batch), gl.to_tensor(q_head), gl.to_tensor(q_token),
+        gl.to_tensor(out_batch), gl.to_tensor(out_head), gl.to_tensor(out_token),
+        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, WARPGROUPS, STAGES, REUSE, WITH_LSE, Q_REGISTERS,
+    )  # fmt: skip
+    full = (q_full, k_full, v_full, picked_full)
+    empty = (q_empty, k_empty, v_empty, picked_empty)
+    loading = (c, queries, keys, values, picked, full, empty, work, gl.to_tensor(items), counter)
+    computing = (c, queries, keys, values, picked, full, empty, outputs)
+    if WARPGROUPS == 2:
+        gl.warp_specialize(
+            [(_consume_first, computing), (_consume_second, computing), (_produce, loading)],
+            [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize([(_consume_first, computing), (_produce, loading)], [1], [PRODUCER_REGISTERS])
+
+
+@gluon.jit
+def _produce(c, queries, keys, values, picked, full, empty, work, items, counter):
+    """Hand out tiles of queries, and load what they need."""
+    q_full, k_full, v_full, picked_full = full
+    q_empty, k_empty, v_empty, picked_empty = empty
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    step = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
+    place = gl.atomic_add(counter, 1)
+    while place < items:
+        item = gl.load(work + place)
+        _hand_out(item, turn, picked, picked_full, picked_empty, layout)
+        tile, head, batch, kind, listed, masked, count = _item(c, item)
+        n, start = _last_tile(c, listed, count, masked)
+
+        mbarrier.wait(q_empty.index(0), (turn & 1) ^ 1)
+        if kind == _REUSED:
+            # these rows are gathered by those who compute them
+            mbarrier.arrive(q_full.index(0), count=1)
+        else:
+            mbarrier.expect(q_full.index(0), c.WARPGROUPS * _ROWS * c.HEAD_DIM * 2)
+            for i in gl.static_range(c.WARPGROUPS):
+                row = (tile * c.WARPGROUPS + i) * _ROWS
+                _copy_in(c.q, [batch, head, row, 0], q_full.index(0), queries.index(i))
+
+        # keys of a tile come before the values of the one that precedes it, as they are used; lists are read ahead
+        if n > 0:
+            _load(c, c.k, [batch, head, start, 0], keys, k_full, k_empty, step)
+        coming = _start(c, listed, n - 2, masked)
+        for i in range(1, n):
+            following = _start(c, listed, n - 2 - i, masked)
+            _load(c, c.k, [batch, head, coming, 0], keys, k_full, k_empty, step + i)
+            _load(c, c.v, [batch, head, start, 0], values, v_full, v_empty, step + i - 1)
+            start = coming
+            coming = following
+        if n > 0:
+            _load(c, c.v, [batch, head, start, 0], values, v_full, v_empty, step + n - 1)
+        step += n
+        turn += 1
+        place = gl.atomic_add(counter, 1)
+    _hand_out(-1, turn, picked, picked_full, picked_empty, layout)
+
+
+@gluon.jit
+def _consume_first(c, queries, keys, values, picked, full, empty, outputs):
+    _consume(c, queries, keys, values, picked, full, empty, outputs, 0)
+
+
+@gluon.jit
+def _consume_second(c, queries, keys, values, picked, full, empty, outputs):
+    _consume(c, queries, keys, values, picked, full, empty, outputs, 1)
+
+
+@gluon.jit
+def _consume(c, queries, keys, values, picked, full, empty, outputs, ME: gl.constexpr):
+    """Compute 64 queries of every tile that is handed out."""
+    q_full, k_full, v_full, picked_full = full
+    q_empty, k_empty, v_empty, picked_empty = empty
+    PING_PONG: gl.constexpr = c.WARPGROUPS == 2
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+
+    buffer = queries.index(ME).reshape([_ROWS, c.HEAD_DIM])
+    step = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
+    if PING_PONG and ME == 1:
+        _let_other_multiply(ME)
+    running = gl.to_tensor(True)
+    while running:
+        slot = turn % 2
+        mbarrier.wait(picked_full.index(slot), (turn // 2) & 1)
+        item = gl.sum(picked.index(slot).load(layout), 0)
+        mbarrier.arrive(picked_empty.index(slot), count=1)
+        running = item >= 0
+        if running:
+            tile, head, batch, kind, listed, masked, count = _item(c, item)
+            n, start = _last_tile(c, listed, count, masked)
+            row = (tile * c.WARPGROUPS + ME) * _ROWS
+            mbarrier.wait(q_full.index(0), turn & 1)
+            if c.REUSE:
+                if kind == _REUSED:
+                    _gather(c, buffer, row, batch, head)
+            if c.Q_REGISTERS:
+                mine = buffer.load(c.QUERIES)
+                mbarrier.arrive(q_empty.index(0), count=1)
+            else:
+                mine = buffer
+            most, total, mean = _nothing(c)
+            if n > 0:
+                stage = step % c.STAGES
+                parity = (step // c.STAGES) & 1
+                mbarrier.wait(k_full.index(stage), parity)
+                s = warpgroup_mma_wait(0, deps=(_scores(c, mine, keys.index(stage)),))
+                mbarrier.arrive(k_empty.index(stage), count=1)
+                # only this tile, the first one, can reach past the last token
+                s = gl.where(_real_keys(c, start)[None, :], s, float("-inf"))
+                most, total, shrink, w = _weigh(s, most, total, c.scale)
+                p = _rounded(c, w)
+                for i in range(1, n):
+                    before, parity_before = stage, parity
+                    stage = (step + i) % c.STAGES
+                    parity = ((step + i) // c.STAGES) & 1
+                    mbarrier.wait(k_full.index(stage), parity)
+                    if PING_PONG:
+                        _wait_to_multiply(ME)
+                    s_next = _scores(c, mine, keys.index(stage))
+                    mbarrier.wait(v_full.index(before), parity_before)
+                    mean_next = _add(c, mean, p, values.index(before))
+                    if PING_PONG:
+                        _let_other_multiply(ME)
+                    s = warpgroup_mma_wait(1, deps=(s_next,))
+                    mbarrier.arrive(k_empty.index(stage), count=1)
+                    most, total, shrink, w = _weigh(s, most, total, c.scale)
+                    total = _done_before(total)
+                    mean = warpgroup_mma_wait(0, deps=(mean_next,))
+                    mbarrier.arrive(v_empty.index(before), count=1)
+                    mean = mean * _of_outputs(c, shrink)[:, None]
+                    p = _rounded(c, w)
+                mbarrier.wait(v_full.index(stage), parity)
+                mean = warpgroup_mma_wait(0, deps=(_add(c, mean, p, values.index(stage)),))
+                mbarrier.arrive(v_empty.index(stage), count=1)
+                step += n
+            if not c.Q_REGISTERS:
+                mbarrier.arrive(q_empty.index(0), count=1)
+            _write(c, mean, most, total, outputs.index(ME), row, batch, head, kind)
+            turn += 1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def attend_alone(
+    q, k, v, out, lse, indices, counts, kinds, computed, served, work, q_pointer, out_pointer,
+    scale, tokens, tiles, served_most, q_blocks, k_blocks, heads, computed_count,
+    q_batch, q_head, q_token, out_batch, out_head, out_token,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, HEAD_DIM: gl.constexpr,
+    STAGES: gl.constexpr, REUSE: gl.constexpr, WITH_LSE: gl.constexpr, Q_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """One tile of 64 queries."""
+    buffer = gl.allocate_shared_memory(q.dtype, [1, 1, _ROWS, HEAD_DIM], q.layout)
+    keys = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, TILE_K, HEAD_DIM], k.layout)
+    values = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, TILE_K, HEAD_DIM], v.layout)
+    q_full = _barriers(1, 1)
+    k_full = _barriers(STAGES, 1)
+    v_full = _barriers(STAGES, 1)
+    fence_async_shared()
+    c = Call(
+        q, k, v, out, lse, indices, counts, kinds, computed, served, q_pointer, out_pointer,
+        gl.to_tensor(scale), gl.to_tensor(tokens), gl.to_tensor(tiles), gl.to_tensor(served_most),
+        gl.to_tensor(q_blocks), gl.to_tensor(k_blocks), gl.to_tensor(heads), gl.to_tensor(computed_count),
+        gl.to_tensor(q_batch), gl.to_tensor(q_head), gl.to_tensor(q_token),
+        gl.to_tensor(out_batch), gl.to_tensor(out_head), gl.to_tensor(out_token),
+        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, 1, STAGES, REUSE, WITH_LSE, Q_REGISTERS,
+    )  # fmt: skip
+
+    tile, head, batch, kind, listed, masked, count = _item(c, gl.load(work + gl.program_id(0)))
+    n, start = _last_tile(c, listed, count, masked)
+    row = tile * _ROWS
+    mine = buffer.reshape([_ROWS, HEAD_DIM])
+    mbarrier.expect(q_full.index(0), _ROWS * HEAD_DIM * 2, pred=kind != _REUSED)
+    _copy_in(q, [batch, head, row, 0], q_full.index(0), buffer, pred=kind != _REUSED)
+    for ahead in gl.static_range(STAGES):
+        coming = _start(c, listed, n - 1 - ahead, masked)
+        _fill(c, k, [batch, head, coming, 0], keys, k_full, ahead, n)
+        _fill(c, v, [batch, head, coming, 0], values, v_full, ahead, n)
+    # where the keys of the next step to load start; those of the step before have been loaded, its values not yet
+    coming = _start(c, listed, n - 1 - STAGES, masked)
+    mbarrier.wait(q_full.index(0), 0, pred=kind != _REUSED)
+    if REUSE:
+        if kind == _REUSED:
+            _gather(c, mine, row, batch, head)
+    if Q_REGISTERS:
+        mine = mine.load(c.QUERIES)
+    most, total, mean = _nothing(c)
+    if n > 0:
+        mbarrier.wait(k_full.index(0), 0)
+        s = warpgroup_mma_wait(0, deps=(_scores(c, mine, keys.index(0)),))
+        _meet()
+        _fill(c, k, [batch, head, coming, 0], keys, k_full, STAGES, n)
+        s = gl.where(_real_keys(c, start)[None, :], s, float("-inf"))
+        most, total, shrink, w = _weigh(s, most, total, c.scale)
+        p = _rounded(c, w)
+        for i in range(1, n):
+            stage = i % STAGES
+            before = (i - 1) % STAGES
+            following = _start(c, listed, n - 1 - STAGES - i, masked)
+            mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
+            s_next = _scores(c, mine, keys.index(stage))
+            mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
+            mean_next = _add(c, mean, p, values.index(before))
+            s = warpgroup_mma_wait(1, deps=(s_next,))
+            _meet()
+            _fill(c, k, [batch, head, following, 0], keys, k_full, i + STAGES, n)
+            most, total, shrink, w = _weigh(s, most, total, c.scale)
+            total = _done_before(total)
+            mean = warpgroup_mma_wait(0, deps=(mean_next,))
+            _meet()
+            _fill(c, v, [batch, head, coming, 0], values, v_full, i - 1 + STAGES, n)
+            coming = following
+            mean = mean * _of_outputs(c, shrink)[:, None]
+            p = _rounded(c, w)
+        mbarrier.wait(v_full.index((n - 1) % STAGES), ((n - 1) // STAGES) & 1)
+        mean = warpgroup_mma_wait(0, deps=(_add(c, mean, p, values.index((n - 1) % STAGES)),))
+    _meet()
+    _write(c, mean, most, total, buffer, row, batch, head, kind)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _fill(c, tensor, where, buffers, full, step, steps):
+    """Copy a tile into the buffer of this step, if there is such a step; what was there has been used."""
+    stage = step % c.STAGES
+    mbarrier.expect(full.index(stage), c.TILE_K * c.HEAD_DIM * 2, pred=step < steps)
+    _copy_in(tensor, where, full.index(stage), buffers.index(stage), pred=step < steps)
+
+
+@gluon.jit
+def _start(c, listed, tile, masked):
+    """The first key of a tile of a list."""
+    PARTS: gl.constexpr = c.BLOCK_K // c.TILE_K
+    return _listed(listed, tile // PARTS, masked) * c.BLOCK_K + tile % PARTS * c.TILE_K
+
+
+@gluon.jit
+def _barriers(number: gl.constexpr, arrivals: gl.constexpr):
+    made = gl.allocate_shared_memory(gl.int64, [number, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(number):
+        mbarrier.init(made.index(i), count=arrivals)
+    return made
+
+
+@gluon.jit
+def _item(c, item):
+    """What an item of work is: its tile, head and batch, the head's kind, and its list of key blocks."""
+    tile = item % c.tiles
+    head = item // c.tiles % c.heads
+    batch = item // (c.tiles * c.heads)
+    kind = gl.load(c.kinds + head)
+    masked = kind == _MASKED
+    list_row = head * c.q_blocks + tile * (c.WARPGROUPS * _ROWS) // c.BLOCK_Q
+    count = gl.where(masked, gl.load(c.counts + list_row, mask=masked, other=0), c.k_blocks)
+    return tile, head, batch, kind, c.indices + list_row.to(gl.int64) * c.k_blocks, masked, count
+
+
+@gluon.jit
+def _listed(listed, place, masked):
+    """The key block at this place of a list, or of all blocks where a head has no list."""
+    return gl.where(masked, gl.load(listed + place, mask=masked & (place >= 0), other=0), place)
+
+
+@gluon.jit
+def _last_tile(c, listed, count, masked):
+    """How many tiles of keys a list has, and where the last of them starts.
+
+    Tiles of the last block that lie past the last token do not count.
+    """
+    PARTS: gl.constexpr = c.BLOCK_K // c.TILE_K
+    block = _listed(listed, count - 1, masked)
+    parts = gl.minimum((c.tokens - block * c.BLOCK_K + c.TILE_K - 1) // c.TILE_K, PARTS)
+    n = gl.where(count > 0, (count - 1) * PARTS + parts, 0)
+    return n, block * c.BLOCK_K + (parts - 1) * c.TILE_K
+
+
+@gluon.jit
+def _hand_out(item, turn, picked, full, empty, layout: gl.constexpr):
+    slot = turn % 2
+    mbarrier.wait(empty.index(slot), ((turn // 2) & 1) ^ 1)
+    picked.index(slot).store(gl.full([1], item, gl.int32, layout))
+    mbarrier.arrive(full.index(slot), count=1)
+
+
+@gluon.jit
+def _load(c, tensor, where, buffers, full, empty, step):
+    """Copy a tile into the buffer of this step, once what was there has been used."""
+    stage = step % c.STAGES
+    mbarrier.wait(empty.index(stage), ((step // c.STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(stage), c.TILE_K * c.HEAD_DIM * 2)
+    _copy_in(tensor, where, full.index(stage), buffers.index(stage))
+
+
+@gluon.jit
+def _gather(c, buffer, row, batch, head):
+    """Fetch the queries that a reused head computes: they lie apart."""
+    place = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, c.OUTPUTS))
+    channel = gl.arange(0, c.HEAD_DIM, layout=gl.SliceLayout(0, c.OUTPUTS))
+    token = gl.load(c.computed + place, mask=place < c.computed_count, other=0)
+    here = c.q_pointer + batch.to(gl.int64) * c.q_batch + head.to(gl.int64) * c.q_head
+    buffer.store(gl.load(here + token[:, None].to(gl.int64) * c.q_token + channel[None, :]))
+    fence_async_shared()
+    _meet()
+
+
+@gluon.jit
+def _nothing(c):
+    """Maximum, sum and mean of no keys."""
+    most = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, c.SCORES))
+    total = _sums(gl.full([_ROWS, c.TILE_K], 0.0, gl.float32, c.SCORES))
+    return most, total, gl.full([_ROWS, c.HEAD_DIM], 0.0, gl.float32, c.OUTPUTS)
+
+
+@gluon.jit
+def _scores(c, mine, keys):
+    keys = keys.reshape([c.TILE_K, c.HEAD_DIM]).permute((1, 0))
+    zeros = gl.full([_ROWS, c.TILE_K], 0.0, gl.float32, c.SCORES)
+    return warpgroup_mma(mine, keys, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _add(c, mean, p, values):
+    return warpgroup_mma(p, values.reshape([c.TILE_K, c.HEAD_DIM]), mean, is_async=True)
+
+
+@gluon.jit
+def _real_keys(c, start):
+    return start + gl.arange(0, c.TILE_K, layout=gl.SliceLayout(0, c.SCORES)) < c.tokens
+
+
+@gluon.jit
+def _weigh(s, most, total, scale):
+    """One step of the online softmax, in powers of two: new maximum and sum, what the old ones shrink by, weights."""
+    # pairs first: one long chain of maxima would be waited for
+    # in parts that do not wait for each other, those of a thread first
+    parts = gl.max(gl.max(gl.reshape(s, [s.shape[0], s.shape[1] // 32, 4, 4, 2]), 4), 1)
+    new_most = gl.maximum(most, gl.convert_layout(gl.max(gl.max(parts, 1), 1), most.type.layout))
+    shift = new_most * scale
+    weights = gl.exp2(s * scale - shift[:, None])
+    shrink = gl.exp2(most * scale - shift)
+    total = total * gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout))[:, None] + _sums(weights)
+    return new_most, total, shrink, weights
+
+
+@gluon.jit
+def _sums(weights):
+    """Of every row, the sums over the four parts that as many threads hold: they meet at the end only."""
+    parts = gl.reshape(weights, [weights.shape[0], weights.shape[1] // 32, 4, 4, 2])
+    return gl.sum(gl.sum(gl.sum(parts, 4), 1), 1)
+
+
+@gluon.jit
+def _of_outputs(c, x):
+    return gl.convert_layout(x, gl.SliceLayout(1, c.OUTPUTS))
+
+
+@gluon.jit
+def _rounded(c, weights):
+    return gl.convert_layout(weights.to(c.q.dtype), c.WEIGHTS)
+
+
+@gluon.jit
+def _write(c, mean, most, total, staged, row, batch, head, kind):
+    """Divide by the sums and store: a query without keys has a sum of 0, an output of zeros and an LSE of -inf."""
+    sums = _of_outputs(c, gl.sum(total, 1))
+    mean = (mean * (1.0 / gl.where(sums == 0.0, 1.0, sums))[:, None]).to(c.out.dtype)
+    logsum = gl.where(sums == 0.0, float("-inf"), _of_outputs(c, most) * (c.scale * _LN2) + gl.log(sums))
+    lse = c.lse + (batch * c.heads + head).to(gl.int64) * c.tokens
+    place = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, c.OUTPUTS))
+    spread = kind == _REUSED
+    if c.REUSE:
+        if spread:
+            channel = gl.arange(0, c.HEAD_DIM, layout=gl.SliceLayout(0, c.OUTPUTS))
+            out = c.out_pointer + batch.to(gl.int64) * c.out_batch + head.to(gl.int64) * c.out_head
+            for i in range(c.served_most):
+                # an output that fewer tokens take is filled up with -1
+                token = gl.load(c.served + place * c.served_most + i, mask=place < c.computed_count, other=-1)
+                wanted = token >= 0
+                here = out + token[:, None].to(gl.int64) * c.out_token + channel[None, :]
+                gl.store(here, mean, mask=wanted[:, None])
+                if c.WITH_LSE:
+                    gl.store(lse + token, logsum, mask=wanted)
+    if not c.REUSE or not spread:
+        # what was staged last must have left before it is written over
+        tma.store_wait(0)
+        _meet()
+        staged.reshape([_ROWS, c.HEAD_DIM]).store(mean)
+        fence_async_shared()
+        _copy_out(c.out, [batch, head, row, 0], staged)
+        if c.WITH_LSE:
+            gl.store(lse + place, logsum, mask=place < c.tokens)
+
+
+@gluon.jit
+def _done_before(x):
+    """Nothing that x is made of is put off past this place: were x negative, which it never is, something would happen.
+
+    Otherwise the assembler moves the softmax behind the wait for the product that it is to go on beside. What would
+    happen is an event for performance monitors: harmless, and unlike a trap no branch, for the sake of which addresses
+    would be kept out of uniform registers (a sixth of the loop's instructions).
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.lt.f32 p, $1, 0f00000000; @p pmevent 1; mov.b32 $0, $1; }", "=r,r", [x],
+        dtype=gl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _wait_to_multiply(ME: gl.constexpr):
+    """The two warpgroups issue their products in turns, so that the softmax of one goes on beside those of the other.
+
+    By named barriers 8 and 9, which Triton leaves free.
+    """
+    if ME == 0:
+        _every_thread("bar.sync 8, 256; mov.b32 $0, $1;")
+    else:
+        _every_thread("bar.sync 9, 256; mov.b32 $0, $1;")
+
+
+@gluon.jit
+def _let_other_multiply(ME: gl.constexpr):
+    if ME == 0:
+        _every_thread("bar.arrive 9, 256; mov.b32 $0, $1;")
+    else:
+        _every_thread("bar.arrive 8, 256; mov.b32 $0, $1;")
+
+
+@gluon.jit
+def _every_thread(code: gl.constexpr):
+    """Run assembly once in each of the 128 threads of a warpgroup."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    gl.inline_asm_elementwise(
+        code, "=r,r", [gl.full([128], 0, gl.int32, layout)], dtype=gl.int32, is_pure=False, pack=1
+    )

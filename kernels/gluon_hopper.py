@@ -1,0 +1,184 @@
+"""Our own block-sparse kernel for Hopper, in Gluon: a warp loads, one or two warpgroups multiply."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int, Int32
+from torch import Tensor
+
+from calibatt.kernels.base import Task, Unsupported, dtype_name
+from calibatt.kernels.expand import KINDS, kinds_on
+from calibatt.kernels.one_launch import Launch, OneLaunch, tensor_map_fits
+from calibatt.kernels.plan import HeadKind, Plan, block_count
+
+# queries of a warpgroup: the rows of one wgmma
+_ROWS = 64
+_WARPS = 4
+# keys of a tile at the most
+_MOST_KEYS = 128
+# Gluon's structures have had constructors that run while compiling since then
+_LEAST_TRITON = (3, 6)
+# registers of a thread of the warp that loads, the fewest there can be, and of those that compute, the most that
+# leave room for it: (65,536 - 128 × 24) / 256 threads, in steps of 8
+_PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 24, 240
+
+
+class Gluon(OneLaunch):
+    """For Hopper: tiles of queries are computed head by head, those with the longest lists of a head first."""
+
+    name = "gluon"
+
+    def refusal(self, task: Task) -> Unsupported | None:
+        """Why this kernel cannot do the task on this machine, or None when it can."""
+        if task.device.type != "cuda":
+            return Unsupported(f"the Gluon kernel needs a CUDA GPU, not {task.device.type}")
+        capability = torch.cuda.get_device_capability(task.device)
+        if capability != (9, 0):
+            return Unsupported(f"the Gluon kernel is for sm90, not sm{capability[0]}{capability[1]}")
+        if (version := _triton_version()) < _LEAST_TRITON:
+            has = "none" if version == (0, 0) else ".".join(map(str, version))
+            return Unsupported(f"the Gluon kernel needs Triton 3.6 or newer, here is {has}: pip install -U triton")
+        if task.dtype not in (torch.bfloat16, torch.float16):
+            return Unsupported(f"the Gluon kernel computes bfloat16 and float16, not {dtype_name(task.dtype)}")
+        if task.head_dim not in (64, 128):
+            return Unsupported(f"the Gluon kernel has head dims 64 and 128, not {task.head_dim}")
+        if task.block is not None and any(size % _ROWS for size in task.block):
+            return Unsupported(f"the Gluon kernel needs blocks that are multiples of {_ROWS}: got {task.block}")
+        return None
+
+    def _launch(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, plan: Plan) -> None:
+        from calibatt.kernels import gluon_code
+
+        q, k, v = (x if tensor_map_fits(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
+        batch, heads, tokens, head_dim = q.shape
+        given = Launch.of(plan, q.device)
+        shape = launch_shape((given.block_q, given.block_k), head_dim)
+        tile_q = shape.warpgroups * _ROWS
+        tiles = block_count(tokens, tile_q)
+        reused_tiles = block_count(len(given.computed), tile_q)
+        work = _work(plan, given.counts, batch, tiles, given.block_q // tile_q, reused_tiles)
+        tensors = (
+            _descriptor(q, _ROWS), _descriptor(k, shape.tile_k), _descriptor(v, shape.tile_k), _descriptor(out, _ROWS),
+            q if lse is None else lse, given.indices, given.counts, given.kinds, given.computed, given.served, work,
+        )  # fmt: skip
+        scale = math.log2(math.e) / math.sqrt(head_dim)
+        sizes = (
+            tiles, given.served_most, given.q_blocks, given.k_blocks, heads, len(given.computed),
+            *q.stride()[:3], *out.stride()[:3],
+        )  # fmt: skip
+        constants = {
+            "BLOCK_Q": given.block_q, "BLOCK_K": given.block_k, "TILE_K": shape.tile_k, "HEAD_DIM": head_dim,
+            "STAGES": shape.stages, "Q_REGISTERS": shape.q_registers, "REUSE": plan.reuse is not None,
+            "WITH_LSE": lse is not None, "num_warps": _WARPS, "maxnreg": shape.registers,
+        }  # fmt: skip
+        if shape.alone:
+            gluon_code.attend_alone[(len(work),)](*tensors, q, out, scale, tokens, *sizes, **constants)
+        else:
+            places = torch.cuda.get_device_properties(q.device).multi_processor_count * shape.thread_blocks
+            counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+            gluon_code.attend[(min(places, len(work)),)](
+                *tensors, counter, q, out, scale, tokens, len(work), *sizes, WARPGROUPS=shape.warpgroups,
+                PRODUCER_REGISTERS=_PRODUCER_REGISTERS, CONSUMER_REGISTERS=_CONSUMER_REGISTERS, **constants,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchShape:
+    """How a tile of queries is computed.
+
+    Args:
+        alone: whether the warpgroup that multiplies loads for itself; otherwise a warp does.
+        warpgroups: of a thread block, that multiply 64 queries each.
+        thread_blocks: that fit a multiprocessor.
+        registers: of a thread at the start, at which so many fit.
+        tile_k: keys of a tile.
+        stages: tiles of keys, and of values, in shared memory.
+        q_registers: whether queries stay in registers; otherwise in shared memory.
+    """
+
+    alone: bool
+    warpgroups: int
+    thread_blocks: int
+    registers: int
+    tile_k: int
+    stages: int
+    q_registers: bool
+
+
+def launch_shape(block: tuple[int, int], head_dim: int) -> LaunchShape:
+    """The fastest way that was measured on an H200 (DESIGN.md, kernel notes) for blocks of this size.
+
+    A multiprocessor has 65,536 registers and 227 KiB of shared memory for a thread block (CUDA's programming guide).
+    """
+    tile_k = _MOST_KEYS if block[1] % _MOST_KEYS == 0 else _ROWS
+    if head_dim == 64:
+        # as many warpgroups as fit: exponentials take as long as products here, and one's hide behind another's
+        wide = tile_k == _MOST_KEYS
+        return LaunchShape(
+            alone=True, warpgroups=1, thread_blocks=3 if wide else 4, registers=168 if wide else 128, tile_k=tile_k,
+            stages=2, q_registers=not wide,
+        )  # fmt: skip
+    if block[0] % (2 * _ROWS) == 0:
+        return LaunchShape(
+            alone=False, warpgroups=2, thread_blocks=1, registers=168, tile_k=tile_k, stages=2 * _MOST_KEYS // tile_k,
+            q_registers=True,
+        )  # fmt: skip
+    return LaunchShape(
+        alone=False, warpgroups=1, thread_blocks=2, registers=128, tile_k=_ROWS, stages=2, q_registers=True
+    )
+
+
+def _work(
+    plan: Plan, counts: Tensor, batch: int, tiles: int, tiles_a_block: int, reused_tiles: int
+) -> Int32[Tensor, "items"]:
+    """Every tile of queries that is to be computed: head by head, and of a head those with the longest lists first.
+
+    One head after the other, so that those under way at a time share its keys in the cache. The last head's shortest
+    lists end the launch, so no tile is waited for long.
+    """
+    items = _items(plan.kinds, tiles, reused_tiles, counts.device)
+    if plan.mask is not None:
+        heads = len(plan.kinds)
+        tile = torch.arange(tiles, device=counts.device)
+        lengths = counts[:, tile // tiles_a_block]
+        if len(set(plan.kinds)) > 1:
+            # only masked heads have lists; the tiles of the others are alike
+            lengths = torch.where(kinds_on(plan.kinds, counts.device)[:, None] == KINDS.index("masked"), lengths, 0)
+        order = lengths.argsort(dim=1, descending=True, stable=True)
+        first = tiles * torch.arange(heads, device=counts.device)[:, None]
+        items = (first + order).flatten()[items]
+    per_batch = tiles * len(plan.kinds)
+    work = items if batch == 1 else (torch.arange(batch, device=items.device)[:, None] * per_batch + items).flatten()
+    return work.to(torch.int32)
+
+
+@functools.lru_cache(maxsize=256)
+def _items(kinds: Sequence[HeadKind], tiles: int, reused_tiles: int, device: torch.device) -> Int[Tensor, "items"]:
+    """What there is to compute, by number (head × tiles + tile): reused heads have fewer tiles than the others."""
+    counts = [reused_tiles if kind == "reused" else tiles for kind in kinds]
+    return torch.cat([head * tiles + torch.arange(count) for head, count in enumerate(counts)]).to(device)
+
+
+def _triton_version() -> tuple[int, int]:
+    """Major and minor version; zeros where there is no Triton."""
+    try:
+        major, minor = importlib.metadata.version("triton").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
+        return (0, 0)
+    return int(major), int(minor)
+
+
+def _descriptor(x: Tensor, rows: int) -> Any:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    box = [1, 1, rows, x.shape[-1]]
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, gl.NVMMASharedLayout.get_default_for(box, dtype))

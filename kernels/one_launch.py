@@ -1,0 +1,121 @@
+"""What our own kernels share: all heads of a plan in one launch, whatever kind each is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from calibatt.kernels.base import Task, Unsupported, check, check_accepted
+from calibatt.kernels.expand import block_lists, kinds_on
+from calibatt.kernels.plan import Plan, block_count
+
+# tokens of a block where a plan has none
+_BLOCK = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Launch:
+    """A plan as device code reads it; what it does not have is stood for by a tensor that nothing reads.
+
+    Args:
+        kinds: of each head, as `expand.KINDS` counts them.
+        indices, counts: lists of key blocks, of masked heads.
+        computed, served: queries that reused heads compute, and the tokens that take each one's output.
+        served_most: tokens that take one output at the most.
+        block_q, block_k: tokens of a block.
+        q_blocks, k_blocks: how many there are.
+    """
+
+    kinds: Tensor
+    indices: Tensor
+    counts: Tensor
+    computed: Tensor
+    served: Tensor
+    served_most: int
+    block_q: int
+    block_k: int
+    q_blocks: int
+    k_blocks: int
+
+    @classmethod
+    def of(cls, plan: Plan, device: torch.device) -> Launch:
+        """Lists are made of the mask's bits here, on its device."""
+        kinds = kinds_on(plan.kinds, device)
+        block_q, block_k = (_BLOCK, _BLOCK) if plan.mask is None else (plan.mask.block_q, plan.mask.block_k)
+        indices, counts = (kinds, kinds) if plan.mask is None else block_lists(plan)
+        computed, served = (kinds, kinds) if plan.reuse is None else (plan.reuse.computed, plan.reuse.served)
+        return cls(
+            kinds=kinds, indices=indices, counts=counts, computed=computed, served=served,
+            served_most=1 if plan.reuse is None else served.shape[1], block_q=block_q, block_k=block_k,
+            q_blocks=block_count(plan.tokens, block_q), k_blocks=block_count(plan.tokens, block_k),
+        )  # fmt: skip
+
+
+class OneLaunch(ABC):
+    """A kernel that computes masked, dense and reused heads at once.
+
+    A reused head's rows are gathered when they are loaded, and each is written to every token that takes its output:
+    there is no pass over the output besides.
+    """
+
+    name: str
+
+    @abstractmethod
+    def refusal(self, task: Task) -> Unsupported | None:
+        """Why this kernel cannot do the task on this machine, or None when it can."""
+
+    @abstractmethod
+    def _launch(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, plan: Plan) -> None:
+        """Write output and log-sum-exps; the inputs have been checked."""
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch heads tokens head_dim"],
+        k: Float[Tensor, "batch heads tokens head_dim"],
+        v: Float[Tensor, "batch heads tokens head_dim"],
+        plan: Plan,
+    ) -> Float[Tensor, "batch heads tokens head_dim"]:
+        """Attention under a plan; a row with no block gives zeros.
+
+        Raises:
+            ValueError: inputs and plan do not belong together, or the kernel does not have their dtype or sizes.
+        """
+        return self._checked(q, k, v, plan, None)
+
+    def attend_with_lse(
+        self,
+        q: Float[Tensor, "batch heads tokens head_dim"],
+        k: Float[Tensor, "batch heads tokens head_dim"],
+        v: Float[Tensor, "batch heads tokens head_dim"],
+        plan: Plan,
+    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens"]]:
+        """The same, and the logarithm of the sum of exponentials of each query's scores, in fp32.
+
+        A query with no key has -inf; one that takes another's output has that one's.
+
+        Raises:
+            ValueError: as `attend`.
+        """
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        return self._checked(q, k, v, plan, lse), lse
+
+    def _checked(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, lse: Tensor | None) -> Tensor:
+        check(q, k, v, plan)
+        check_accepted(self, q, plan)
+        # device code steps over tokens, heads and batch by their strides, but over channels by one
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        out = torch.empty_like(q)
+        self._launch(q, k, v, out, lse, plan)
+        return out
+
+
+def tensor_map_fits(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can copy tiles: addresses and strides are multiples of 16 bytes.
+
+    Source: CUDA's programming guide, on tensor maps.
+    """
+    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])

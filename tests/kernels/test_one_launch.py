@@ -1,0 +1,62 @@
+"""What kernels that compute all heads in one launch have besides: log-sum-exps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from calibatt.kernels import oracle
+from calibatt.kernels.base import Task
+from calibatt.kernels.catalogue import KERNELS
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.one_launch import OneLaunch
+from calibatt.kernels.plan import BlockMask, Plan, RowReuse, block_count
+
+GEOMETRY = Geometry(grid=(4, 9, 9), heads=3, head_dim=64)
+BLOCK = 64
+PLACES = [
+    pytest.param(("cpu", torch.float32), id="cpu"),
+    pytest.param(("cuda", torch.bfloat16), id="cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", [name for name, kernel in KERNELS.items() if isinstance(kernel, OneLaunch)])
+def test_the_log_sum_exp_is_that_of_the_keys_a_query_sees(name: str, place: tuple[str, torch.dtype]) -> None:
+    kernel, (device, dtype), tokens = KERNELS[name], place, GEOMETRY.tokens
+    assert isinstance(kernel, OneLaunch)
+    refusal = kernel.refusal(
+        Task(device=torch.device(device), dtype=dtype, head_dim=GEOMETRY.head_dim, block=(BLOCK, BLOCK))
+    )
+    if refusal is not None:
+        pytest.skip(refusal.reason)
+    generator = torch.Generator().manual_seed(1)
+    blocks = block_count(tokens, BLOCK)
+    keep = torch.rand((3, blocks, blocks), generator=generator) < 0.5
+    keep[:, 1] = False
+    plan = Plan(
+        tokens=tokens,
+        kinds=("masked", "reused", "dense"),
+        mask=BlockMask.from_keep(keep, tokens=tokens, block_q=BLOCK, block_k=BLOCK).to(device),
+        reuse=RowReuse.of_anchor_rows(GEOMETRY, (1, 5)).to(device),
+    )
+    shape = (1, GEOMETRY.heads, tokens, GEOMETRY.head_dim)
+    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+    out, lse = kernel.attend_with_lse(q, k, v, plan)
+    exact = oracle.attend(q, k, v, plan)
+    assert (out.double() - exact).abs().max() <= oracle.error_budget(q, k, v, plan, exact)
+    scores = q.double() @ k.double().mT / math.sqrt(GEOMETRY.head_dim)
+    assert plan.reuse is not None
+    seen = oracle.token_mask(plan, 0, slice(0, tokens))
+    expected = torch.stack(
+        (
+            scores[0, 0].masked_fill(~seen, -math.inf).logsumexp(-1),
+            scores[0, 1, plan.reuse.computed[plan.reuse.source]].logsumexp(-1),
+            scores[0, 2].logsumexp(-1),
+        )
+    )
+    # the second row of blocks of the first head has no key
+    assert bool(lse[0, 0, BLOCK : 2 * BLOCK].isneginf().all())
+    torch.testing.assert_close(lse[0].double(), expected, rtol=1e-5, atol=1e-5)
