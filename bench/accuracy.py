@@ -14,6 +14,7 @@ from calibatt.bench.meter import Probe
 from calibatt.calibration.energy import block_energy
 from calibatt.kernels import oracle
 from calibatt.kernels.base import Attender
+from calibatt.kernels.permute import permute
 from calibatt.kernels.plan import Plan
 
 # identical videos have no finite PSNR; 8-bit frames that differ in one pixel by one level stay below this
@@ -99,7 +100,10 @@ def recall(probe: Probe, plan: Plan) -> list[float]:
     kept = [1.0 for kind in plan.kinds if kind == "dense"]
     if plan.mask is not None:
         mask = plan.mask
-        energy = block_energy(probe.q[0], probe.k[0], block_q=mask.block_q, block_k=mask.block_k)
+        q, k = probe.q, probe.k
+        if plan.order is not None:
+            q, k = permute((q,), plan.order.queries)[0], permute((k,), plan.order.keys)[0]
+        energy = block_energy(q[0], k[0], block_q=mask.block_q, block_k=mask.block_k)
         mass = (energy * mask.keep()).sum(-1).mean(-1)
         kept += mass[plan.heads_of("masked")].tolist()
     return kept

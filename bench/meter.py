@@ -11,6 +11,7 @@ from torch import Tensor
 
 from calibatt.bench.timer import PhaseTimer
 from calibatt.kernels.base import Attender
+from calibatt.kernels.ordered import attend_ordered
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Planner, Site
 
@@ -78,5 +79,4 @@ class Meter:
         if site is not None and site.branch == "cond" and (site.step, site.layer) in self.probe_sites:
             # clone keeps the strides, on which a kernel's speed may depend
             self.probes.append(Probe(site=site, q=q.clone(), k=k.clone(), v=v.clone()))
-        with self.timer.phase("attend"):
-            return self._kernel.attend(q, k, v, plan)
+        return attend_ordered(self._kernel.attend, q, k, v, plan, self.timer.phase)

@@ -101,6 +101,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
         )
     parts = [] if plan.mask is None else [plan.mask.bits]
     parts += [] if plan.reuse is None else [plan.reuse.source]
+    parts += [] if plan.order is None else [plan.order.queries, plan.order.keys]
     for part in parts:
         if part.device != q.device:
             raise ValueError(f"the plan is on {part.device}, q on {q.device}: move it with .to()")

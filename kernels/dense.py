@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt.kernels.base import Task, Unsupported, check
+from calibatt.kernels.ordered import in_order
 from calibatt.kernels.plan import Plan
 
 
@@ -36,6 +37,7 @@ class Dense:
         objection = self._objection(task)
         return None if objection is None else Unsupported(objection)
 
+    @in_order
     def attend(
         self,
         q: Float[Tensor, "batch heads tokens head_dim"],

@@ -15,6 +15,7 @@ from calibatt.kernels.base import Task, Unsupported, check, check_accepted, dtyp
 from calibatt.kernels.by_kind import attend_by_kind
 from calibatt.kernels.dense import Dense
 from calibatt.kernels.expand import block_lists
+from calibatt.kernels.ordered import in_order
 from calibatt.kernels.plan import Plan
 
 _HEAD_DIMS = (64, 128)
@@ -96,6 +97,7 @@ class Flash4:
             objection = _block_objection(torch.cuda.get_device_capability(task.device), task.block)
         return None if objection is None else Unsupported(objection)
 
+    @in_order
     def attend(
         self,
         q: Float[Tensor, "batch heads tokens head_dim"],

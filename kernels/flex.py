@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt.kernels.base import Task, Unsupported, check
 from calibatt.kernels.by_kind import attend_by_kind
+from calibatt.kernels.ordered import in_order
 from calibatt.kernels.plan import BlockMask, Plan
 
 # a suite that walks over geometries compiles more variants than Dynamo's default limit of 8, past which it would
@@ -41,6 +42,7 @@ class Flex:
             return Unsupported(f"FlexAttention needs blocks that are multiples of 16: got {task.block}")
         return None
 
+    @in_order
     def attend(
         self,
         q: Float[Tensor, "batch heads tokens head_dim"],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from calibatt.kernels.base import Task, Unsupported, check, check_accepted
 from calibatt.kernels.expand import block_lists, kinds_on
+from calibatt.kernels.ordered import attend_ordered
 from calibatt.kernels.plan import Plan, block_count
 
 # tokens of a block where a plan has none
@@ -84,7 +85,7 @@ class OneLaunch(ABC):
         Raises:
             ValueError: inputs and plan do not belong together, or the kernel does not have their dtype or sizes.
         """
-        return self._checked(q, k, v, plan, None)
+        return attend_ordered(lambda *given: self._checked(*given, None), q, k, v, plan)
 
     def attend_with_lse(
         self,
@@ -101,7 +102,10 @@ class OneLaunch(ABC):
             ValueError: as `attend`.
         """
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        return self._checked(q, k, v, plan, lse), lse
+        out = attend_ordered(lambda *given: self._checked(*given, lse), q, k, v, plan)
+        if plan.order is not None:
+            lse = torch.empty_like(lse).scatter_(2, plan.order.queries.long().expand(lse.shape), lse)
+        return out, lse
 
     def _checked(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, lse: Tensor | None) -> Tensor:
         check(q, k, v, plan)

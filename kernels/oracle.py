@@ -42,6 +42,10 @@ def attend(
         ValueError: inputs and plan do not belong together.
     """
     check(q, k, v, plan)
+    if plan.order is not None:
+        queries, keys = (_places(order, q) for order in (plan.order.queries, plan.order.keys))
+        out = attend(q.gather(2, queries), k.gather(2, keys), v.gather(2, keys), plan.unordered(), dtype=dtype)
+        return torch.empty_like(out).scatter_(2, queries, out)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     out = torch.empty_like(q)
     for head, kind in enumerate(plan.kinds):
@@ -59,6 +63,11 @@ def attend(
         if kind == "reused" and plan.reuse is not None:
             out[:, head] = out[:, head, plan.reuse.computed[plan.reuse.source]]
     return out
+
+
+def _places(order: Tensor, x: Tensor) -> Tensor:
+    """An order of tokens as an index of the same shape as the inputs."""
+    return order.long()[None, :, :, None].expand(x.shape)
 
 
 def error_budget(

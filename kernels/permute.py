@@ -43,12 +43,10 @@ def unpermute(
 
 
 def _moved(tensors: Sequence[Tensor], order: Tensor, *, back: bool) -> list[Tensor]:
-    from calibatt.kernels import triton_code
-
     if not 1 <= len(tensors) <= _MOST:
         raise ValueError(f"one launch moves up to {_MOST} tensors, not {len(tensors)}")
     first = tensors[0]
-    batch, heads, tokens, head_dim = first.shape
+    heads, tokens = first.shape[1:3]
     for other in tensors[1:]:
         alike = ("shape", "dtype", "device")
         if any(getattr(other, name) != getattr(first, name) for name in alike) or other.stride() != first.stride():
@@ -61,6 +59,19 @@ def _moved(tensors: Sequence[Tensor], order: Tensor, *, back: bool) -> list[Tens
             f"an order for {heads} heads × {tokens} tokens on {first.device} is [{heads} or 1, {tokens}]: "
             f"got {list(order.shape)} on {order.device}"
         )
+    if first.device.type == "cpu":
+        # Triton has no CPU but its interpreter
+        index = order.long()[None, :, :, None].expand(first.shape)
+        return [torch.empty_like(x).scatter_(2, index, x) if back else x.gather(2, index) for x in tensors]
+    return _launch(tensors, order, back=back)
+
+
+def _launch(tensors: Sequence[Tensor], order: Tensor, *, back: bool) -> list[Tensor]:
+    """By the device code; what belongs together has been checked."""
+    from calibatt.kernels import triton_code
+
+    first = tensors[0]
+    batch, heads, tokens, head_dim = first.shape
     moved = [torch.empty_like(x) for x in tensors]
     # an argument that nothing reads must still be a tensor
     sources, targets = ([*tensors, first, first][:_MOST], [*moved, first, first][:_MOST])

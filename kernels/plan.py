@@ -1,9 +1,9 @@
-"""The plan, which is all that a method tells a kernel, and its two parts: block masks and row reuse."""
+"""The plan, which is all that a method tells a kernel, and its parts: block masks, row reuse, an order of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -199,6 +199,47 @@ class RowReuse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenOrder:
+    """Blocks of tokens that do not lie side by side: the order in which they do.
+
+    Args:
+        queries, keys: a permutation of the tokens for each head, or one row that all heads share; at place i of the
+            order stands token `queries[head, i]`. Keys stand for keys and values.
+
+    Raises:
+        ValueError: queries and keys are of another length.
+    """
+
+    queries: Int32[Tensor, "order_heads tokens"]
+    keys: Int32[Tensor, "key_heads key_tokens"]
+
+    def __post_init__(self) -> None:
+        if self.queries.shape[-1] != self.keys.shape[-1]:
+            raise ValueError(f"an order has {self.queries.shape[-1]} queries and {self.keys.shape[-1]} keys")
+
+    @classmethod
+    def of_all(cls, order: Int[Tensor, "order_heads tokens"]) -> TokenOrder:
+        """Queries and keys in the same order."""
+        order = order.to(torch.int32)
+        return cls(queries=order, keys=order)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence."""
+        return self.queries.shape[-1]
+
+    @property
+    def shared(self) -> bool:
+        """Whether queries and keys stand in the same order."""
+        return self.queries is self.keys
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> TokenOrder:
+        """Queries and keys changed alike; one order stays one."""
+        queries = change(self.queries)
+        return TokenOrder(queries=queries, keys=queries if self.shared else change(self.keys))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Plan:
     """What a method decides at one site: per head a block mask, row reuse, or dense.
 
@@ -207,6 +248,7 @@ class Plan:
         kinds: what each head does.
         mask: the blocks of the masked heads; rows of the mask that belong to other heads are not read.
         reuse: what the reused heads compute.
+        order: in which the mask's blocks hold the tokens; None for the sequence's own.
 
     Raises:
         ValueError: a part is missing, or belongs to another sequence or number of heads.
@@ -216,6 +258,7 @@ class Plan:
     kinds: tuple[HeadKind, ...]
     mask: BlockMask | None = None
     reuse: RowReuse | None = None
+    order: TokenOrder | None = None
 
     def __post_init__(self) -> None:
         if ("masked" in self.kinds) != (self.mask is not None) or ("reused" in self.kinds) != (self.reuse is not None):
@@ -224,9 +267,15 @@ class Plan:
             )
         if self.mask is not None and self.mask.heads not in (1, len(self.kinds)):
             raise ValueError(f"the mask has {self.mask.heads} heads, the plan {len(self.kinds)}")
-        for part in (self.mask, self.reuse):
+        for part in (self.mask, self.reuse, self.order):
             if part is not None and part.tokens != self.tokens:
                 raise ValueError(f"the plan is for {self.tokens} tokens, its {type(part).__name__} for {part.tokens}")
+        if self.order is not None:
+            if self.reuse is not None:
+                raise ValueError("row reuse counts tokens in the sequence's own order: such a plan has no other")
+            rows = {len(self.order.queries), len(self.order.keys)}
+            if not rows <= {1, len(self.kinds)}:
+                raise ValueError(f"the order has {max(rows)} heads, the plan {len(self.kinds)}")
 
     @classmethod
     def dense(cls, geometry: Geometry) -> Plan:
@@ -234,15 +283,21 @@ class Plan:
         return cls(tokens=geometry.tokens, kinds=_alike("dense", geometry.heads))
 
     @classmethod
-    def masked(cls, mask: BlockMask, heads: int) -> Plan:
-        """Every head computes the blocks of the mask."""
-        return cls(tokens=mask.tokens, kinds=_alike("masked", heads), mask=mask)
+    def masked(cls, mask: BlockMask, heads: int, order: TokenOrder | None = None) -> Plan:
+        """Every head computes the blocks of the mask, which may hold the tokens in another order."""
+        return cls(tokens=mask.tokens, kinds=_alike("masked", heads), mask=mask, order=order)
+
+    def unordered(self) -> Plan:
+        """The plan for tokens that stand in its order already."""
+        return self if self.order is None else replace(self, order=None)
 
     def to(self, device: torch.device | str) -> Plan:
         """The same plan on another device."""
-        mask = None if self.mask is None else self.mask.to(device)
-        return Plan(
-            tokens=self.tokens, kinds=self.kinds, mask=mask, reuse=None if self.reuse is None else self.reuse.to(device)
+        return replace(
+            self,
+            mask=None if self.mask is None else self.mask.to(device),
+            reuse=None if self.reuse is None else self.reuse.to(device),
+            order=None if self.order is None else self.order.each(lambda order: order.to(device)),
         )
 
     def of_heads(self, heads: Sequence[int]) -> Plan:
@@ -253,7 +308,10 @@ class Plan:
             mask = BlockMask(
                 bits=mask.bits[list(heads)], tokens=mask.tokens, block_q=mask.block_q, block_k=mask.block_k
             )
-        return Plan(tokens=self.tokens, kinds=kinds, mask=mask, reuse=self.reuse if "reused" in kinds else None)
+        chosen = list(heads)
+        order = self.order and self.order.each(lambda order: order if len(order) == 1 else order[chosen])
+        reuse = self.reuse if "reused" in kinds else None
+        return Plan(tokens=self.tokens, kinds=kinds, mask=mask, reuse=reuse, order=order)
 
     def heads_of(self, kind: HeadKind) -> list[int]:
         """Indices of the heads of one kind."""
@@ -286,6 +344,8 @@ class Plan:
         """Memory of the plan, in bytes."""
         parts = [] if self.mask is None else [self.mask.bits]
         parts += [] if self.reuse is None else [self.reuse.computed, self.reuse.source]
+        if self.order is not None:
+            parts += [self.order.queries] if self.order.shared else [self.order.queries, self.order.keys]
         return sum(part.nbytes for part in parts)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from calibatt.kernels import oracle
 from calibatt.kernels.base import Kernel, Task
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, HeadKind, Plan, RowReuse, block_count
+from calibatt.kernels.plan import BlockMask, HeadKind, Plan, RowReuse, TokenOrder, block_count
 from calibatt.methods.base import Method, Site
 from calibatt.methods.catalogue import METHODS, build
 
@@ -246,6 +246,24 @@ def test_keeping_all_blocks_is_dense_attention(kernel: Kernel, place: Place) -> 
     plan = Plan.masked(mask_of(keep, 1000), HEADS).to(place[0])
     q, k, v = inputs(LARGE, place)
     assert_exact(run(kernel, q, k, v, plan), q, k, v, Plan.dense(LARGE))
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one-order", "queries-apart"])
+@pytest.mark.parametrize("kinds", [("masked", "masked", "masked"), ("masked", "dense", "masked")], ids="-".join)
+def test_a_kernel_takes_blocks_of_tokens_that_lie_apart(
+    kernel: Kernel, kinds: tuple[HeadKind, ...], shared: bool, place: Place
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    tokens = SMALL.tokens
+    each = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(HEADS)])
+    order = TokenOrder.of_all(each)
+    if not shared:
+        order = TokenOrder(
+            queries=order.queries, keys=torch.randperm(tokens, generator=generator)[None].to(torch.int32)
+        )
+    plan = replace(kinds_plan(SMALL, kinds), order=order).to(place[0])
+    q, k, v = inputs(SMALL, place)
+    assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
 
 
 @pytest.mark.parametrize("kinds", [("dense",) * 3, ("masked", "reused", "dense")], ids="-".join)

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt.kernels import oracle
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, RowReuse
+from calibatt.kernels.plan import BlockMask, Plan, RowReuse, TokenOrder
 
 GEOMETRY = Geometry(grid=(2, 5, 6), heads=3, head_dim=16)
 
@@ -85,3 +85,24 @@ def test_nan_in_the_inputs_is_not_taken_for_an_empty_row() -> None:
     q, k, v = inputs()
     q[0, 0, 7] = torch.nan
     assert oracle.attend(q, k, v, Plan.dense(GEOMETRY))[0, 0, 7].isnan().all()
+
+
+def test_an_order_says_which_tokens_a_block_holds() -> None:
+    # blocks of two: the first holds tokens 0 and 3, the second 1 and 2; queries see their own block only
+    order = TokenOrder.of_all(torch.tensor([[0, 3, 1, 2]]))
+    mask = BlockMask.from_keep(torch.eye(2, dtype=torch.bool)[None], tokens=4, block_q=2, block_k=2)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn((3, 1, 1, 4, 8), generator=generator).double()
+    out = oracle.attend(q, k, v, Plan.masked(mask, 1, order))
+    seen = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]], dtype=torch.bool)
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen))
+
+
+def test_queries_and_keys_may_stand_in_orders_of_their_own() -> None:
+    order = TokenOrder(queries=torch.tensor([[3, 2, 1, 0]]).int(), keys=torch.tensor([[0, 2, 1, 3]]).int())
+    mask = BlockMask.from_keep(torch.eye(2, dtype=torch.bool)[None], tokens=4, block_q=2, block_k=2)
+    q, k, v = torch.randn((3, 1, 1, 4, 8), generator=torch.Generator().manual_seed(0)).double()
+    out = oracle.attend(q, k, v, Plan.masked(mask, 1, order))
+    # queries 3 and 2 see keys 0 and 2, queries 1 and 0 see keys 1 and 3
+    seen = torch.tensor([[0, 1, 0, 1], [0, 1, 0, 1], [1, 0, 1, 0], [1, 0, 1, 0]], dtype=torch.bool)
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from calibatt.kernels import permute as permute_module
 from calibatt.kernels.permute import permute, unpermute
 
 HEADS, TOKENS, HEAD_DIM = 3, 150, 64
@@ -37,6 +38,16 @@ def test_tokens_go_where_the_order_says_and_back(count: int, rows: int, place: t
     for x, y in zip(tensors, moved, strict=True):
         assert torch.equal(y, x.gather(2, index))
         assert torch.equal(unpermute(y, order), x)
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_the_device_code_does_the_same(back: bool) -> None:
+    # in Triton's interpreter, where there is no GPU
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors, order = _inputs((device, torch.float32)), _order(HEADS, device)
+    index = order.long()[None, :, :, None].expand(tensors[0].shape)
+    for x, y in zip(tensors, permute_module._launch(tensors, order, back=back), strict=True):
+        assert torch.equal(y, torch.empty_like(x).scatter_(2, index, x) if back else x.gather(2, index))
 
 
 def test_what_does_not_belong_together_is_refused_naming_both_sides() -> None:

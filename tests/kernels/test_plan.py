@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, RowReuse, block_count, block_sizes
+from calibatt.kernels.plan import BlockMask, Plan, RowReuse, TokenOrder, block_count, block_sizes
 
 # tokens, block_q, block_k: tidy; a shorter last block; exactly one 32-bit word of key blocks; one more; one block
 SHAPES = [(1024, 64, 64), (1000, 64, 48), (512, 128, 16), (513, 128, 16), (63, 128, 128)]
@@ -198,3 +198,27 @@ def test_the_plan_of_some_heads_has_their_kinds_and_their_blocks() -> None:
     assert some.mask is not None
     assert torch.equal(some.mask.keep(), keep[[0, 2]])
     assert plan.of_heads([1]).mask is None
+
+
+def test_a_plan_refuses_an_order_of_another_sequence_or_beside_row_reuse() -> None:
+    order = TokenOrder.of_all(torch.arange(6).flip(0)[None])
+    with pytest.raises(ValueError, match="for 8 tokens, its TokenOrder for 6"):
+        Plan(tokens=8, kinds=("dense",), order=order)
+    with pytest.raises(ValueError, match="the order has 3 heads, the plan 2"):
+        Plan(tokens=6, kinds=("dense", "dense"), order=TokenOrder.of_all(order.queries.expand(3, -1)))
+    with pytest.raises(ValueError, match="6 queries and 5 keys"):
+        TokenOrder(queries=order.queries, keys=order.queries[:, :5])
+    reuse = RowReuse(computed=torch.tensor([0]), source=torch.zeros(6, dtype=torch.int64))
+    with pytest.raises(ValueError, match="such a plan has no other"):
+        Plan(tokens=6, kinds=("reused",), reuse=reuse, order=order)
+
+
+def test_the_order_of_some_heads_is_theirs() -> None:
+    each = torch.stack((torch.arange(6), torch.arange(6).flip(0)))
+    plan = Plan(tokens=6, kinds=("dense", "dense"), order=TokenOrder.of_all(each))
+    chosen = plan.of_heads([1]).order
+    assert chosen is not None
+    assert chosen.shared
+    assert chosen.queries.tolist() == [[5, 4, 3, 2, 1, 0]]
+    assert plan.nbytes() == 2 * 6 * 4
+    assert plan.unordered().order is None
