@@ -98,6 +98,7 @@ def facts(stage: Stage, suite: Suite, arm: Arm) -> dict[str, Any]:
         "method": arm.method,
         "preset": arm.preset,
         "mode": arm.mode,
+        "target_density": arm.density,
         "kernel": stage.dense.name if arm == DENSE else arm.kernel,
         "baseline": None if arm == DENSE else stage.dense.name,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,8 +19,6 @@ Mode = Literal["native", "equal_density"]
 Order = Literal["tile", "token-major", "random"]
 ORDERS: tuple[Order, ...] = ("tile", "token-major", "random")
 
-_EQUAL_DENSITY = "=density"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
@@ -27,7 +26,8 @@ class Arm:
 
     Args:
         method, preset: names in the catalogue of methods.
-        mode: the preset as it is, or with its knob turned to CalibAtt's density.
+        mode: the preset as it is, or with its knob turned for a density.
+        density: the wanted density; None for CalibAtt's own, and in native mode.
         kernel: name of the sparse kernel; dense itself runs on whichever is fastest.
     """
 
@@ -35,30 +35,45 @@ class Arm:
     preset: str
     mode: Mode
     kernel: str
+    density: float | None = None
 
     @classmethod
     def parse(cls, text: str, kernel: str) -> Arm:
-        """Read `method[/preset][=density]`, e.g. `radial/no-warmup=density`.
+        """Read `method[/preset][=density]`, e.g. `radial/no-warmup=density` or `sparge=0.35`.
 
         Raises:
             UnknownName: there is no such method, preset or kernel.
-            ValueError: the density of a method that has no knob is to be changed.
+            ValueError: a density is none, or is asked of a method that has no knob.
         """
-        name, equal = text.removesuffix(_EQUAL_DENSITY), text.endswith(_EQUAL_DENSITY)
+        name, equal, wanted = text.partition("=")
         method, _, preset = name.partition("/")
         preset = preset or "default"
         found = look_up(METHODS, method, "method")
         look_up(found.presets, preset, f"preset of {method}")
         look_up(KERNELS, kernel, "kernel")
         if equal and found.knob is None:
-            raise ValueError(f"{method} has no knob that changes its density: leave out {_EQUAL_DENSITY}")
+            raise ValueError(f"{method} has no knob that changes its density: leave out {equal}{wanted}")
         if method == DENSE.method:
             return DENSE
-        return cls(method=method, preset=preset, mode="equal_density" if equal else "native", kernel=kernel)
+        mode: Mode = "equal_density" if equal else "native"
+        return cls(method=method, preset=preset, mode=mode, kernel=kernel, density=_density(text, wanted))
 
     def __str__(self) -> str:
         preset = "" if self.preset == "default" else f"/{self.preset}"
-        return f"{self.method}{preset}{_EQUAL_DENSITY if self.mode == 'equal_density' else ''}"
+        density = "density" if self.density is None else f"{self.density:g}"
+        return f"{self.method}{preset}{f'={density}' if self.mode == 'equal_density' else ''}"
+
+
+def _density(text: str, wanted: str) -> float | None:
+    if wanted in ("", "density"):
+        return None
+    try:
+        density = float(wanted)
+    except ValueError:
+        density = math.nan
+    if not 0 < density <= 1:
+        raise ValueError(f"{text}: behind = stands `density`, for CalibAtt's, or a number above 0 and up to 1")
+    return density
 
 
 DENSE = Arm(method="dense", preset="default", mode="native", kernel="fastest")

@@ -37,8 +37,9 @@ class Record:
     What was run:
         suite, model, weights, resolution, frames, steps, tokens, heads, head_dim, dtype, compiled: the workload.
         guidance: classifier-free guidance scale of a whole generation.
-        method, preset, mode: `native` is the method's own settings, `equal_density` those that give CalibAtt's density.
-            In the kernel suite the method is `blocks` and the preset the density that was asked for.
+        method, preset, mode: `native` is the method's own settings, `equal_density` those that give a density:
+            target_density, or CalibAtt's where there is none. In the kernel suite the method is `blocks` and the preset
+            the density that was asked for.
         kernel, block: the kernel, and tokens of a query and of a key block.
         mask: where a kernel benchmark's mask comes from; `rows` for row reuse, `mixed` for both in one layer.
         baseline: the dense kernel that times are compared with.
@@ -89,6 +90,7 @@ class Record:
     compiled: bool | None = None
     preset: str | None = None
     mode: Literal["native", "equal_density"] | None = None
+    target_density: float | None = None
     block: tuple[int, int] | None = None
     mask: Literal["random", "banded", "captured", "rows", "mixed"] | None = None
     baseline: str | None = None
@@ -157,7 +159,8 @@ class Record:
     @property
     def arm(self) -> str:
         """Short name of the arm within its workload, e.g. `radial/default` or `dense`."""
-        mode = " =density" if self.mode == "equal_density" else ""
+        density = "density" if self.target_density is None else f"{self.target_density:g}"
+        mode = f" ={density}" if self.mode == "equal_density" else ""
         return (self.method if self.preset in (None, "default") else f"{self.method}/{self.preset}") + mode
 
     @property
@@ -172,7 +175,7 @@ class Record:
             return (*self.workload, self.method, self.preset, self.kernel, self.block, self.mask)
         # elsewhere a preset fixes the blocks, and dense runs on whichever kernel is fastest that day
         kernel = None if self.method == "dense" else self.kernel
-        return (*self.workload, self.method, self.preset, self.mode, kernel)
+        return (*self.workload, self.method, self.preset, self.mode, self.target_density, kernel)
 
     def to_extra_info(self) -> dict[str, Any]:
         """The fields as they stand in the file; what was not measured is absent."""

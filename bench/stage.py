@@ -155,7 +155,7 @@ class Stage:
         if arm.mode == "native" or kind.knob is None:
             return at()
         field = kind.knob.field
-        target = self.calibration.density().mean().item()
+        target = self.calibration.density().mean().item() if arm.density is None else arm.density
         value = solve(lambda x: at(**{field: x}), kind.knob, target, self.probes)
         if isinstance(value, Unsupported):
             return value

@@ -8,15 +8,17 @@ from types import MappingProxyType
 from typing import Any
 
 from calibatt.kernels.names import look_up
+from calibatt.methods.adaspa import AdaSpa
 from calibatt.methods.base import Method, PlanSource
 from calibatt.methods.calibatt import CalibAtt
 from calibatt.methods.dense import Dense
 from calibatt.methods.radial import Radial
 from calibatt.methods.random_mask import RandomMask
 from calibatt.methods.sparge import Sparge
+from calibatt.methods.xattention import XAttention
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
-    {method.name: method for method in (Dense, CalibAtt, Radial, Sparge, RandomMask)}
+    {method.name: method for method in (Dense, CalibAtt, Radial, Sparge, XAttention, AdaSpa, RandomMask)}
 )
 
 

@@ -23,10 +23,12 @@ class RandomMaskConfig:
 
     Args:
         seed: of the draw; the site adds to it.
+        density: share of the blocks to keep in every row; None for as many as the source's plan.
         block: tokens of a query and of a key block.
     """
 
     seed: int = 0
+    density: float | None = None
     block: tuple[int, int] = (128, 128)
 
 
@@ -36,7 +38,7 @@ class RandomMask:
     name: ClassVar[str] = "random"
     presets: ClassVar[Mapping[str, RandomMaskConfig]] = MappingProxyType({"default": RandomMaskConfig()})
     offline: ClassVar[bool] = True
-    knob: ClassVar[Knob | None] = None
+    knob: ClassVar[Knob | None] = Knob(field="density", low=0.0, high=1.0)
 
     def __init__(self, config: RandomMaskConfig, source: PlanSource) -> None:
         self.config = config
@@ -59,8 +61,13 @@ class RandomMask:
         block_q, block_k = self.config.block
         rows, columns = block_count(tokens, block_q), block_count(tokens, block_k)
         # a head that reuses rows, or is dense, has one density for all rows
-        counts = (model.density()[:, None] * columns).round().long().clamp(min=1).expand(heads, rows).clone()
-        if model.mask is not None and (model.mask.block_q, model.mask.block_k) == self.config.block:
+        wanted = model.density() if self.config.density is None else torch.full((heads,), self.config.density)
+        counts = (wanted[:, None] * columns).round().long().clamp(min=1).expand(heads, rows).clone()
+        if (
+            self.config.density is None
+            and model.mask is not None
+            and (model.mask.block_q, model.mask.block_k) == self.config.block
+        ):
             masked = model.heads_of("masked")
             counts[masked] = model.mask.keep().sum(-1).cpu().expand(heads, rows)[masked]
         # the site alone decides the draw: nothing is kept between calls, and the global generator is not touched

@@ -18,7 +18,11 @@ DENSE = "dense"
 RANDOM = "random"
 
 # as their authors write them; any other method goes by its own name
-_NAMES = {DENSE: "Dense", "calibatt": "CalibAtt", "radial": "Radial", "sparge": "SpargeAttn", RANDOM: "Random mask"}
+_NAMES = {
+    DENSE: "Dense", "calibatt": "CalibAtt", "radial": "Radial", "sparge": "SpargeAttn", "xattention": "XAttention",
+    "adaspa": "AdaSpa", "minference": "MInference", "nabla": "NABLA", "draft": "DraftAttention", "sta": "STA",
+    "jenga": "Jenga", RANDOM: "Random mask",
+}  # fmt: skip
 # Okabe and Ito, "Color Universal Design" (2008), without the yellow that white paper swallows; greys for the controls
 _COLOURS = {DENSE: "#333333", "calibatt": "#0072B2", "radial": "#D55E00", "sparge": "#009E73", RANDOM: "#8C8C8C"}
 _MORE_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9")
@@ -97,7 +101,9 @@ def palette(methods: Iterable[str]) -> dict[str, str]:
 
 def _name(record: Record) -> str:
     # the arm's own suffixes, behind the name that people know
-    suffixes = record.arm.removeprefix(record.method).replace(" =density", " at equal density")
+    suffixes = (
+        record.arm.removeprefix(record.method).replace(" =density", " at equal density").replace(" =", " at density ")
+    )
     return _NAMES.get(record.method, record.method) + suffixes
 
 

@@ -347,7 +347,7 @@ def _modes(axes: Axes, shown: Sequence[Entry]) -> None:
     """What the two markers mean, where both are there."""
     if len({entry.record.mode == "equal_density" for entry in shown}) < 2:
         return
-    for name, mode in (("own settings", "native"), ("at CalibAtt's density", "equal_density")):
+    for name, mode in (("own settings", "native"), ("at a given density", "equal_density")):
         axes.plot([], [], _MARKERS[mode], color=_INK, markersize=8, label=name)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=_SMALL, borderaxespad=0.2)
 

@@ -38,7 +38,7 @@ _HOW_TO_READ = {
     "fidelity": (
         "Right is faster, up is better. The marker is the median, of alignment the mean; the bars are the interval of "
         "the speedup and the middle half of the videos. Circles are a method's own settings, diamonds those that give "
-        "it CalibAtt's density. A point above and to the right of another is better in both."
+        "it the density asked for. A point above and to the right of another is better in both."
     ),
     "density": (
         "What share of the block products each head computes: steps from left to right, layers from top to bottom, "
@@ -390,7 +390,7 @@ _COLUMNS: Sequence[tuple[str, str, Callable[[Entry], str]]] = (
     ("sparsity", "share of the block products left out", _sparsity),
     ("recall", "attention mass kept", lambda entry: _percent(entry.record.recall)),
     ("preset", "named settings of the method", lambda entry: entry.record.preset or ""),
-    ("mode", "own settings, or those that give CalibAtt's density", lambda e: (e.record.mode or "").replace("_", " ")),
+    ("mode", "own settings, or those that give a density", lambda e: (e.record.mode or "").replace("_", " ")),
     ("kernel", "what computes the chosen blocks", lambda entry: entry.record.kernel),
     ("kernel error", "largest, against fp64, of what is allowed", _kernel_error),
     ("method error", "of attention outputs, against dense", lambda e: _number(e.record.method_error, "{:.3g}")),

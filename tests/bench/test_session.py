@@ -25,6 +25,8 @@ def test_arms_are_named_by_method_preset_and_mode() -> None:
     assert (arm.method, arm.preset, arm.mode, arm.kernel) == ("radial", "no-warmup", "equal_density", "flex")
     assert str(arm) == "radial/no-warmup=density"
     assert str(Arm.parse("sparge", "flex")) == "sparge"
+    given = Arm.parse("sparge=0.35", "flex")
+    assert (given.preset, given.mode, given.density, str(given)) == ("default", "equal_density", 0.35, "sparge=0.35")
     # whatever the sparse kernel is, dense runs on the fastest dense one
     assert Arm.parse("dense", "flex") == DENSE
 
@@ -35,7 +37,9 @@ def test_arms_are_named_by_method_preset_and_mode() -> None:
         ("radail", "did you mean radial"),
         ("radial/nowarmup", "did you mean no-warmup"),
         ("dense=density", "no knob"),
-        ("random=density", "no knob"),
+        ("calibatt=0.5", "no knob"),
+        ("sparge=1.5", "a number above 0 and up to 1"),
+        ("sparge=half", "a number above 0 and up to 1"),
     ],
 )
 def test_an_arm_that_does_not_exist_is_refused(text: str, message: str) -> None:

@@ -1,0 +1,250 @@
+"""AdaSpa: blocks chosen online by their exact attention mass, at a few steps, and kept for the steps between.
+
+Follows the paper, arXiv 2502.21079 (section 4); its code is not public. There a search is fused with attention, in two
+passes: the first search's own step stays dense, and its mask serves from the next step on. Here a plan is made before
+attention, so the mask serves from its own step on. The number of dense steps is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from calibatt.kernels.base import Unsupported
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import BlockMask, Plan, block_count
+from calibatt.methods.base import Branch, Knob, Site
+
+# attention weights held at a time, 128 MiB in fp32: 384 queries of a 720p Wan video (75,600 tokens)
+_CHUNK = 2**25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaSpaConfig:
+    """Settings of the search.
+
+    Args:
+        sparsity: share of the key blocks that each query block drops, mean over the heads.
+        search_steps: when masks are searched, ascending shares of the schedule; before the first all is dense.
+        head_adaptive: whether heads that lose little at this sparsity drop more, for others to drop less.
+        good_recall: share of attention that such a head keeps at the least.
+        block: tokens of a query and of a key block.
+
+    Raises:
+        ValueError: the sparsity is outside 0 to 1, or the search steps do not ascend within 0 to 1.
+    """
+
+    sparsity: float
+    search_steps: tuple[float, ...]
+    head_adaptive: bool
+    # section 4.2: "a well-known fine Recall"
+    good_recall: float = 0.8
+    # section 4.3
+    block: tuple[int, int] = (64, 64)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity <= 1:
+            raise ValueError(f"sparsity is a share of the blocks, 0 to 1: got {self.sparsity}")
+        steps = self.search_steps
+        if list(steps) != sorted(set(steps)) or not all(0 <= share <= 1 for share in steps):
+            raise ValueError(f"search steps are ascending shares of the schedule, 0 to 1: got {steps}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Search:
+    """What one layer, branch and sample keeps between calls: the last mask, the first LSE, and their steps."""
+
+    geometry: Geometry
+    mask: BlockMask
+    mask_step: int
+    lse: Float[Tensor, "heads tokens"]
+    lse_step: int
+
+
+class AdaSpa:
+    """Weighs every block exactly at the search steps, and keeps the heaviest of each row until the next of them.
+
+    Searches after the first divide by the softmax sums (log-sum-exp, LSE) of the first, as the paper's do: it halves
+    their cost there, and changes the scores slightly: queries whose sums have grown since weigh more in their block.
+    The sums take four bytes a token and head for each layer and branch.
+    """
+
+    name: ClassVar[str] = "adaspa"
+    presets: ClassVar[Mapping[str, AdaSpaConfig]] = MappingProxyType(
+        {
+            # section 4.3: sparsity 0.8, searches at steps 10 and 30, of 50 in section 5
+            "default": AdaSpaConfig(sparsity=0.8, search_steps=(10 / 50, 30 / 50), head_adaptive=True),
+            # the same from the first step on, to compare masks rather than dense schedules; searches at 0 and 30 are
+            # those of section 5.3
+            "no-warmup": AdaSpaConfig(sparsity=0.8, search_steps=(0.0, 30 / 50), head_adaptive=True),
+        }
+    )
+    offline: ClassVar[bool] = False
+    knob: ClassVar[Knob | None] = Knob(field="sparsity", low=0.0, high=1.0)
+
+    def __init__(self, config: AdaSpaConfig) -> None:
+        self.config = config
+        self._searches: dict[tuple[Branch, int, int], _Search] = {}
+
+    def refusal(self, geometry: Geometry) -> Unsupported | None:
+        """Applies to every geometry."""
+        return None
+
+    def plan(
+        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+    ) -> Plan:
+        """Dense before the first search, then the last mask; of this call's queries and keys where a search is due.
+
+        A search is due at its step, and later where that step was not asked for, as when a schedule is entered midway.
+        """
+        due = [step for share in self.config.search_steps if (step := round(share * site.steps)) <= site.step]
+        if not due:
+            return Plan.dense(site.geometry)
+        place = (site.branch, site.layer, site.sample)
+        last = self._searches.get(place)
+        # nothing holds for other tokens, nor for a step before it was found: another video has begun
+        if last is not None and (
+            last.geometry != site.geometry or last.lse.device != q.device or last.mask_step > site.step
+        ):
+            last = None
+        if last is None or last.mask_step < due[-1] or site.step == due[-1]:
+            last = self._search(q, k, site, last)
+            self._searches[place] = last
+        return Plan.masked(last.mask, site.geometry.heads)
+
+    def reset(self) -> None:
+        """Forget all masks and sums."""
+        self._searches.clear()
+
+    def _search(
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
+        last: _Search | None,
+    ) -> _Search:
+        # asked twice at one step, a search answers the same: its own sums are not those of an earlier one
+        earlier = last if last is not None and last.lse_step < site.step else None
+        mass, lse = block_mass(q, k, block=self.config.block, lse=None if earlier is None else earlier.lse)
+        block_q, block_k = self.config.block
+        keep = self._choose(mass, _text_blocks(site.geometry, self.config.block, q.device))
+        return _Search(
+            geometry=site.geometry,
+            mask=BlockMask.from_keep(keep, tokens=site.geometry.tokens, block_q=block_q, block_k=block_k),
+            mask_step=site.step,
+            lse=lse,
+            lse_step=site.step if earlier is None else earlier.lse_step,
+        )
+
+    def _choose(
+        self, mass: Float[Tensor, "heads q_blocks k_blocks"], text: Bool[Tensor, "q_blocks k_blocks"]
+    ) -> Bool[Tensor, "heads q_blocks k_blocks"]:
+        """The heaviest blocks of each row, equally many in all rows of a head, and all text on top."""
+        heads, _, blocks = mass.shape
+        order = mass.argsort(dim=-1, descending=True, stable=True)
+        budget = max(1, round((1 - self.config.sparsity) * blocks))
+        budgets = torch.full((heads,), budget, device=mass.device)
+        keep = _first(order, budgets) | text
+        if not self.config.head_adaptive:
+            return keep
+        shares = mass.where(keep, 0.0).sum(-1) / mass.sum(-1)
+        # sums too far from those of an earlier step leave a row with no mass or an infinite one: it tells nothing
+        recall = shares.nan_to_num(0.0).mean(-1)
+        return _first(order, head_budgets(recall, budget, blocks, good=self.config.good_recall)) | text
+
+
+def block_mass(
+    q: Float[Tensor, "heads tokens head_dim"],
+    k: Float[Tensor, "heads tokens head_dim"],
+    *,
+    block: tuple[int, int],
+    lse: Float[Tensor, "heads tokens"] | None = None,
+) -> tuple[Float[Tensor, "heads q_blocks k_blocks"], Float[Tensor, "heads tokens"]]:
+    """Attention weights summed over the queries and keys of each block, and the log-sum-exp of each query's scores.
+
+    Computed in fp32, some query blocks of one head at a time.
+
+    Args:
+        q, k: what attention sees.
+        block: tokens of a query and of a key block.
+        lse: log-sum-exp to weigh by in place of their own, returned as it is.
+    """
+    heads, tokens, _ = q.shape
+    block_q, block_k = block
+    sums = q.new_empty(heads, tokens, dtype=torch.float32) if lse is None else lse
+    mass = q.new_empty(heads, block_count(tokens, block_q), block_count(tokens, block_k), dtype=torch.float32)
+    at_once = max(1, _CHUNK // (tokens * block_q))
+    for head in range(heads):
+        for first in range(0, mass.shape[1], at_once):
+            rows = slice(first * block_q, (first + at_once) * block_q)
+            scores = _scores(q[head, rows], k[head])
+            # the largest score stands in for a sum that is not known yet, so that no exponential overflows
+            reference = scores.amax(-1) if lse is None else lse[head, rows]
+            weights = _sum_blocks(scores.sub_(reference[:, None]).exp_(), block_k)
+            if lse is None:
+                total = weights.sum(-1)
+                sums[head, rows] = reference + total.log()
+                weights /= total[:, None]
+            mass[head, first : first + at_once] = _sum_blocks(weights.T, block_q).T
+    return mass, sums
+
+
+def head_budgets(recall: Float[Tensor, "heads"], budget: int, blocks: int, *, good: float) -> Int[Tensor, "heads"]:
+    """How many blocks each head keeps a row: half as many in the n best heads, as many more in the n worst.
+
+    At sparsity s that is the paper's (1 + s) / 2 and (3s − 1) / 2. Where s is below 1/3 the latter would be negative:
+    the worst then keep everything, and the best give only what those take. The mean stays the budget throughout.
+
+    Args:
+        recall: share of attention that each head keeps at the budget; of equal heads the first count as better.
+        budget: blocks that a head keeps a row, mean over the heads.
+        blocks: blocks of a row.
+        good: n is the number of heads above this recall, half of all heads at the most.
+    """
+    heads = len(recall)
+    rank = recall.argsort(descending=True, stable=True).argsort()
+    adapted = (recall > good).sum().clamp(max=heads // 2)
+    shift = min(budget // 2, blocks - budget)
+    return budget - shift * (rank < adapted).long() + shift * (rank >= heads - adapted).long()
+
+
+def _first(
+    order: Int[Tensor, "heads q_blocks k_blocks"], budgets: Int[Tensor, "heads"]
+) -> Bool[Tensor, "heads q_blocks k_blocks"]:
+    """The blocks that stand first in each row's order, as many as the head's budget."""
+    chosen = torch.arange(order.shape[-1], device=order.device) < budgets[:, None, None]
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, chosen.expand_as(order))
+
+
+def _text_blocks(geometry: Geometry, block: tuple[int, int], device: torch.device) -> Bool[Tensor, "q_blocks k_blocks"]:
+    """Blocks with a text token among their queries or keys."""
+    video = torch.arange(geometry.tokens, device=device) - geometry.video_start
+    is_text = ((video < 0) | (video >= geometry.video_tokens))[None].float()
+    rows, columns = (_sum_blocks(is_text, size)[0] > 0 for size in block)
+    return rows[:, None] | columns
+
+
+def _scores(
+    q: Float[Tensor, "queries head_dim"], k: Float[Tensor, "tokens head_dim"]
+) -> Float[Tensor, "queries tokens"]:
+    """What softmax is taken of, in fp32."""
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        # tensor cores multiply half precision exactly and add in fp32
+        scores = torch.mm(q, k.T, out_dtype=torch.float32)
+    else:
+        scores = q.float() @ k.float().T
+    return scores.mul_(1 / math.sqrt(q.shape[-1]))
+
+
+def _sum_blocks(x: Float[Tensor, "rows tokens"], block: int) -> Float[Tensor, "rows blocks"]:
+    """Sums over consecutive blocks of the last dimension, a shorter last one included."""
+    whole = x.shape[1] // block * block
+    sums = x[:, :whole].unflatten(1, (-1, block)).sum(-1) if whole else x[:, :0]
+    return sums if whole == x.shape[1] else torch.cat((sums, x[:, whole:].sum(1, keepdim=True)), dim=1)

@@ -1,0 +1,151 @@
+"""XAttention: blocks chosen online by the sums of the scores' antidiagonals.
+
+Follows github.com/mit-han-lab/x-attention (xattn/src/Xattention.py) as its HunyuanVideo evaluation calls it: without a
+causal mask, video and text one sequence. There, the zeros that fill up the sequence are keys of score 0, which take
+some of the attention; here they take none. Padded text, which it attends to apart, is no part of our sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from calibatt.kernels.base import Unsupported
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import BlockMask, Plan, block_count
+from calibatt.methods.base import Knob, Site
+from calibatt.methods.selection import smallest_set
+
+# scores held at a time: 256 MiB in fp32, as where CalibAtt is calibrated; enough to keep a GPU busy with one launch
+_CHUNK = 2**26
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class XAttentionConfig:
+    """Settings of the choice.
+
+    Args:
+        stride: tokens of a group; each tile of stride × stride scores is estimated by its antidiagonal.
+        threshold: share of a row's estimated attention that its kept blocks reach, 0 to 1.
+        dense_steps: share of the first steps that stay dense.
+        block: tokens of a query and of a key block.
+
+    Raises:
+        ValueError: a block is not made of whole groups.
+    """
+
+    stride: int
+    threshold: float
+    dense_steps: float
+    # the repository asserts 128, the size of its kernel
+    block: tuple[int, int] = (128, 128)
+
+    def __post_init__(self) -> None:
+        for block in self.block:
+            if self.stride < 1 or block % self.stride:
+                raise ValueError(f"xattention needs blocks of whole strides: got {block} tokens, stride {self.stride}")
+
+
+class XAttention:
+    """Estimates the attention of every block from its antidiagonals, and keeps the fewest blocks that hold a share."""
+
+    name: ClassVar[str] = "xattention"
+    presets: ClassVar[Mapping[str, XAttentionConfig]] = MappingProxyType(
+        {
+            # eval/HunyuanVideo/hyvideo/config.py: what sample_video.py takes when nothing is said
+            "default": XAttentionConfig(stride=16, threshold=0.9, dense_steps=0.0),
+            # eval/HunyuanVideo/run_vbench.py: 5 of 50 steps dense
+            "vbench": XAttentionConfig(stride=8, threshold=0.9, dense_steps=5 / 50),
+            # scripts/run_hunyuan.sh, which calls run_vbench.py and leaves its dense steps as they are
+            "script": XAttentionConfig(stride=8, threshold=0.95, dense_steps=5 / 50),
+        }
+    )
+    offline: ClassVar[bool] = False
+    knob: ClassVar[Knob | None] = Knob(field="threshold", low=0.0, high=1.0)
+
+    def __init__(self, config: XAttentionConfig) -> None:
+        self.config = config
+
+    def refusal(self, geometry: Geometry) -> Unsupported | None:
+        """Applies to every geometry."""
+        return None
+
+    def plan(
+        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+    ) -> Plan:
+        """Masks of this call's queries and keys, or dense in the first steps; text is not special.
+
+        Raises:
+            ValueError: the threshold is outside 0 to 1.
+        """
+        if site.step < round(self.config.dense_steps * site.steps):
+            return Plan.dense(site.geometry)
+        block_q, block_k = self.config.block
+        energy = antidiagonal_energy(q, k, stride=self.config.stride, block_q=block_q, block_k=block_k)
+        keep = smallest_set(energy, self.config.threshold)
+        mask = BlockMask.from_keep(keep, tokens=site.geometry.tokens, block_q=block_q, block_k=block_k)
+        return Plan.masked(mask, site.geometry.heads)
+
+    def reset(self) -> None:
+        """There is no state."""
+
+
+def antidiagonal_energy(
+    q: Float[Tensor, "heads tokens head_dim"],
+    k: Float[Tensor, "heads tokens head_dim"],
+    *,
+    stride: int,
+    block_q: int,
+    block_k: int,
+) -> Float[Tensor, "heads q_blocks k_blocks"]:
+    """Attention that each key block gets by the estimate, summed over the groups of each query block.
+
+    A tile is `stride` consecutive queries by as many keys. Its score is the sum of the scores on its antidiagonal,
+    divided by the stride; the softmax of a group of queries goes over all groups of keys. In a shorter last group, the
+    tokens that are missing add nothing. Computed in fp32, some query blocks of one head at a time.
+
+    Args:
+        q, k: what attention sees.
+        stride: tokens of a group; both blocks are multiples of it.
+        block_q, block_k: tokens of a query block and of a key block.
+    """
+    heads, tokens, channels = q.shape
+    rows, columns = block_q // stride, block_k // stride
+    energy = q.new_empty(heads, block_count(tokens, block_q), block_count(tokens, block_k), dtype=torch.float32)
+    at_once = max(1, _CHUNK // (rows * block_count(tokens, stride)))
+    for head in range(heads):
+        # with the queries of each group turned round, the product of two groups is the sum along the antidiagonal
+        group_q, group_k = _groups(q[head], stride).flip(1).flatten(1), _groups(k[head], stride).flatten(1)
+        for first in range(0, energy.shape[1], at_once):
+            scores = _products(group_q[first * rows : (first + at_once) * rows], group_k)
+            scores *= 1 / (math.sqrt(channels) * stride)
+            mass = _sum_blocks(scores.softmax(-1), columns)
+            energy[head, first : first + at_once] = _sum_blocks(mass.T, rows).T
+    return energy
+
+
+def _groups(x: Float[Tensor, "tokens head_dim"], stride: int) -> Float[Tensor, "groups stride head_dim"]:
+    """Tokens by group, the last one filled up with zeros."""
+    return torch.nn.functional.pad(x, (0, 0, 0, -len(x) % stride)).reshape(-1, stride, x.shape[1])
+
+
+def _products(q: Float[Tensor, "rows channels"], k: Float[Tensor, "groups channels"]) -> Float[Tensor, "rows groups"]:
+    """Products of all pairs, in fp32."""
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        # tensor cores multiply half precision exactly and add in fp32: nothing is rounded on the way
+        return torch.mm(q, k.T, out_dtype=torch.float32)
+    return q.float() @ k.float().T
+
+
+def _sum_blocks(x: Float[Tensor, "rows groups"], block: int) -> Float[Tensor, "rows blocks"]:
+    """Sums over consecutive blocks of the last dimension, a shorter last one included."""
+    blocks, rest = divmod(x.shape[1], block)
+    sums = x[:, : blocks * block].unflatten(1, (blocks, block)).sum(-1)
+    return torch.cat((sums, x[:, -rest:].sum(1, keepdim=True)), dim=1) if rest else sums
