@@ -17,24 +17,14 @@ from calibatt.bench.rounds import in_turns
 from calibatt.bench.timer import PhaseTimer
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.permute import permute, unpermute
-
-# frames × rows × columns of a tile of Sliding Tile Attention: arXiv 2502.04507
-_TILE = (6, 8, 8)
-
-
-def tile_order(geometry: Geometry) -> Int32[Tensor, "1 tokens"]:
-    """Tile by tile, text where it is; a grid that tiles do not divide has smaller ones at its ends."""
-    axes = torch.meshgrid(*(torch.arange(extent) for extent in geometry.grid), indexing="ij")
-    key = torch.zeros_like(axes[0])
-    for axis, size, extent in zip(axes, _TILE, geometry.grid, strict=True):
-        key = key * -(-extent // size) + axis // size
-    return _of_video(geometry, key.flatten().argsort(stable=True))
+from calibatt.methods.blocks import with_text
+from calibatt.methods.sta import SlidingTile, tile_order
 
 
 def token_major_order(geometry: Geometry) -> Int32[Tensor, "1 tokens"]:
     """The frames of one place after the other, as Sparse VideoGen's temporal heads have them: arXiv 2502.01776."""
     frames = geometry.grid[0]
-    return _of_video(geometry, torch.arange(geometry.video_tokens).view(frames, -1).T.flatten())
+    return with_text(geometry, torch.arange(geometry.video_tokens).view(frames, -1).T.flatten())
 
 
 def random_order(geometry: Geometry) -> Int32[Tensor, "heads tokens"]:
@@ -44,15 +34,12 @@ def random_order(geometry: Geometry) -> Int32[Tensor, "heads tokens"]:
     return torch.stack(orders).to(torch.int32)
 
 
-def _of_video(geometry: Geometry, order: Tensor) -> Int32[Tensor, "1 tokens"]:
-    whole = torch.arange(geometry.tokens)
-    start = geometry.video_start
-    whole[start : start + geometry.video_tokens] = order + start
-    return whole[None].to(torch.int32)
-
-
 _ORDERS: Mapping[Order, Callable[[Geometry], Tensor]] = MappingProxyType(
-    {"tile": tile_order, "token-major": token_major_order, "random": random_order}
+    {
+        "tile": partial(tile_order, tile=SlidingTile.presets["default"].tile),
+        "token-major": token_major_order,
+        "random": random_order,
+    }
 )
 
 

@@ -21,6 +21,7 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan, block_count
 from calibatt.methods.base import Branch, Knob, Site
+from calibatt.methods.blocks import block_sums, video_blocks
 
 # attention weights held at a time, 128 MiB in fp32: 384 queries of a 720p Wan video (75,600 tokens)
 _CHUNK = 2**25
@@ -187,12 +188,12 @@ def block_mass(
             scores = _scores(q[head, rows], k[head])
             # the largest score stands in for a sum that is not known yet, so that no exponential overflows
             reference = scores.amax(-1) if lse is None else lse[head, rows]
-            weights = _sum_blocks(scores.sub_(reference[:, None]).exp_(), block_k)
+            weights = block_sums(scores.sub_(reference[:, None]).exp_(), block_k)
             if lse is None:
                 total = weights.sum(-1)
                 sums[head, rows] = reference + total.log()
                 weights /= total[:, None]
-            mass[head, first : first + at_once] = _sum_blocks(weights.T, block_q).T
+            mass[head, first : first + at_once] = block_sums(weights.T, block_q).T
     return mass, sums
 
 
@@ -225,10 +226,10 @@ def _first(
 
 def _text_blocks(geometry: Geometry, block: tuple[int, int], device: torch.device) -> Bool[Tensor, "q_blocks k_blocks"]:
     """Blocks with a text token among their queries or keys."""
-    video = torch.arange(geometry.tokens, device=device) - geometry.video_start
-    is_text = ((video < 0) | (video >= geometry.video_tokens))[None].float()
-    rows, columns = (_sum_blocks(is_text, size)[0] > 0 for size in block)
-    return rows[:, None] | columns
+    text = torch.ones([block_count(geometry.tokens, size) for size in block], dtype=torch.bool, device=device)
+    rows, columns = (video_blocks(geometry, size) for size in block)
+    text[rows, columns] = False
+    return text
 
 
 def _scores(
@@ -241,10 +242,3 @@ def _scores(
     else:
         scores = q.float() @ k.float().T
     return scores.mul_(1 / math.sqrt(q.shape[-1]))
-
-
-def _sum_blocks(x: Float[Tensor, "rows tokens"], block: int) -> Float[Tensor, "rows blocks"]:
-    """Sums over consecutive blocks of the last dimension, a shorter last one included."""
-    whole = x.shape[1] // block * block
-    sums = x[:, :whole].unflatten(1, (-1, block)).sum(-1) if whole else x[:, :0]
-    return sums if whole == x.shape[1] else torch.cat((sums, x[:, whole:].sum(1, keepdim=True)), dim=1)

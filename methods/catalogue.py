@@ -12,13 +12,34 @@ from calibatt.methods.adaspa import AdaSpa
 from calibatt.methods.base import Method, PlanSource
 from calibatt.methods.calibatt import CalibAtt
 from calibatt.methods.dense import Dense
+from calibatt.methods.draft import Draft
+from calibatt.methods.jenga import Jenga
+from calibatt.methods.minference import MInference
+from calibatt.methods.nabla import Nabla
 from calibatt.methods.radial import Radial
 from calibatt.methods.random_mask import RandomMask
 from calibatt.methods.sparge import Sparge
+from calibatt.methods.sta import SlidingTile
 from calibatt.methods.xattention import XAttention
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
-    {method.name: method for method in (Dense, CalibAtt, Radial, Sparge, XAttention, AdaSpa, RandomMask)}
+    {
+        method.name: method
+        for method in (
+            Dense,
+            CalibAtt,
+            Radial,
+            SlidingTile,
+            Sparge,
+            XAttention,
+            AdaSpa,
+            MInference,
+            Nabla,
+            Draft,
+            Jenga,
+            RandomMask,
+        )
+    }
 )
 
 

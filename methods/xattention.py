@@ -21,6 +21,7 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan, block_count
 from calibatt.methods.base import Knob, Site
+from calibatt.methods.blocks import block_sums
 from calibatt.methods.selection import smallest_set
 
 # scores held at a time: 256 MiB in fp32, as where CalibAtt is calibrated; enough to keep a GPU busy with one launch
@@ -126,8 +127,8 @@ def antidiagonal_energy(
         for first in range(0, energy.shape[1], at_once):
             scores = _products(group_q[first * rows : (first + at_once) * rows], group_k)
             scores *= 1 / (math.sqrt(channels) * stride)
-            mass = _sum_blocks(scores.softmax(-1), columns)
-            energy[head, first : first + at_once] = _sum_blocks(mass.T, rows).T
+            mass = block_sums(scores.softmax(-1), columns)
+            energy[head, first : first + at_once] = block_sums(mass.T, rows).T
     return energy
 
 
@@ -142,10 +143,3 @@ def _products(q: Float[Tensor, "rows channels"], k: Float[Tensor, "groups channe
         # tensor cores multiply half precision exactly and add in fp32: nothing is rounded on the way
         return torch.mm(q, k.T, out_dtype=torch.float32)
     return q.float() @ k.float().T
-
-
-def _sum_blocks(x: Float[Tensor, "rows groups"], block: int) -> Float[Tensor, "rows blocks"]:
-    """Sums over consecutive blocks of the last dimension, a shorter last one included."""
-    blocks, rest = divmod(x.shape[1], block)
-    sums = x[:, : blocks * block].unflatten(1, (blocks, block)).sum(-1)
-    return torch.cat((sums, x[:, -rest:].sum(1, keepdim=True)), dim=1) if rest else sums

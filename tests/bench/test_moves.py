@@ -9,20 +9,6 @@ from calibatt.bench import moves
 from calibatt.kernels.geometry import Geometry
 
 
-def test_tiles_are_six_frames_of_eight_by_eight_one_after_the_other() -> None:
-    # two tiles side by side: rows of the first tile are the left halves of the rows of a frame
-    geometry = Geometry(grid=(6, 8, 16), heads=1, head_dim=64)
-    order = moves.tile_order(geometry)[0]
-    assert order[:8].tolist() == list(range(8))
-    assert order[8:16].tolist() == list(range(16, 24))
-    assert order[384:392].tolist() == list(range(8, 16))
-
-
-def test_a_grid_that_tiles_do_not_divide_ends_with_smaller_ones() -> None:
-    geometry = Geometry(grid=(7, 8, 8), heads=1, head_dim=64)
-    assert torch.equal(moves.tile_order(geometry)[0], torch.arange(7 * 64, dtype=torch.int32))
-
-
 def test_the_frames_of_a_place_follow_each_other() -> None:
     geometry = Geometry(grid=(3, 1, 2), heads=1, head_dim=64)
     assert moves.token_major_order(geometry).tolist() == [[0, 2, 4, 1, 3, 5]]

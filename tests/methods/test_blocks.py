@@ -1,0 +1,58 @@
+"""What methods share: pooling, sums over blocks, and where the text stands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from calibatt.kernels.geometry import Geometry
+from calibatt.methods.blocks import block_sums, pooled, video_blocks, with_text
+
+
+def test_a_block_is_pooled_to_its_mean_and_a_shorter_last_one_over_its_own_tokens() -> None:
+    x = torch.arange(8.0).view(1, 8, 1).expand(2, 8, 3)
+    assert pooled(x, 3)[0, :, 0].tolist() == [1.0, 4.0, 6.5]
+    assert pooled(x, 4)[1, :, 2].tolist() == [1.5, 5.5]
+    assert pooled(x, 16)[0, :, 0].tolist() == [3.5]
+
+
+def test_half_precision_is_pooled_in_single() -> None:
+    # the sum of a block is past the range of fp16, and bf16 has no 1 beside 256
+    assert pooled(torch.full((1, 64, 1), 2000.0, dtype=torch.float16), 64).tolist() == [[[2000.0]]]
+    x = torch.tensor([256.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.bfloat16).view(1, 5, 1)
+    means = pooled(x, 4)
+    assert means.dtype == torch.float32
+    assert means.flatten().tolist() == [64.75, 1.0]
+
+
+def test_sums_are_of_blocks_and_of_what_is_left() -> None:
+    x = torch.arange(5.0)[None]
+    assert block_sums(x, 2).tolist() == [[1.0, 5.0, 4.0]]
+    assert block_sums(x, 5).tolist() == [[10.0]]
+    assert block_sums(x, 8).tolist() == [[10.0]]
+
+
+@pytest.mark.parametrize(
+    ("video", "text", "side", "block", "expected"),
+    [
+        (64, 0, "last", 16, slice(0, 4)),
+        (50, 0, "last", 16, slice(0, 4)),
+        (64, 1, "last", 16, slice(0, 4)),
+        (50, 20, "last", 16, slice(0, 3)),
+        (10, 20, "last", 16, slice(0, 0)),
+        (64, 16, "first", 16, slice(1, 5)),
+        (50, 20, "first", 16, slice(2, 5)),
+        (2, 18, "first", 16, slice(2, 2)),
+    ],
+)
+def test_blocks_of_video_hold_no_text(video: int, text: int, side: Any, block: int, expected: slice) -> None:
+    geometry = Geometry(grid=(1, 1, video), heads=1, head_dim=4, text_tokens=text, text_side=side)
+    assert video_blocks(geometry, block) == expected
+
+
+@pytest.mark.parametrize(("side", "expected"), [("first", [0, 1, 4, 3, 2]), ("last", [2, 1, 0, 3, 4])])
+def test_an_order_of_the_video_leaves_text_where_it_is(side: Any, expected: list[int]) -> None:
+    geometry = Geometry(grid=(1, 1, 3), heads=1, head_dim=4, text_tokens=2, text_side=side)
+    assert with_text(geometry, torch.tensor([2, 1, 0])).tolist() == [expected]
