@@ -321,13 +321,18 @@ def dense_output(name: str) -> Tensor:
 @pytest.mark.parametrize("where", GEOMETRIES)
 @pytest.mark.parametrize(("name", "preset"), ARMS)
 def test_an_arm_computes_its_plan_and_only_a_sparse_plan_changes_the_output(
-    name: str, preset: str, kernel: Kernel, where: str
+    name: str, preset: str, kernel: Kernel, where: str, place: Place
 ) -> None:
     geometry = GEOMETRIES[where]
-    q, k, v = inputs(geometry)
+    if place[0] == "cpu" and kernel.name == "triton" and geometry is not SMALL:
+        pytest.skip("Triton's interpreter takes seconds for so many tokens: larger plans are for a GPU")
+    q, k, v = inputs(geometry, place)
     plan = made(name, preset, geometry).plan(q[0], k[0], site(geometry))
     out = run(kernel, q, k, v, plan)
     assert_exact(out, q, k, v, plan)
+    if place[0] != "cpu":
+        # half precision hides what leaving out a little changes
+        return
     change = (out.double() - dense_output(where)).abs().max().item()
     budget = oracle.error_budget(q, k, v, Plan.dense(geometry), dense_output(where))
     if plan.density().min() < 1:
