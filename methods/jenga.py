@@ -7,7 +7,8 @@ for HunyuanVideo), and the lower resolution of the first stage with its bias on 
 - The original's curve is a generalised Hilbert curve, made for extents of any size. Here it is the classic curve of the
   smallest square or cube with a power of two a side, without what lies outside the grid. The two have the same locality
   where extents are powers of two; elsewhere this one leaves the grid and comes back, so that a block may fall in parts,
-  and has more neighbours.
+  and has more neighbours: for Wan at 720p 17.8 of 591 blocks on average, itself included, where a generalised curve
+  gives 16.5.
 - Frame by frame, the original mirrors the curve so that a frame starts near where the last one ended. Here every other
   frame is walked backwards: mirroring does the same to a curve that is its own mirror image, as the classic one is.
 - There, the last block is pooled with the zeros that fill it up, here over its own tokens; and pooled attention is in
@@ -100,6 +101,8 @@ class Jenga:
             ),
             # Wan's without the dense first steps, to compare masks rather than dense schedules
             "no-warmup": replace(_WAN, ramp=False),
+            # and one share at all steps, which the knob turns as a whole
+            "one-drop": replace(_WAN, ramp=False, early_drop=None),
         }
     )
     offline: ClassVar[bool] = False

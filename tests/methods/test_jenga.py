@@ -84,8 +84,7 @@ def strides(grid: tuple[int, int, int], curve: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("rows", "order"),
     [
-        # 0 1
-        # 3 2, which is token 2 third from last
+        # right, down, left
         (2, [0, 1, 3, 2]),
         # a quarter at a time, the first and the last turned so that they begin and end beside the others
         (4, [0, 4, 5, 1, 2, 3, 7, 6, 10, 11, 15, 14, 13, 9, 8, 12]),
@@ -217,7 +216,7 @@ def test_text_is_kept_in_both_directions_and_is_not_chosen_from(side: Any, text:
 
 
 def test_a_block_of_both_counts_as_text() -> None:
-    # 8 tokens of text: the last of nine blocks has 8 of them, and block 0 none; or the first has half a frame besides
+    # the first of nine blocks holds the 8 tokens of text and half of the first frame
     geometry = replace(FRAMES, text_tokens=8, text_side="first")
     q, k = noise(geometry)
     kept = keep(q, k, geometry)[0]
@@ -335,6 +334,7 @@ def test_the_share_dropped_rises_over_a_tenth_of_the_schedule_and_changes_after_
     assert drops(50) == pytest.approx(rising + [0.7] * 21 + [0.8] * 24)
     assert drops(50, ramp=False) == [0.7] * 26 + [0.8] * 24
     assert drops(50, "no-warmup") == drops(50, ramp=False)
+    assert drops(50, "one-drop") == [0.8] * 50
     assert drops(50, "turbo", ramp=False) == [0.5] * 26 + [0.9] * 24
     assert drops(50, "hunyuan") == [0.75] * 26 + [0.85] * 24
 
