@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -85,7 +86,7 @@ class OneLaunch(ABC):
         Raises:
             ValueError: inputs and plan do not belong together, or the kernel does not have their dtype or sizes.
         """
-        return attend_ordered(lambda *given: self._checked(*given, None), q, k, v, plan)
+        return attend_ordered(partial(self._checked, lse=None), q, k, v, plan)
 
     def attend_with_lse(
         self,
@@ -102,12 +103,12 @@ class OneLaunch(ABC):
             ValueError: as `attend`.
         """
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        out = attend_ordered(lambda *given: self._checked(*given, lse), q, k, v, plan)
+        out = attend_ordered(partial(self._checked, lse=lse), q, k, v, plan)
         if plan.order is not None:
             lse = torch.empty_like(lse).scatter_(2, plan.order.queries.long().expand(lse.shape), lse)
         return out, lse
 
-    def _checked(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, lse: Tensor | None) -> Tensor:
+    def _checked(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, lse: Tensor | None) -> Tensor:
         check(q, k, v, plan)
         check_accepted(self, q, plan)
         # device code steps over tokens, heads and batch by their strides, but over channels by one
