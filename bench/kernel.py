@@ -26,7 +26,7 @@ from calibatt.bench.stage import Stage
 from calibatt.bench.telemetry import read
 from calibatt.bench.timer import PhaseTimer, timed
 from calibatt.calibration.energy import block_energy
-from calibatt.kernels.base import Kernel, Task
+from calibatt.kernels.base import Kernel, Task, dtype_name
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.expand import block_lists
 from calibatt.kernels.plan import Plan
@@ -136,7 +136,7 @@ class _Bench:
             "tokens": self.geometry.tokens,
             "heads": self.geometry.heads,
             "head_dim": self.geometry.head_dim,
-            "dtype": str(self.workload.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.workload.dtype),
             **what,
         }
 

@@ -18,7 +18,7 @@ from calibatt.bench.meter import Meter, Probe
 from calibatt.bench.timer import timed
 from calibatt.calibration.collect import calibrate
 from calibatt.calibration.store import Calibration
-from calibatt.kernels.base import Kernel, Task, Unsupported
+from calibatt.kernels.base import Kernel, Task, Unsupported, dtype_name
 from calibatt.methods.base import Method
 from calibatt.methods.catalogue import METHODS, build
 from calibatt.models.adapter import attached
@@ -175,6 +175,6 @@ class Stage:
             "tokens": geometry.tokens,
             "heads": geometry.heads,
             "head_dim": geometry.head_dim,
-            "dtype": str(self.workload.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.workload.dtype),
             "compiled": False,
         }

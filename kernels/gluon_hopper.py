@@ -113,7 +113,7 @@ class LaunchShape:
 
 
 def launch_shape(block: tuple[int, int], head_dim: int) -> LaunchShape:
-    """The fastest way that was measured on an H200 (DESIGN.md, kernel notes) for blocks of this size.
+    """The fastest way that was measured on an H200 (docs/kernels.md) for blocks of this size.
 
     A multiprocessor has 65,536 registers and 227 KiB of shared memory for a thread block (CUDA's programming guide).
     """

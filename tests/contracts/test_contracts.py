@@ -324,8 +324,8 @@ def test_an_arm_computes_its_plan_and_only_a_sparse_plan_changes_the_output(
     name: str, preset: str, kernel: Kernel, where: str, place: Place
 ) -> None:
     geometry = GEOMETRIES[where]
-    if place[0] == "cpu" and kernel.name == "triton" and geometry is not SMALL:
-        pytest.skip("Triton's interpreter takes seconds for so many tokens: larger plans are for a GPU")
+    if place[0] == "cpu" and kernel.name == "triton" and geometry is not SMALL and preset != "default":
+        pytest.skip("Triton's interpreter takes seconds for so many tokens: other presets' larger plans are for a GPU")
     q, k, v = inputs(geometry, place)
     plan = made(name, preset, geometry).plan(q[0], k[0], site(geometry))
     out = run(kernel, q, k, v, plan)
