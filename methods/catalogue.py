@@ -14,6 +14,7 @@ from calibatt.methods.calibatt import CalibAtt
 from calibatt.methods.dense import Dense
 from calibatt.methods.draft import Draft
 from calibatt.methods.jenga import Jenga
+from calibatt.methods.learning import Learner, Learning, Learnt
 from calibatt.methods.minference import MInference
 from calibatt.methods.nabla import Nabla
 from calibatt.methods.radial import Radial
@@ -47,7 +48,7 @@ def build(
     name: str,
     *,
     preset: str = "default",
-    source: PlanSource | None = None,
+    source: PlanSource | Learnt | None = None,
     block: tuple[int, int] | None = None,
     **settings: Any,
 ) -> Method:
@@ -55,28 +56,51 @@ def build(
 
     Args:
         name, preset: as `calibatt methods` lists them.
-        source: the calibration of an offline method.
+        source: the calibration of an offline method, or what a preset's own learner learnt.
         block: tokens of a query and of a key block, in place of the preset's; a method without blocks of its own
             ignores it.
         settings: fields of the method's config, in place of the preset's.
 
     Raises:
         UnknownName: there is no such method or preset.
-        ValueError: an offline method has no calibration, or a setting does not exist.
+        ValueError: an offline method has no calibration, a preset that learns nothing learnt, or a setting does not
+            exist.
     """
+    kind, config = _configured(name, preset, block, settings)
+    if kind.offline and not isinstance(source, PlanSource):
+        raise ValueError(f"{name} needs a calibration: make one by `calibatt calibrate` and pass it as `source`")
+    learns = isinstance(kind, Learning) and kind.learner(config) is not None
+    if learns and not (isinstance(source, Learnt) and source.method == name):
+        raise ValueError(f"{name}/{preset} learns from videos first: pass what it learnt as `source`")
+    method: Method = kind(config) if source is None else kind(config, source)
+    return method
+
+
+def learner(
+    name: str, *, preset: str = "default", block: tuple[int, int] | None = None, **settings: Any
+) -> Learner | None:
+    """What a preset of a method learns by, new; None where it learns nothing of its own.
+
+    Args:
+        name, preset, block, settings: as for `build`.
+
+    Raises:
+        UnknownName: there is no such method or preset.
+        ValueError: a setting does not exist.
+    """
+    kind, config = _configured(name, preset, block, settings)
+    return kind.learner(config) if isinstance(kind, Learning) else None
+
+
+def _configured(
+    name: str, preset: str, block: tuple[int, int] | None, settings: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """The method's class and its config."""
     kind: Any = look_up(METHODS, name, "method")
     config = look_up(kind.presets, preset, f"preset of {name}")
     known = [field.name for field in fields(config)]
     unknown = [setting for setting in settings if setting not in known]
     if unknown:
         raise ValueError(f"{name} has no setting {', '.join(unknown)}: it has {', '.join(known) or 'none'}")
-    if block is not None and "block" in known:
-        settings["block"] = block
-    config = replace(config, **settings)
-    if not kind.offline:
-        method: Method = kind(config)
-        return method
-    if source is None:
-        raise ValueError(f"{name} needs a calibration: make one by `calibatt calibrate` and pass it as `source`")
-    learnt: Method = kind(config, source)
-    return learnt
+    blocks = {"block": block} if block is not None and "block" in known else {}
+    return kind, replace(config, **blocks, **settings)
