@@ -12,7 +12,7 @@ from calibatt.bench.accuracy import Truth, judge
 from calibatt.bench.cells import DENSE, Arm
 from calibatt.bench.record import Outcome, Record, Suite
 from calibatt.bench.stage import Stage
-from calibatt.kernels.base import Kernel, Unsupported
+from calibatt.kernels.base import Kernel, Task, Unsupported
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Method
@@ -63,9 +63,10 @@ def _ready(stage: Stage, arm: Arm) -> Ready | Failure:
     kernel = stage.dense if arm == DENSE else KERNELS[arm.kernel]
     method.reset()
     plans = tuple(method.plan(probe.q[0], probe.k[0], probe.site) for probe in stage.probes)
-    refusal = kernel.refusal(stage.task(block_of(plans)))
-    if refusal is not None:
-        return Failure("unsupported", refusal.reason)
+    for plan, probe in zip(plans, stage.probes, strict=True):
+        refusal = kernel.refusal(Task.of(probe.q, plan))
+        if refusal is not None:
+            return Failure("unsupported", refusal.reason)
     truth = judge(plans, kernel, stage.probes)
     if not truth.right:
         return Failure(

@@ -17,10 +17,13 @@ from calibatt.bench.density import solve
 from calibatt.bench.meter import Meter, Probe
 from calibatt.bench.timer import timed
 from calibatt.calibration.collect import calibrate
+from calibatt.calibration.learn import learn
 from calibatt.calibration.store import Calibration
-from calibatt.kernels.base import Kernel, Task, Unsupported, dtype_name
+from calibatt.kernels.base import Kernel, Unsupported, dtype_name
+from calibatt.kernels.catalogue import KERNELS
 from calibatt.methods.base import Method
-from calibatt.methods.catalogue import METHODS, build
+from calibatt.methods.catalogue import METHODS, build, learner
+from calibatt.methods.learning import Learnt
 from calibatt.models.adapter import attached
 from calibatt.models.catalogue import weights_digest
 from calibatt.models.generate import generate
@@ -60,6 +63,7 @@ class Stage:
         self._calibration_prompts = tuple(prompts[:calibration_prompts])
         self._calibration_file = calibration
         self.calibration_s: float | None = None
+        self._learnt: dict[tuple[str, str], tuple[float, Learnt]] = {}
 
     @cached_property
     def pipe(self) -> Any:
@@ -107,10 +111,6 @@ class Stage:
         geometry = probe.site.geometry
         return fastest_dense(probe.q, probe.k, probe.v, geometry, log=lambda line: self.log(f"{self.workload}: {line}"))
 
-    def task(self, block: tuple[int, int] | None) -> Task:
-        """What a kernel is asked to do here."""
-        return Task(device=self.workload.device, dtype=self.workload.dtype, head_dim=self.entry.head_dim, block=block)
-
     @cached_property
     def weights(self) -> str:
         """Digest of the model's weights."""
@@ -141,10 +141,41 @@ class Stage:
             )
         return learnt.to(self.workload.device)
 
+    def learnt(self, arm: Arm) -> Learnt | None:
+        """What the arm's preset learns from the calibration prompts, once; None where it learns nothing."""
+        key = (arm.method, arm.preset)
+        if key not in self._learnt and learner(arm.method, preset=arm.preset) is not None:
+            dense, prompts = self.dense, self._calibration_prompts
+            self.log(f"{self.workload}: {arm.method}/{arm.preset} learns from {len(prompts)} prompts")
+            with self._console.open():
+                self._learnt[key] = timed(
+                    self.workload.device,
+                    lambda: learn(
+                        self.entry,
+                        self.pipe,
+                        method=arm.method,
+                        preset=arm.preset,
+                        resolution=self.workload.resolution,
+                        steps=self.workload.steps,
+                        prompts=prompts,
+                        seed=CALIBRATION_SEED,
+                        kernel=dense,
+                        block=self.entry.block,
+                        progress=True,
+                    ),
+                )
+        return self._learnt[key][1] if key in self._learnt else None
+
+    def preparation_s(self, arm: Arm) -> float | None:
+        """Seconds that the arm's offline part took here; None where it has none, or was made before."""
+        if METHODS[arm.method].offline:
+            return self.calibration_s
+        return self._learnt[arm.method, arm.preset][0] if self.learnt(arm) is not None else None
+
     def method(self, arm: Arm) -> Method | Unsupported:
         """The arm's method, its knob turned where the mode asks for it; or why it does not apply."""
         kind = METHODS[arm.method]
-        source = self.calibration if kind.offline else None
+        source = self.calibration if kind.offline else self.learnt(arm)
 
         def at(**knob: float) -> Method:
             return build(arm.method, preset=arm.preset, source=source, block=self.entry.block, **knob)
@@ -156,7 +187,7 @@ class Stage:
             return at()
         field = kind.knob.field
         target = self.calibration.density().mean().item() if arm.density is None else arm.density
-        value = solve(lambda x: at(**{field: x}), kind.knob, target, self.probes)
+        value = solve(lambda x: at(**{field: x}), kind.knob, target, self.probes, KERNELS[arm.kernel])
         if isinstance(value, Unsupported):
             return value
         self.log(f"{self.workload}: {arm} has {field} {value:.4g} for a density of {target:.3f}")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -18,14 +17,13 @@ from calibatt.calibration.energy import block_energy
 from calibatt.calibration.repetition import anchor_rows, row_similarity
 from calibatt.calibration.schedule import Schedule
 from calibatt.calibration.store import Calibration, Provenance
+from calibatt.calibration.videos import Stopwatch, dense_videos
 from calibatt.kernels.base import Attender
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan, block_count
 from calibatt.methods.base import Site
 from calibatt.methods.selection import smallest_set
-from calibatt.models.adapter import attached
 from calibatt.models.catalogue import ModelEntry, weights_digest
-from calibatt.models.generate import generate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +69,10 @@ class Recorder:
         videos: how many there will be.
         schedule, block, anchors: as in CalibrationConfig.
         similarity_videos: measure repetition on the first so many.
-        after_step: called when the last layer of a step has been noted.
     """
 
     votes: Integer[Tensor, "steps layers heads q_blocks k_blocks"]
     similarity: Float[Tensor, "steps layers heads"]
-    seconds: float
 
     def __init__(
         self,
@@ -89,20 +85,18 @@ class Recorder:
         block: tuple[int, int],
         anchors: int,
         similarity_videos: int,
-        after_step: Callable[[], object] = lambda: None,
     ) -> None:
         sites = (steps, layers, geometry.heads)
         # one byte a block where it can count the videos: 28 GB for Wan 14B at 720p and 50 steps
         dtype = next(d for d in (torch.uint8, torch.int16, torch.int32) if videos <= torch.iinfo(d).max)
         self.votes = torch.zeros(*sites, *(block_count(geometry.tokens, size) for size in block), dtype=dtype)
         self.similarity = torch.zeros(sites)
-        self.seconds = 0.0
+        self.watch = Stopwatch()
         self._geometry = geometry
         self._schedule = schedule
         self._block = block
         self._anchors = anchor_rows(geometry.grid[1], anchors)
         self._similarity_videos = similarity_videos
-        self._after_step = after_step
         self._dense = Plan.dense(geometry)
         self._video = -1
 
@@ -128,11 +122,8 @@ class Recorder:
                 f"{site.geometry}, {site.steps} steps, {site.layers} layers: is it the pipeline of this model?"
             )
         if site.branch == "cond":
-            start = _now(q.device)
-            self._note(q, k, site)
-            self.seconds += _now(q.device) - start
-            if site.layer == layers - 1:
-                self._after_step()
+            with self.watch.counting(q.device):
+                self._note(q, k, site)
         return self._dense
 
     def _note(self, q: Tensor, k: Tensor, site: Site) -> None:
@@ -176,10 +167,6 @@ def calibrate(
     Raises:
         ValueError: there is no prompt, or one is empty or not in the model's language; an option is out of range.
     """
-    from tqdm import tqdm
-
-    if not prompts or not all(map(str.strip, prompts)):
-        raise ValueError("give at least one prompt to calibrate on, and no empty ones")
     config = CalibrationConfig() if config is None else config
     geometry = entry.geometry(resolution)
     steps = entry.steps_at(resolution) if steps is None else steps
@@ -188,31 +175,20 @@ def calibrate(
     block = config.block or entry.block
     similarity_prompts = min(config.similarity_prompts or len(prompts), len(prompts))
 
-    with tqdm(total=len(prompts) * steps, desc="calibrating", unit="step", disable=not progress) as bar:
-        recorder = Recorder(
-            geometry,
-            steps=steps,
-            layers=entry.layers,
-            videos=len(prompts),
-            schedule=schedule,
-            block=block,
-            anchors=config.anchors,
-            similarity_videos=similarity_prompts,
-            after_step=bar.update,
-        )
-        start = time.perf_counter()
-        with attached(pipe, recorder, kernel):
-            for number, prompt in enumerate(prompts):
-                generate(
-                    entry,
-                    pipe,
-                    prompt=prompt,
-                    resolution=resolution,
-                    seed=seed + number,
-                    steps=steps,
-                    guidance=guidance,
-                )
-        seconds = time.perf_counter() - start
+    recorder = Recorder(
+        geometry,
+        steps=steps,
+        layers=entry.layers,
+        videos=len(prompts),
+        schedule=schedule,
+        block=block,
+        anchors=config.anchors,
+        similarity_videos=similarity_prompts,
+    )
+    seconds = dense_videos(
+        entry, pipe, recorder, kernel, resolution=resolution, prompts=prompts, seed=seed, steps=steps,
+        guidance=guidance, progress=progress,
+    )  # fmt: skip
 
     threshold = votes_needed(len(prompts), config.rho)
     bits, overlaps = [], []
@@ -239,7 +215,7 @@ def calibrate(
             rho=config.rho,
             anchors=config.anchors,
             similarity_prompts=similarity_prompts,
-            cost_ratio=seconds / (seconds - recorder.seconds),
+            cost_ratio=seconds / (seconds - recorder.watch.seconds),
             mask_agreement=torch.stack(overlaps).mean().item(),
             versions={package: version(package) for package in ("calibatt", "torch", "diffusers")},
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -275,10 +251,3 @@ def agreement(
     intersections = (votes * keep).sum((1, 2), dtype=torch.int64)
     sizes = votes.sum((1, 2), dtype=torch.int64) + prompts * keep.sum((1, 2))
     return intersections / (sizes - intersections)
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was asked to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

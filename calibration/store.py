@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -13,10 +10,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, UInt8
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from calibatt.calibration.file import UnusableCalibration, read, write
 from calibatt.calibration.repetition import anchor_rows
 from calibatt.calibration.schedule import Schedule
 from calibatt.kernels.geometry import Geometry
@@ -28,10 +24,6 @@ SCHEMA = "calibatt-calibration-1"
 
 class CalibrationMismatch(ValueError):
     """A calibration for something else than what it is used on; the message is one line that names both."""
-
-
-class UnusableCalibration(ValueError):
-    """A file that is no calibration of this version; the message is one line that says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,16 +194,8 @@ class Calibration:
         Raises:
             OSError: it cannot be written.
         """
-        tensors = {"bits": self.bits.cpu().contiguous(), "similarity": self.similarity.cpu().contiguous()}
-        facts = json.dumps({"gamma": self.gamma, "provenance": self.provenance.to_json()})
-        metadata = {"schema": SCHEMA, "facts": facts, "sha256": _digest(tensors, facts)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            save_file(tensors, aside, metadata=metadata)
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        facts = {"gamma": self.gamma, "provenance": self.provenance.to_json()}
+        write(path, SCHEMA, {"bits": self.bits, "similarity": self.similarity}, facts)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -220,25 +204,7 @@ class Calibration:
         Raises:
             UnusableCalibration: the file is missing, damaged, changed, of another version, or something else.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if "schema" not in metadata or "facts" not in metadata:
-                    raise UnusableCalibration(f"{path} is not a calibration: `calibatt calibrate` makes one")
-                if metadata["schema"] != SCHEMA:
-                    raise UnusableCalibration(
-                        f"{path} has the schema {metadata['schema']!r}, this version reads {SCHEMA!r}: "
-                        "run `calibatt calibrate` again"
-                    )
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise UnusableCalibration(f"{path} does not exist: `calibatt calibrate` makes a calibration") from None
-        except (OSError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise UnusableCalibration(f"{path} cannot be read as a calibration, or is cut short: {reason}") from None
-        if metadata.get("sha256") != _digest(tensors, metadata["facts"]):
-            raise UnusableCalibration(f"{path} was changed or damaged after it was saved: its checksum is another")
-        facts = json.loads(metadata["facts"])
+        tensors, facts = read(path, SCHEMA)
         try:
             provenance = Provenance.from_json(facts["provenance"])
             return cls(gamma=facts["gamma"], provenance=provenance, **tensors)
@@ -278,12 +244,3 @@ class Calibration:
 
     def _mismatch(self, own: str, other: str) -> CalibrationMismatch:
         return CalibrationMismatch(f"this calibration is for {own}, not for {other}: run `calibatt calibrate` for that")
-
-
-def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
-    """SHA-256 over everything that the file says, in hex."""
-    digest = hashlib.sha256(facts.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-        digest.update(tensor.numpy().data)
-    return digest.hexdigest()

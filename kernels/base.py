@@ -27,12 +27,27 @@ class Task:
         device, dtype: of q, k and v.
         head_dim: channels of one head.
         block: tokens of a query block and of a key block; None for dense plans.
+        skips: whether the kernel is to note low blocks, or leave them out, by itself (`plan.Skip`).
     """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
     block: tuple[int, int] | None = None
+    skips: bool = False
+
+    @classmethod
+    def of(cls, q: Tensor, plan: Plan) -> Task:
+        """What a plan on these inputs asks for."""
+        block = None if plan.mask is None else (plan.mask.block_q, plan.mask.block_k)
+        return cls(device=q.device, dtype=q.dtype, head_dim=q.shape[-1], block=block, skips=plan.skip is not None)
+
+
+def skip_refusal(name: str) -> Unsupported:
+    """What kernels say that leave nothing out by themselves."""
+    return Unsupported(
+        f"{name} leaves no blocks out by itself: the Triton kernel does, and a preset named oracle needs no such kernel"
+    )
 
 
 @runtime_checkable
@@ -76,8 +91,7 @@ def check_accepted(kernel: Kernel, q: Tensor, plan: Plan) -> None:
     Raises:
         ValueError: the kernel does not have these inputs' device, dtype or head dim, or the plan's blocks.
     """
-    block = None if plan.mask is None else (plan.mask.block_q, plan.mask.block_k)
-    refusal = kernel.refusal(Task(device=q.device, dtype=q.dtype, head_dim=q.shape[-1], block=block))
+    refusal = kernel.refusal(Task.of(q, plan))
     if refusal is not None:
         raise ValueError(refusal.reason)
 
@@ -99,9 +113,12 @@ def check(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
             f"the plan is for {len(plan.kinds)} heads × {plan.tokens} tokens, "
             f"q is [batch, heads, tokens, head_dim] = {list(q.shape)}"
         )
+    if plan.skip is not None and q.shape[0] != 1:
+        raise ValueError(f"a plan whose low blocks are noted is for one sample: q has {q.shape[0]}")
     parts = [] if plan.mask is None else [plan.mask.bits]
     parts += [] if plan.reuse is None else [plan.reuse.source]
     parts += [] if plan.order is None else [plan.order.queries, plan.order.keys]
+    parts += [] if plan.skip is None else [plan.skip.low.bits]
     for part in parts:
         if part.device != q.device:
             raise ValueError(f"the plan is on {part.device}, q on {q.device}: move it with .to()")

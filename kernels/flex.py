@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from calibatt.kernels.base import Task, Unsupported, check
+from calibatt.kernels.base import Task, Unsupported, check, check_accepted, skip_refusal
 from calibatt.kernels.by_kind import attend_by_kind
 from calibatt.kernels.ordered import in_order
 from calibatt.kernels.plan import BlockMask, Plan
@@ -40,6 +40,8 @@ class Flex:
             return Unsupported(f"FlexAttention runs on cpu and cuda, not on {task.device.type}")
         if task.block is not None and any(size % 16 for size in task.block):
             return Unsupported(f"FlexAttention needs blocks that are multiples of 16: got {task.block}")
+        if task.skips:
+            return skip_refusal("FlexAttention")
         return None
 
     @in_order
@@ -53,9 +55,10 @@ class Flex:
         """Attention under a plan; a row with no block gives zeros.
 
         Raises:
-            ValueError: inputs and plan do not belong together.
+            ValueError: inputs and plan do not belong together, or FlexAttention does not have the plan's blocks.
         """
         check(q, k, v, plan)
+        check_accepted(self, q, plan)
         return attend_by_kind(q, k, v, plan, masked=_launch, dense=scaled_dot_product_attention)
 
 

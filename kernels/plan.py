@@ -1,4 +1,4 @@
-"""The plan, which is all that a method tells a kernel, and its parts: block masks, row reuse, an order of tokens."""
+"""The plan, which is all that a method tells a kernel, and its parts: blocks, row reuse, an order, what is left out."""
 
 from __future__ import annotations
 
@@ -124,11 +124,30 @@ class BlockMask:
         columns = block_sizes(self.tokens, self.block_k, self.bits.device).double()
         return torch.einsum("hqk,q,k->h", self.keep().double(), rows, columns) / self.tokens**2
 
+    def without(self, other: BlockMask) -> BlockMask:
+        """The blocks that are kept here and not there, of masks of the same blocks.
+
+        Raises:
+            ValueError: the masks are of other tokens or blocks.
+        """
+        self.check_alike(other)
+        return replace(self, bits=self.bits & ~other.bits)
+
+    def check_alike(self, other: BlockMask) -> None:
+        """Refuse a mask of other tokens or blocks.
+
+        Raises:
+            ValueError: naming both.
+        """
+        mine, others = ((mask.tokens, mask.block_q, mask.block_k) for mask in (self, other))
+        if mine != others:
+            raise ValueError(
+                f"masks of {mine} and {others} (tokens, tokens of a query and of a key block) do not match"
+            )
+
     def to(self, device: torch.device | str) -> BlockMask:
         """The same mask on another device."""
-        return BlockMask(
-            bits=self.bits.to(device, non_blocking=True), tokens=self.tokens, block_q=self.block_q, block_k=self.block_k
-        )
+        return replace(self, bits=self.bits.to(device, non_blocking=True))
 
 
 # without slots: cached_property keeps its values in the instance's dictionary
@@ -240,6 +259,37 @@ class TokenOrder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Skip:
+    """What a kernel finds out while it computes: which kept blocks are low, and whether it leaves them out at once.
+
+    A kernel walks the kept blocks of a query block in ascending order. A block is low where no query of it has a score
+    there that is above the largest of its scores so far, this block's included, plus the threshold. The first is never.
+
+    Args:
+        threshold: in powers of two, below 0: 2 to it is the largest share of the largest weight that counts as low.
+        leave: whether softmax and values of low blocks are left out in this call; otherwise they are only noted.
+        low: where the kernel notes them, starting from none.
+
+    Raises:
+        ValueError: the threshold is not below 0.
+    """
+
+    threshold: float
+    leave: bool
+    low: BlockMask
+
+    def __post_init__(self) -> None:
+        if not self.threshold < 0:
+            raise ValueError(f"a threshold for low blocks is a power of two, below 0: got {self.threshold}")
+
+    @classmethod
+    def of(cls, mask: BlockMask, heads: int, *, threshold: float, leave: bool) -> Skip:
+        """Nothing noted yet."""
+        bits = torch.zeros((heads, *mask.bits.shape[1:]), dtype=torch.uint8, device=mask.bits.device)
+        return cls(threshold=threshold, leave=leave, low=replace(mask, bits=bits))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Plan:
     """What a method decides at one site: per head a block mask, row reuse, or dense.
 
@@ -249,6 +299,7 @@ class Plan:
         mask: the blocks of the masked heads; rows of the mask that belong to other heads are not read.
         reuse: what the reused heads compute.
         order: in which the mask's blocks hold the tokens; None for the sequence's own.
+        skip: what the kernel notes and leaves out of the mask by itself; None for nothing. Every head is masked then.
 
     Raises:
         ValueError: a part is missing, or belongs to another sequence or number of heads.
@@ -259,6 +310,7 @@ class Plan:
     mask: BlockMask | None = None
     reuse: RowReuse | None = None
     order: TokenOrder | None = None
+    skip: Skip | None = None
 
     def __post_init__(self) -> None:
         if ("masked" in self.kinds) != (self.mask is not None) or ("reused" in self.kinds) != (self.reuse is not None):
@@ -276,6 +328,10 @@ class Plan:
             rows = {len(self.order.queries), len(self.order.keys)}
             if not rows <= {1, len(self.kinds)}:
                 raise ValueError(f"the order has {max(rows)} heads, the plan {len(self.kinds)}")
+        if self.skip is not None:
+            if self.mask is None or set(self.kinds) != {"masked"} or self.skip.low.heads != len(self.kinds):
+                raise ValueError("what a kernel leaves out by itself is noted for every head, and every head is masked")
+            self.mask.check_alike(self.skip.low)
 
     @classmethod
     def dense(cls, geometry: Geometry) -> Plan:
@@ -283,9 +339,16 @@ class Plan:
         return cls(tokens=geometry.tokens, kinds=_alike("dense", geometry.heads))
 
     @classmethod
-    def masked(cls, mask: BlockMask, heads: int, order: TokenOrder | None = None) -> Plan:
+    def masked(cls, mask: BlockMask, heads: int, order: TokenOrder | None = None, skip: Skip | None = None) -> Plan:
         """Every head computes the blocks of the mask, which may hold the tokens in another order."""
-        return cls(tokens=mask.tokens, kinds=_alike("masked", heads), mask=mask, order=order)
+        return cls(tokens=mask.tokens, kinds=_alike("masked", heads), mask=mask, order=order, skip=skip)
+
+    def realised(self) -> Plan:
+        """What a kernel that has computed this plan did compute: what it left out by itself is gone from the mask."""
+        if self.skip is None:
+            return self
+        assert self.mask is not None
+        return replace(self, mask=self.mask.without(self.skip.low) if self.skip.leave else self.mask, skip=None)
 
     def unordered(self) -> Plan:
         """The plan for tokens that stand in its order already."""
@@ -298,20 +361,20 @@ class Plan:
             mask=None if self.mask is None else self.mask.to(device),
             reuse=None if self.reuse is None else self.reuse.to(device),
             order=None if self.order is None else self.order.each(lambda order: order.to(device)),
+            skip=None if self.skip is None else replace(self.skip, low=self.skip.low.to(device)),
         )
 
     def of_heads(self, heads: Sequence[int]) -> Plan:
         """The plan of some heads alone, in this order."""
         kinds = tuple(self.kinds[head] for head in heads)
         mask = self.mask if "masked" in kinds else None
-        if mask is not None and mask.heads > 1:
-            mask = BlockMask(
-                bits=mask.bits[list(heads)], tokens=mask.tokens, block_q=mask.block_q, block_k=mask.block_k
-            )
         chosen = list(heads)
+        if mask is not None and mask.heads > 1:
+            mask = replace(mask, bits=mask.bits[chosen])
+        skip = self.skip and replace(self.skip, low=replace(self.skip.low, bits=self.skip.low.bits[chosen]))
         order = self.order and self.order.each(lambda order: order if len(order) == 1 else order[chosen])
         reuse = self.reuse if "reused" in kinds else None
-        return Plan(tokens=self.tokens, kinds=kinds, mask=mask, reuse=reuse, order=order)
+        return Plan(tokens=self.tokens, kinds=kinds, mask=mask, reuse=reuse, order=order, skip=skip)
 
     def heads_of(self, kind: HeadKind) -> list[int]:
         """Indices of the heads of one kind."""
@@ -331,7 +394,12 @@ class Plan:
         return BlockMask.from_keep(keep, tokens=self.tokens, block_q=self.mask.block_q, block_k=self.mask.block_k)
 
     def density(self) -> Float[Tensor, "heads"]:
-        """Computed fraction of each head's query-key products."""
+        """Computed fraction of each head's products, of queries with keys and of weights with values.
+
+        What a kernel leaves out by itself counts for half, since it needs the scores to know; once it has run.
+        """
+        if self.skip is not None and self.skip.leave:
+            return (replace(self, skip=None).density() + self.realised().density()) / 2
         density = torch.ones(len(self.kinds), dtype=torch.float64)
         if self.mask is not None:
             masked = self.heads_of("masked")
@@ -346,6 +414,7 @@ class Plan:
         parts += [] if self.reuse is None else [self.reuse.computed, self.reuse.source]
         if self.order is not None:
             parts += [self.order.queries] if self.order.shared else [self.order.queries, self.order.keys]
+        parts += [] if self.skip is None else [self.skip.low.bits]
         return sum(part.nbytes for part in parts)
 
 

@@ -61,11 +61,12 @@ def move_rows(
 
 @triton.jit
 def attend(
-    q, k, v, out, lse, indices, counts, kinds, computed, served,
-    scale, tokens, computed_count, served_most, q_blocks, k_blocks, heads,
+    q, k, v, out, lse, indices, counts, kinds, computed, served, low,
+    scale, tokens, computed_count, served_most, q_blocks, k_blocks, heads, threshold,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
-    HEAD_DIM: tl.constexpr, REUSE: tl.constexpr, WITH_LSE: tl.constexpr, TMA: tl.constexpr,
+    HEAD_DIM: tl.constexpr, REUSE: tl.constexpr, WITH_LSE: tl.constexpr, NOTE: tl.constexpr, LEAVE: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head: online softmax over the keys that the head's kind gives it."""
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -103,13 +104,17 @@ def attend(
     parts: tl.constexpr = BLOCK_K // TILE_K
     # lists ascend: only the last block can reach past the last token
     inner = tl.maximum(count - 1, 0) * parts
+    # one bit a block, in words of 32
+    low_row = low + list_row * tl.cdiv(k_blocks, 32)
     most, total, mean = _over_keys(
-        most, total, mean, queries, k_here, v_here, indices + list_row * k_blocks, masked, 0, inner, tokens, scale,
-        k_token, v_token, batch.to(tl.int32), head, BLOCK_K, TILE_K, HEAD_DIM, TMA, False,
+        most, total, mean, queries, real, k_here, v_here, indices + list_row * k_blocks, low_row, threshold, masked, 0,
+        inner, tokens, scale, k_token, v_token, batch.to(tl.int32), head, BLOCK_K, TILE_K, HEAD_DIM, NOTE, LEAVE, TMA,
+        False,
     )  # fmt: skip
     most, total, mean = _over_keys(
-        most, total, mean, queries, k_here, v_here, indices + list_row * k_blocks, masked, inner, count * parts,
-        tokens, scale, k_token, v_token, batch.to(tl.int32), head, BLOCK_K, TILE_K, HEAD_DIM, TMA, True,
+        most, total, mean, queries, real, k_here, v_here, indices + list_row * k_blocks, low_row, threshold, masked,
+        inner, count * parts, tokens, scale, k_token, v_token, batch.to(tl.int32), head, BLOCK_K, TILE_K, HEAD_DIM,
+        NOTE, LEAVE, TMA, True,
     )  # fmt: skip
 
     # a query without keys has a sum of 0, an output of zeros and an LSE of -inf
@@ -135,8 +140,10 @@ def attend(
 
 @triton.jit
 def _over_keys(
-    most, total, mean, queries, k, v, blocks, masked, first, last, tokens, scale, k_token, v_token, batch, head,
-    BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr, TAIL: tl.constexpr,
+    most, total, mean, queries, real, k, v, blocks, low_row, threshold, masked, first, last, tokens, scale,
+    k_token, v_token, batch, head,
+    BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, HEAD_DIM: tl.constexpr, NOTE: tl.constexpr, LEAVE: tl.constexpr,
+    TMA: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Go on with tiles of keys, from the first to before the last; the softmax is kept in powers of two."""
     parts: tl.constexpr = BLOCK_K // TILE_K
@@ -157,12 +164,9 @@ def _over_keys(
         scores = tl.dot(queries, keys) * scale
         if TAIL:
             scores = tl.where(key[None, :] < tokens, scores, float("-inf"))
+        here = tl.max(scores, 1)
         # the first tile of a block has at least one real key, so the maximum is finite from then on
-        new_most = tl.maximum(most, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_most[:, None])
-        shrink = tl.exp2(most - new_most)
-        total = total * shrink + tl.sum(weights, 1)
-        mean = mean * shrink[:, None]
+        new_most = tl.maximum(most, here)
         if TMA:
             values = v.load([batch, head, start, 0]).reshape([TILE_K, HEAD_DIM])
         elif TAIL:
@@ -171,6 +175,26 @@ def _over_keys(
             )
         else:
             values = tl.load(v + key[:, None].to(tl.int64) * v_token + channel[None, :])
-        mean = tl.dot(weights.to(values.dtype), values, mean)
+        matters = True
+        if NOTE:
+            # rows past the last query have scores too, of zeros
+            matters = tl.max(tl.where(real, here - new_most, float("-inf")), 0) > threshold
+            tl.atomic_or(low_row + block // 32, tl.where(matters, 0, 1) << (block % 32))
+        if LEAVE:
+            if matters:
+                total, mean = _add(scores, values, most, new_most, total, mean)
+        else:
+            total, mean = _add(scores, values, most, new_most, total, mean)
+        # a block that does not matter does not raise any maximum
         most = new_most
     return most, total, mean
+
+
+@triton.jit
+def _add(scores, values, most, new_most, total, mean):
+    """One tile more in the online softmax."""
+    weights = tl.exp2(scores - new_most[:, None])
+    shrink = tl.exp2(most - new_most)
+    total = total * shrink + tl.sum(weights, 1)
+    mean = tl.dot(weights.to(values.dtype), values, mean * shrink[:, None])
+    return total, mean

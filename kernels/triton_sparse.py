@@ -15,6 +15,8 @@ from calibatt.kernels.plan import Plan, block_count
 
 # queries of a tile at the most: more do not fit the registers
 _MOST_QUERIES = 128
+# tokens of a block that may be left out, which is one tile
+_MOST_SKIPPED = 128
 # tl.dot multiplies tiles of at least 16 × 16
 _LEAST_TILE = 16
 
@@ -41,6 +43,10 @@ class Triton(OneLaunch):
             return Unsupported(f"the Triton kernel has head dims 64 and 128, not {task.head_dim}")
         if task.block is not None and any(size % _LEAST_TILE for size in task.block):
             return Unsupported(f"the Triton kernel needs blocks that are multiples of {_LEAST_TILE}: got {task.block}")
+        if task.skips and task.block is not None and any(_tile(size, _MOST_SKIPPED) != size for size in task.block):
+            return Unsupported(
+                f"the Triton kernel leaves out whole tiles, powers of two up to {_MOST_SKIPPED}: got {task.block}"
+            )
         return None
 
     def _launch(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, plan: Plan) -> None:
@@ -50,16 +56,19 @@ class Triton(OneLaunch):
         given = Launch.of(plan, q.device)
         block = given.block_q, given.block_k
         tma = _has_tma(k, v)
-        tile_q, tile_k, warps, stages = launch_shape(_capability(q.device), block, tma=tma)
+        tile_q, tile_k, warps, stages = launch_shape(_capability(q.device), block, head_dim, tma=tma)
+        if plan.skip is not None:
+            tile_q, tile_k = block
         keys, values = (_descriptor(x, tile_k) for x in (k, v)) if tma else (k, v)
         triton_code.attend[(block_count(tokens, tile_q), heads, batch)](
             q, keys, values, out, q if lse is None else lse, given.indices, given.counts, given.kinds,
-            given.computed, given.served, math.log2(math.e) / math.sqrt(head_dim), tokens, len(given.computed),
-            given.served_most, given.q_blocks, given.k_blocks, heads,
+            given.computed, given.served, given.kinds if plan.skip is None else plan.skip.low.bits.view(torch.int32),
+            math.log2(math.e) / math.sqrt(head_dim), tokens, len(given.computed),
+            given.served_most, given.q_blocks, given.k_blocks, heads, 0.0 if plan.skip is None else plan.skip.threshold,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             BLOCK_Q=block[0], BLOCK_K=block[1], TILE_Q=tile_q, TILE_K=tile_k, HEAD_DIM=head_dim,
-            REUSE=plan.reuse is not None, WITH_LSE=lse is not None,
-            TMA=tma, num_warps=warps, num_stages=stages,
+            REUSE=plan.reuse is not None, WITH_LSE=lse is not None, NOTE=plan.skip is not None,
+            LEAVE=plan.skip is not None and plan.skip.leave, TMA=tma, num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
 
@@ -68,21 +77,26 @@ def _tile(block: int, most: int) -> int:
     return min(block & -block, most)
 
 
-def launch_shape(capability: tuple[int, int], block: tuple[int, int], *, tma: bool) -> tuple[int, int, int, int]:
-    """Queries and keys of a tile, warps, and tiles loaded ahead: the most that fits a GPU at head dim 128.
+def launch_shape(
+    capability: tuple[int, int], block: tuple[int, int], head_dim: int, *, tma: bool
+) -> tuple[int, int, int, int]:
+    """Queries and keys of a tile, warps, and tiles loaded ahead.
 
-    A block of threads has at most 227 KiB of shared memory on sm90, 163 on sm80, 99 on sm86, sm89 and sm120 (CUDA's
-    programming guide). Tiles of twice as many keys would spill registers; on sm90 those of 128 only without TMA, which
-    keeps no addresses in them.
+    On sm90 the fastest that was measured on an H200 (docs/kernels.md): four warps leave room for a second tile on the
+    same multiprocessor, whose products hide this one's softmax. Elsewhere the most that fits at head dim 128: shared
+    memory has at most 163 KiB for a block of threads on sm80, 99 on sm86, sm89 and sm120 (CUDA's programming guide),
+    and tiles of twice as many keys would spill registers.
 
     Args:
         capability: compute capability.
         block: tokens of a query block and of a key block, which is walked in whole tiles.
+        head_dim: channels of one head.
         tma: whether keys are loaded by TMA.
     """
-    roomy = capability in ((8, 0), (9, 0))
-    most_keys = 128 if capability == (9, 0) and tma else 64 if roomy else 32
-    tile_q, tile_k = _tile(block[0], _MOST_QUERIES), _tile(block[1], most_keys)
+    if capability == (9, 0):
+        most_queries, most_keys = (64, 128 if tma else 64) if head_dim == 64 else (_MOST_QUERIES, 64)
+        return _tile(block[0], most_queries), _tile(block[1], most_keys), 4, 2
+    tile_q, tile_k = _tile(block[0], _MOST_QUERIES), _tile(block[1], 64 if capability == (8, 0) else 32)
     return tile_q, tile_k, 8 if tile_q == _MOST_QUERIES else 4, 3
 
 

@@ -10,11 +10,13 @@ from typing import Any
 from calibatt.kernels.names import look_up
 from calibatt.methods.adaspa import AdaSpa
 from calibatt.methods.base import Method, PlanSource
+from calibatt.methods.blasst import Blasst
 from calibatt.methods.calibatt import CalibAtt
 from calibatt.methods.dense import Dense
 from calibatt.methods.draft import Draft
 from calibatt.methods.jenga import Jenga
 from calibatt.methods.learning import Learner, Learning, Learnt
+from calibatt.methods.lite import Lite
 from calibatt.methods.minference import MInference
 from calibatt.methods.nabla import Nabla
 from calibatt.methods.radial import Radial
@@ -38,6 +40,8 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
             Nabla,
             Draft,
             Jenga,
+            Lite,
+            Blasst,
             RandomMask,
         )
     }
@@ -92,9 +96,7 @@ def learner(
     return kind.learner(config) if isinstance(kind, Learning) else None
 
 
-def _configured(
-    name: str, preset: str, block: tuple[int, int] | None, settings: Mapping[str, Any]
-) -> tuple[Any, Any]:
+def _configured(name: str, preset: str, block: tuple[int, int] | None, settings: Mapping[str, Any]) -> tuple[Any, Any]:
     """The method's class and its config."""
     kind: Any = look_up(METHODS, name, "method")
     config = look_up(kind.presets, preset, f"preset of {name}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
@@ -52,6 +52,12 @@ class Learnt:
         method: name in the catalogue.
         geometry, steps, layers: of the videos watched.
         tables: by name; the first two dimensions of each are steps and layers.
+        preset: that was learnt for.
+        model, weights: name in the catalogue, and digest of the weights.
+        prompts: of the videos, in order; prompt i started from noise of seed + i.
+        seed: of the first prompt's noise.
+        guidance: of the videos.
+        cost_ratio: time of the videos with the learner watching over that without it, same kernel.
 
     Raises:
         ValueError: a table has other dimensions.
@@ -62,6 +68,13 @@ class Learnt:
     steps: int
     layers: int
     tables: Mapping[str, Tensor]
+    preset: str = "default"
+    model: str = ""
+    weights: str = ""
+    prompts: tuple[str, ...] = ()
+    seed: int = 0
+    guidance: float = 0.0
+    cost_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         for name, table in self.tables.items():
@@ -95,10 +108,7 @@ class Learnt:
 
     def to(self, device: torch.device | str) -> Learnt:
         """The same tables on another device."""
-        return Learnt(
-            method=self.method, geometry=self.geometry, steps=self.steps, layers=self.layers,
-            tables={name: table.to(device) for name, table in self.tables.items()},
-        )  # fmt: skip
+        return replace(self, tables={name: table.to(device) for name, table in self.tables.items()})
 
     def nbytes(self) -> int:
         """Bytes of all tables."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def generate(
     guidance: float | None = None,
     progress: bool = False,
     stop_after: int | None = None,
+    after_step: Callable[[], object] = lambda: None,
 ) -> Float[Tensor, "3 frames height width"]:
     """One video, values in [-1, 1], on the CPU.
 
@@ -42,6 +44,7 @@ def generate(
         steps, guidance: the model's defaults where None.
         progress: whether to show Diffusers' progress bar over the steps.
         stop_after: do only this many of the steps, which is enough to compile and to warm up.
+        after_step: called when a step is done.
 
     Raises:
         ValueError: the prompt is empty or not in the model's language, or there is less than one step.
@@ -58,6 +61,7 @@ def generate(
     def interrupt(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         # Diffusers' documented way to stop a pipeline from a callback
         pipe._interrupt = stop_after is not None and step + 1 >= stop_after
+        after_step()
         return tensors
 
     frames = pipe(

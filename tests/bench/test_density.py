@@ -8,6 +8,7 @@ import torch
 from calibatt.bench.density import TOLERANCE, density_of, solve
 from calibatt.bench.meter import Probe
 from calibatt.kernels.base import Unsupported
+from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan
 from calibatt.methods.base import Knob, Site
@@ -42,12 +43,12 @@ def test_the_density_is_reached_whichever_way_the_knob_turns(probes: list[Probe]
     def build(x: float) -> Share:
         return Share(x if rising else 1 - x)
 
-    value = solve(build, Knob(field="share", low=0.1, high=0.9), target, probes)
+    value = solve(build, Knob(field="share", low=0.1, high=0.9), target, probes, KERNELS["flex"])
     assert isinstance(value, float)
     # 64 blocks a row: the nearest density there is lies at most half a block away
-    assert abs(density_of(build(value), probes) - target) <= max(TOLERANCE, 0.5 / 64)
+    assert abs(density_of(build(value), probes, KERNELS["flex"]) - target) <= max(TOLERANCE, 0.5 / 64)
 
 
 def test_a_density_out_of_reach_is_said_so(probes: list[Probe]) -> None:
-    answer = solve(Share, Knob(field="share", low=0.25, high=0.5), 0.75, probes)
+    answer = solve(Share, Knob(field="share", low=0.25, high=0.5), 0.75, probes, KERNELS["flex"])
     assert answer == Unsupported("its share reaches densities from 0.250 to 0.500, not 0.750")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from calibatt.calibration import collect
+from calibatt.calibration import collect, videos
 from calibatt.calibration.collect import (
     CalibrationConfig,
     Recorder,
@@ -226,7 +226,7 @@ def test_every_prompt_starts_from_noise_of_its_own(pipe: Any, monkeypatch: pytes
         seeds.append(options["seed"])
         return generate(*args, **options)
 
-    monkeypatch.setattr(collect, "generate", note_seed)
+    monkeypatch.setattr(videos, "generate", note_seed)
     config = CalibrationConfig(anchors=2)
     calibrate(TINY, pipe, resolution="small", prompts=PROMPTS, seed=7, kernel=SDPA, config=config, steps=1)
     assert seeds == [7, 8]

@@ -1,6 +1,5 @@
 """The store: plans for sites, mismatches, and a file that is whole or refused."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from calibatt.calibration import store
+from calibatt.calibration import file, store
 from calibatt.calibration.repetition import anchor_rows
 from calibatt.calibration.schedule import Schedule
 from calibatt.calibration.store import Calibration, CalibrationMismatch, Provenance, UnusableCalibration
@@ -147,11 +146,11 @@ def test_nothing_is_left_behind_when_saving_fails(
     path = tmp_path / "toy.safetensors"
     path.write_bytes(b"what was there before")
 
-    def fail_half_way(tensors: object, file: Path, metadata: object) -> None:
-        file.write_bytes(b"half")
+    def fail_half_way(tensors: object, aside: Path, metadata: object) -> None:
+        aside.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(store, "save_file", fail_half_way)
+    monkeypatch.setattr(file, "save_file", fail_half_way)
     with pytest.raises(OSError, match="disk full"):
         calibration.save(path)
     assert list(tmp_path.iterdir()) == [path]
@@ -212,8 +211,7 @@ def test_a_file_with_a_right_checksum_and_contradicting_facts_is_refused(
 ) -> None:
     path = tmp_path / "toy.safetensors"
     tensors = {"bits": calibration.bits, "similarity": calibration.similarity}
-    facts = json.dumps({"gamma": 0.87, "provenance": {**calibration.provenance.to_json(), "steps": 9}})
-    metadata = {"schema": store.SCHEMA, "facts": facts, "sha256": store._digest(tensors, facts)}
-    safetensors.torch.save_file(tensors, path, metadata=metadata)
+    facts = {"gamma": 0.87, "provenance": {**calibration.provenance.to_json(), "steps": 9}}
+    file.write(path, store.SCHEMA, tensors, facts)
     with pytest.raises(UnusableCalibration, match=r"contradicts itself: .* 9 steps"):
         Calibration.load(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -103,6 +104,9 @@ TARGETS = {
 }
 # bytes of shared memory that a block of threads may have: CUDA's programming guide, table of compute capabilities
 SHARED = {(8, 0): 163 * 1024, (8, 6): 99 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024, (12, 0): 99 * 1024}
+# bytes of a thread that may spill: two tiles on a multiprocessor leave no room for 30 of their registers, and were a
+# seventh faster on an H200 than one tile with room
+STACK = {"sm90": 120}
 
 
 @pytest.fixture(scope="module")
@@ -125,22 +129,27 @@ def test_it_compiles_for_every_gpu_and_keeps_its_tiles_in_registers(
         pytest.skip("tensor memory accelerators came with sm90")
     told = compiled[f"{target}-{way}"]
     assert told["shared"] <= SHARED[capability]
-    # a stack would mean that registers spill to memory
-    assert " STACK:0 " in told["usage"]
+    # a stack means that registers spill to memory
+    stack = re.search(r" STACK:(\d+) ", told["usage"])
+    assert stack is not None
+    assert int(stack[1]) <= STACK.get(target, 0)
     assert told["wgmma"] == (capability == (9, 0))
 
 
 def _compile(target: str, tma: bool) -> dict[str, Any]:
     capability, head_dim, block = TARGETS[target]
-    tile_q, tile_k, warps, stages = triton_sparse.launch_shape(capability, block, tma=tma)
+    tile_q, tile_k, warps, stages = triton_sparse.launch_shape(capability, block, head_dim, tma=tma)
     code = triton_code.attend
     constants = {
         "BLOCK_Q": block[0], "BLOCK_K": block[1], "TILE_Q": tile_q, "TILE_K": tile_k,
-        "HEAD_DIM": head_dim, "REUSE": True, "WITH_LSE": True, "TMA": tma,
+        "HEAD_DIM": head_dim, "REUSE": True, "WITH_LSE": True, "NOTE": False,
+        "LEAVE": False, "TMA": tma,
     }  # fmt: skip
-    pointers = dict.fromkeys(("q", "k", "v", "out"), "*bf16") | dict.fromkeys(("indices", "counts", "served"), "*i32")
+    pointers = dict.fromkeys(("q", "k", "v", "out"), "*bf16") | dict.fromkeys(
+        ("indices", "counts", "served", "low"), "*i32"
+    )
     pointers |= {"lse": "*fp32", "kinds": "*i8", "computed": "*i64"}
-    types = pointers | dict.fromkeys(constants, "constexpr") | {"scale": "fp32"}
+    types = pointers | dict.fromkeys(constants, "constexpr") | {"scale": "fp32", "threshold": "fp32"}
     if tma:
         types |= dict.fromkeys(("k", "v"), f"tensordesc<bf16[1,1,{tile_k},{head_dim}]>")
     # pointers and strides are multiples of 16, as torch's are

@@ -1,0 +1,62 @@
+"""Low blocks: what a kernel that leaves them out by itself would find, found before the call. Slow, and exact."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from calibatt.kernels.plan import BlockMask
+
+# scores held at a time: 256 MiB in fp32
+_CHUNK = 2**26
+
+
+def gaps(
+    q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], mask: BlockMask
+) -> Float[Tensor, "heads q_blocks k_blocks"]:
+    """How far each kept block lies below what a kernel has seen when it comes to it, in powers of two; 0 at the most.
+
+    Of each query: its largest score in the block, less the largest in the kept blocks up to there, that one included.
+    Of the block: the largest of its queries. A block is low at a threshold (`plan.Skip`) where this is not above it. A
+    block that is not kept has none, -inf.
+    """
+    heads, tokens, channels = q.shape
+    keep = mask.keep().expand(heads, -1, -1)
+    found = q.new_empty(keep.shape, dtype=torch.float32)
+    at_once = max(1, _CHUNK // (tokens * mask.block_q))
+    past_end = mask.k_blocks * mask.block_k - tokens
+    for head in range(heads):
+        for first in range(0, mask.q_blocks, at_once):
+            chunk = slice(first, first + at_once)
+            rows = q[head, first * mask.block_q : (first + at_once) * mask.block_q].float()
+            scores = rows @ k[head].float().T * (math.log2(math.e) / math.sqrt(channels))
+            largest = torch.nn.functional.pad(scores, (0, past_end), value=-math.inf)
+            largest = largest.unflatten(1, (mask.k_blocks, mask.block_k)).amax(-1)
+            kept = keep[head, chunk].repeat_interleave(mask.block_q, 0)[: len(rows)]
+            largest = largest.masked_fill(~kept, -math.inf)
+            below = (largest - largest.cummax(1).values).masked_fill(~kept, -math.inf)
+            below = torch.nn.functional.pad(below, (0, 0, 0, -len(rows) % mask.block_q), value=-math.inf)
+            found[head, chunk] = below.unflatten(0, (-1, mask.block_q)).amax(1)
+    return found
+
+
+def without_low(
+    q: Float[Tensor, "heads tokens head_dim"],
+    k: Float[Tensor, "heads tokens head_dim"],
+    mask: BlockMask,
+    threshold: float,
+) -> BlockMask:
+    """The mask without its low blocks, of every head: what a kernel computes that leaves them out by itself."""
+    return BlockMask.from_keep(
+        gaps(q, k, mask) > threshold, tokens=mask.tokens, block_q=mask.block_q, block_k=mask.block_k
+    )
+
+
+def all_blocks(tokens: int, block: tuple[int, int], device: torch.device) -> BlockMask:
+    """Every block, shared by all heads."""
+    rows, columns = (-(-tokens // size) for size in block)
+    keep = torch.ones((1, rows, columns), dtype=torch.bool, device=device)
+    return BlockMask.from_keep(keep, tokens=tokens, block_q=block[0], block_k=block[1])
