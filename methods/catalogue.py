@@ -21,6 +21,7 @@ from calibatt.methods.radial import Radial
 from calibatt.methods.random_mask import RandomMask
 from calibatt.methods.sparge import Sparge
 from calibatt.methods.sta import SlidingTile
+from calibatt.methods.svg import SparseVideoGen
 from calibatt.methods.xattention import XAttention
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
@@ -31,6 +32,7 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
             CalibAtt,
             Radial,
             SlidingTile,
+            SparseVideoGen,
             Sparge,
             XAttention,
             AdaSpa,
@@ -92,9 +94,7 @@ def learner(
     return kind.learner(config) if isinstance(kind, Learning) else None
 
 
-def _configured(
-    name: str, preset: str, block: tuple[int, int] | None, settings: Mapping[str, Any]
-) -> tuple[Any, Any]:
+def _configured(name: str, preset: str, block: tuple[int, int] | None, settings: Mapping[str, Any]) -> tuple[Any, Any]:
     """The method's class and its config."""
     kind: Any = look_up(METHODS, name, "method")
     config = look_up(kind.presets, preset, f"preset of {name}")
