@@ -54,7 +54,7 @@ def test_blocks_of_video_hold_no_text(video: int, text: int, side: Any, block: i
 
 @pytest.mark.parametrize(
     ("side", "expected"),
-    [("first", [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]), ("last", [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]])],
+    [("first", [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]), ("last", [[0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]])],
 )
 def test_blocks_of_text_hold_some_among_their_queries_or_keys(side: Any, expected: list[list[int]]) -> None:
     # 20 tokens in query blocks of 8 and key blocks of 5; the text is the first or the last 6
