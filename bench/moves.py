@@ -17,14 +17,8 @@ from calibatt.bench.rounds import in_turns
 from calibatt.bench.timer import PhaseTimer
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.permute import permute, unpermute
-from calibatt.methods.blocks import with_text
 from calibatt.methods.sta import SlidingTile, tile_order
-
-
-def token_major_order(geometry: Geometry) -> Int32[Tensor, "1 tokens"]:
-    """The frames of one place after the other, as Sparse VideoGen's temporal heads have them: arXiv 2502.01776."""
-    frames = geometry.grid[0]
-    return with_text(geometry, torch.arange(geometry.video_tokens).view(frames, -1).T.flatten())
+from calibatt.methods.svg import token_major_order
 
 
 def random_order(geometry: Geometry) -> Int32[Tensor, "heads tokens"]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -44,6 +45,13 @@ class Site:
     def __post_init__(self) -> None:
         if not (0 <= self.step < self.steps and 0 <= self.layer < self.layers):
             raise ValueError(f"step {self.step} of {self.steps} or layer {self.layer} of {self.layers} does not exist")
+
+    def generator(self, seed: int, device: torch.device) -> torch.Generator:
+        """What a method draws from here: the same for both branches and all samples, another at every step and layer.
+
+        Nothing is kept between calls, and the global generator, which the video is made with, is not touched.
+        """
+        return torch.Generator(device).manual_seed((seed * self.steps + self.step) * self.layers + self.layer)
 
 
 @runtime_checkable

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import block_count
+from calibatt.kernels.plan import block_count, block_sizes
 
 
 def pooled(x: Float[Tensor, "heads tokens head_dim"], block: int) -> Float[Tensor, "heads blocks head_dim"]:
@@ -27,6 +27,14 @@ def block_sums(x: Float[Tensor, "rows tokens"], block: int) -> Float[Tensor, "ro
     return torch.cat((sums, x[:, -rest:].sum(1, keepdim=True)), dim=1) if rest else sums
 
 
+def block_ends(
+    tokens: int, block: int, device: torch.device | str = "cpu"
+) -> tuple[Int[Tensor, "blocks"], Int[Tensor, "blocks"]]:
+    """First and last token of each block."""
+    first = torch.arange(0, tokens, block, device=device)
+    return first, first + block_sizes(tokens, block, device) - 1
+
+
 def video_blocks(geometry: Geometry, block: int) -> slice:
     """The blocks without any text token, which stand side by side."""
     end = geometry.video_start + geometry.video_tokens
@@ -34,6 +42,22 @@ def video_blocks(geometry: Geometry, block: int) -> slice:
     # a shorter last block is whole where no text follows
     last = block_count(end, block) if end == geometry.tokens else end // block
     return slice(first, max(first, last))
+
+
+def text_blocks(
+    geometry: Geometry, block: tuple[int, int], device: torch.device | str = "cpu"
+) -> Bool[Tensor, "q_blocks k_blocks"]:
+    """Blocks with a text token among their queries or keys.
+
+    Args:
+        geometry: layout of the tokens.
+        block: tokens of a query and of a key block.
+        device: where the mask is made.
+    """
+    text = torch.ones([block_count(geometry.tokens, size) for size in block], dtype=torch.bool, device=device)
+    rows, columns = (video_blocks(geometry, size) for size in block)
+    text[rows, columns] = False
+    return text
 
 
 def with_text(geometry: Geometry, video: Int[Tensor, "video_tokens"]) -> Int32[Tensor, "1 tokens"]:

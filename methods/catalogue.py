@@ -23,6 +23,7 @@ from calibatt.methods.radial import Radial
 from calibatt.methods.random_mask import RandomMask
 from calibatt.methods.sparge import Sparge
 from calibatt.methods.sta import SlidingTile
+from calibatt.methods.svg import SparseVideoGen
 from calibatt.methods.xattention import XAttention
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
@@ -33,6 +34,7 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
             CalibAtt,
             Radial,
             SlidingTile,
+            SparseVideoGen,
             Sparge,
             XAttention,
             AdaSpa,

@@ -22,14 +22,14 @@ from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, block_sizes
+from calibatt.kernels.plan import BlockMask, Plan
 from calibatt.methods.base import Knob, Site
-from calibatt.methods.blocks import pooled
+from calibatt.methods.blocks import block_ends, pooled
 
 Pattern = Literal["vertical-slash", "block-sparse"]
 
@@ -192,17 +192,11 @@ def _crossed(
     diagonals: Bool[Tensor, "heads diagonals"], tokens: int, block_q: int, block_k: int
 ) -> Bool[Tensor, "heads q_blocks k_blocks"]:
     """Blocks that a chosen diagonal crosses: those of a block lie side by side, and a running sum counts the chosen."""
-    first_q, last_q = _ends(tokens, block_q, diagonals.device)
-    first_k, last_k = _ends(tokens, block_k, diagonals.device)
+    first_q, last_q = block_ends(tokens, block_q, diagonals.device)
+    first_k, last_k = block_ends(tokens, block_k, diagonals.device)
     before = torch.nn.functional.pad(diagonals.cumsum(-1, dtype=torch.int32), (1, 0))
     lowest, highest = first_q[:, None] - last_k, last_q[:, None] - first_k
     return before[:, highest + tokens] > before[:, lowest + tokens - 1]
-
-
-def _ends(tokens: int, block: int, device: torch.device) -> tuple[Int[Tensor, "blocks"], Int[Tensor, "blocks"]]:
-    """First and last token of each block."""
-    first = torch.arange(0, tokens, block, device=device)
-    return first, first + block_sizes(tokens, block, device) - 1
 
 
 def _blocks(columns: Bool[Tensor, "heads tokens"], block: int) -> Bool[Tensor, "heads blocks"]:

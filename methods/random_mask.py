@@ -70,9 +70,7 @@ class RandomMask:
         ):
             masked = model.heads_of("masked")
             counts[masked] = model.mask.keep().sum(-1).cpu().expand(heads, rows)[masked]
-        # the site alone decides the draw: nothing is kept between calls, and the global generator is not touched
-        seed = (self.config.seed * site.steps + site.step) * site.layers + site.layer
-        generator = torch.Generator(q.device).manual_seed(seed)
+        generator = site.generator(self.config.seed, q.device)
         order = torch.rand(heads, rows, columns, generator=generator, device=q.device).argsort(-1)
         chosen = torch.arange(columns, device=q.device) < counts.to(q.device)[..., None]
         keep = torch.zeros_like(chosen).scatter_(-1, order, chosen)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.methods.blocks import block_sums, pooled, video_blocks, with_text
+from calibatt.methods.blocks import block_ends, block_sums, pooled, text_blocks, video_blocks, with_text
 
 
 def test_a_block_is_pooled_to_its_mean_and_a_shorter_last_one_over_its_own_tokens() -> None:
@@ -50,6 +50,21 @@ def test_sums_are_of_blocks_and_of_what_is_left() -> None:
 def test_blocks_of_video_hold_no_text(video: int, text: int, side: Any, block: int, expected: slice) -> None:
     geometry = Geometry(grid=(1, 1, video), heads=1, head_dim=4, text_tokens=text, text_side=side)
     assert video_blocks(geometry, block) == expected
+
+
+@pytest.mark.parametrize(
+    ("side", "expected"),
+    [("first", [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]), ("last", [[0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]])],
+)
+def test_blocks_of_text_hold_some_among_their_queries_or_keys(side: Any, expected: list[list[int]]) -> None:
+    # 20 tokens in query blocks of 8 and key blocks of 5; the text is the first or the last 6
+    geometry = Geometry(grid=(1, 1, 14), heads=1, head_dim=4, text_tokens=6, text_side=side)
+    assert text_blocks(geometry, (8, 5)).int().tolist() == expected
+
+
+def test_blocks_end_with_their_last_token_and_the_last_with_the_sequence() -> None:
+    first, last = block_ends(10, 4)
+    assert (first.tolist(), last.tolist()) == ([0, 4, 8], [3, 7, 9])
 
 
 @pytest.mark.parametrize(("side", "expected"), [("first", [0, 1, 4, 3, 2]), ("last", [2, 1, 0, 3, 4])])

@@ -1,0 +1,306 @@
+"""Sparse VideoGen, version 1: every head sees a band, of tokens that stand frame by frame or place by place.
+
+Follows arXiv 2502.01776 and github.com/svg-project/Sparse-VideoGen (attention.py, utils.py, inference.py, placement.py
+of svg/models/wan and svg/models/hyvideo). A spatial head has its tokens in the sequence's order, where a band along the
+diagonal holds neighbouring frames; a temporal head has them place by place, all frames of a place side by side, where
+the same band holds neighbouring places at all times. At every call, sampled queries tell for each head which of the two
+is nearer to dense attention. What differs:
+
+- There the error is that of the sampled queries' outputs. A plan is made without values, so here it is that of their
+  attention weights, which is what to expect of values that are independent of each other and of one size. Values of
+  videos are not, and this departs far: in one video of the embedded model, it put 67 % of the heads into the class that
+  outputs of the whole video call for, where sampled outputs put 92 %. The preset `learnt` goes by outputs, but of other
+  videos.
+- Queries are sampled from the whole video; there from its first 10,000 tokens alone (`sampled_from`), less than three
+  frames of Wan or HunyuanVideo at 720p, to save the memory of masks that are held token by token.
+- Masks are of blocks, which are kept where the band meets any of their pairs of tokens; there FlexAttention leaves out
+  the other pairs. The same density setting computes a little more here.
+- Text blocks are kept, in both directions, wherever text stands. There, padding after HunyuanVideo's text is apart from
+  all else; here no text is known for padding.
+
+As there: the masks that the choice is made by are those of one width, whatever the density. The first frame that all of
+Wan's queries see is the first in the order of the head: for a temporal head, as many tokens of the first places.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int, Int32
+from torch import Tensor
+
+from calibatt.kernels.base import Unsupported
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import BlockMask, Plan, TokenOrder, block_count
+from calibatt.methods.base import Knob, Site
+from calibatt.methods.blocks import block_ends, text_blocks, with_text
+from calibatt.methods.learning import Learnt
+
+# attention weights held at a time, 128 MiB in fp32: 64 queries of six heads of a 720p Wan video (75,600 tokens)
+_CHUNK = 2**25
+# the table of what was learnt: error of the spatial and of the temporal mask, for each head
+_ERRORS = "errors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseVideoGenConfig:
+    """Settings of the masks and of the choice between them.
+
+    Args:
+        density: share of all pairs that the band and the text are made to hold; there it is called sparsity. Whole
+            blocks and the sink come on top.
+        dense_steps, dense_layers: share of the first steps and of the first layers that stay dense, rounded down.
+        sink: whether all queries see as many tokens as a frame has, the first in the order of their head.
+        rounding: whether the band's width is rounded up or down to whole key blocks.
+        sampled_band: how far the band that the choice is made by reaches to either side, in frames; rounded down to
+            whole key blocks, its own among them and kept in any case.
+        choice: what the error is taken of: at every call the attention weights, or in videos watched before the
+            outputs, by step, layer and head.
+        samples: queries that the choice is made by, the same for all heads; drawn with replacement.
+        sampled_from: first tokens of the video that they are drawn from; None for all.
+        seed: of the draw; the site adds to it.
+        block: tokens of a query and of a key block.
+
+    Raises:
+        ValueError: a share is outside 0 to 1, nothing is sampled, or the sampled band is negative.
+    """
+
+    density: float
+    dense_steps: float
+    dense_layers: float
+    sink: bool
+    rounding: Literal["up", "down"]
+    sampled_band: float
+    choice: Literal["weights", "learnt"] = "weights"
+    # --num_sampled_rows of the scripts
+    samples: int = 64
+    sampled_from: int | None = None
+    seed: int = 0
+    # FlexAttention's, which the repository's masks are made for
+    block: tuple[int, int] = (128, 128)
+
+    def __post_init__(self) -> None:
+        if not all(0 <= share <= 1 for share in (self.density, self.dense_steps, self.dense_layers)):
+            raise ValueError(f"svg's density, dense_steps and dense_layers are shares, 0 to 1: got {self}")
+        if self.samples < 1 or (self.sampled_from is not None and self.sampled_from < 1):
+            raise ValueError(f"svg needs at least one sample, from at least one token: got {self}")
+        if self.sampled_band < 0:
+            raise ValueError(f"svg needs a sampled band that is not negative: got {self}")
+
+
+# wan_t2v_720p_svg.sh, which at first had 0.3 of the steps dense and a density of 0.25; the sink, the rounding and the
+# sampled band are those of svg/models/wan/utils.py
+_WAN = SparseVideoGenConfig(density=0.3, dense_steps=0.2, dense_layers=0.03, sink=True, rounding="up", sampled_band=2.0)
+# the same masks at every step and layer, to compare masks rather than dense schedules
+_NO_WARMUP = replace(_WAN, dense_steps=0.0, dense_layers=0.0)
+
+
+class SparseVideoGen:
+    """One band for all heads; each has its tokens in the order in which the band changes less.
+
+    The draw is that of the site: the same for both branches and all samples. Nothing is kept between calls.
+    """
+
+    name: ClassVar[str] = "svg"
+    presets: ClassVar[Mapping[str, SparseVideoGenConfig]] = MappingProxyType(
+        {
+            "default": _WAN,
+            # hyvideo_t2v_720p_svg.sh; the rest is that of svg/models/hyvideo/utils.py
+            "hunyuan": SparseVideoGenConfig(
+                density=0.25, dense_steps=0.1, dense_layers=0.03, sink=False, rounding="down", sampled_band=1.5
+            ),
+            "no-warmup": _NO_WARMUP,
+            # a variant of ours: the original's error, but of videos watched before
+            "learnt": replace(_NO_WARMUP, choice="learnt"),
+        }
+    )
+    offline: ClassVar[bool] = False
+    knob: ClassVar[Knob | None] = Knob(field="density", low=0.0, high=1.0)
+
+    def __init__(self, config: SparseVideoGenConfig, learnt: Learnt | None = None) -> None:
+        self.config = config
+        self._learnt = learnt
+        self._masks: dict[tuple[Geometry, torch.device], BlockMask] = {}
+        self._orders: dict[tuple[Geometry, torch.device], Int32[Tensor, "orders tokens"]] = {}
+
+    @classmethod
+    def learner(cls, config: SparseVideoGenConfig) -> OutputErrors | None:
+        """A new learner of the errors that the choice is made by; None where every call takes its own."""
+        return OutputErrors(config) if config.choice == "learnt" else None
+
+    def refusal(self, geometry: Geometry) -> Unsupported | None:
+        """Applies to every geometry."""
+        return None
+
+    def plan(
+        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+    ) -> Plan:
+        """The mask of the geometry over each head's own order, or dense in the first steps and layers.
+
+        Raises:
+            ValueError: other videos were watched.
+        """
+        config, geometry = self.config, site.geometry
+        if site.step < int(config.dense_steps * site.steps) or site.layer < int(config.dense_layers * site.layers):
+            return Plan.dense(geometry)
+        key = (geometry, q.device)
+        if key not in self._masks:
+            self._masks[key] = band_mask(geometry, config, q.device)
+            self._orders[key] = head_orders(geometry).to(q.device)
+        if self._learnt is None:
+            rows = sampled_rows(site, config, q.device)
+            masks = sampled_masks(geometry, config, rows, self._orders[key])
+            spatial, temporal = mask_errors(q, k, rows, masks)
+        else:
+            spatial, temporal = self._learnt.at(_ERRORS, site).to(q.device)
+        # of equal errors the first is taken, which is the spatial one
+        order = self._orders[key][(temporal < spatial).long()]
+        return Plan.masked(self._masks[key], geometry.heads, order=TokenOrder.of_all(order))
+
+    def reset(self) -> None:
+        """Masks and orders depend on the geometry alone, and stay."""
+
+
+class OutputErrors:
+    """Learns what the two masks change in the outputs of sampled queries, summed over the videos.
+
+    Where nothing is watched both errors are 0, and heads are spatial.
+
+    Args:
+        config: samples, and the masks that the choice is made by.
+    """
+
+    def __init__(self, config: SparseVideoGenConfig) -> None:
+        self._config = config
+        self._errors = torch.zeros(0)
+
+    def watch(
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
+    ) -> None:
+        """Add the errors of one call."""
+        if not self._errors.numel():
+            self._errors = torch.zeros(site.steps, site.layers, 2, site.geometry.heads)
+        rows = sampled_rows(site, self._config, q.device)
+        masks = sampled_masks(site.geometry, self._config, rows, head_orders(site.geometry).to(q.device))
+        self._errors[site.step, site.layer] += mask_errors(q, k, rows, masks, v).cpu()
+
+    def tables(self) -> Mapping[str, Tensor]:
+        """The sums so far."""
+        return {_ERRORS: self._errors.clone()}
+
+
+def token_major_order(geometry: Geometry) -> Int32[Tensor, "1 tokens"]:
+    """All frames of one place after the other, place by place, and the text where it is."""
+    frames = geometry.grid[0]
+    return with_text(geometry, torch.arange(geometry.video_tokens).view(frames, -1).T.flatten())
+
+
+def head_orders(geometry: Geometry) -> Int32[Tensor, "orders tokens"]:
+    """The order of a spatial head, which is the sequence's own, and of a temporal one."""
+    return torch.cat((torch.arange(geometry.tokens, dtype=torch.int32)[None], token_major_order(geometry)))
+
+
+def band_width(geometry: Geometry, config: SparseVideoGenConfig) -> int:
+    """How far apart in their order two tokens of the band may stand.
+
+    Of L tokens, a band that reaches w to either side leaves out two triangles of (L − w)² / 2 pairs, so that one of a
+    share s has w = L (1 − √(1 − s)). The share is what the density leaves beside the rows and columns of text;
+    where that is nothing, tokens still see themselves, and in the repository only text.
+    """
+    tokens, block = geometry.tokens, config.block[1]
+    share = max(0.0, config.density - 2 * geometry.text_tokens / tokens)
+    blocks = tokens * (1 - math.sqrt(1 - share)) / block
+    return block * (math.ceil(blocks) if config.rounding == "up" else math.floor(blocks))
+
+
+def band_mask(geometry: Geometry, config: SparseVideoGenConfig, device: torch.device | str = "cpu") -> BlockMask:
+    """The mask, shared by all heads, over blocks of tokens in either order.
+
+    Blocks are kept that hold a pair of tokens at most the band's width apart, the text's, and with a sink those that
+    hold one of the video's first keys. HunyuanVideo's pairs are less than the width apart, which is the same in square
+    blocks, but for a width of 0: that would keep nothing.
+    """
+    tokens, (block_q, block_k) = geometry.tokens, config.block
+    first_q, last_q = block_ends(tokens, block_q, device)
+    first_k, last_k = block_ends(tokens, block_k, device)
+    apart = torch.maximum(first_k - last_q[:, None], first_q[:, None] - last_k)
+    keep = (apart <= band_width(geometry, config)) | text_blocks(geometry, config.block, device)
+    if config.sink:
+        start = geometry.video_start
+        keep[:, start // block_k : block_count(start + geometry.frame_tokens, block_k)] = True
+    return BlockMask.from_keep(keep[None], tokens=tokens, block_q=block_q, block_k=block_k)
+
+
+def sampled_rows(site: Site, config: SparseVideoGenConfig, device: torch.device) -> Int[Tensor, "samples"]:
+    """The queries that the choice is made by, all of the video."""
+    video = site.geometry.video_tokens
+    count = video if config.sampled_from is None else min(config.sampled_from, video)
+    generator = site.generator(config.seed, device)
+    return site.geometry.video_start + torch.randint(count, (config.samples,), generator=generator, device=device)
+
+
+def sampled_masks(
+    geometry: Geometry,
+    config: SparseVideoGenConfig,
+    rows: Int[Tensor, "samples"],
+    orders: Int32[Tensor, "orders tokens"],
+) -> Bool[Tensor, "orders samples tokens"]:
+    """Which keys some queries see in the masks that the choice is made by.
+
+    These are of blocks too, square and counted from the first token of the video. Text is seen by all.
+
+    Args:
+        geometry: layout of the tokens.
+        config: sampled band, sink and block.
+        rows: the queries, of the video.
+        orders: of the tokens; each has its mask.
+    """
+    block = config.block[1]
+    # where each token stands
+    places = orders.argsort(-1) - geometry.video_start
+    blocks = places // block
+    reach = max(1, int(config.sampled_band * geometry.frame_tokens // block))
+    always = (places < 0) | (places >= geometry.video_tokens)
+    if config.sink:
+        always |= places < geometry.frame_tokens
+    return ((blocks[:, rows, None] - blocks[:, None]).abs() < reach) | always[:, None]
+
+
+def mask_errors(
+    q: Float[Tensor, "heads tokens head_dim"],
+    k: Float[Tensor, "heads tokens head_dim"],
+    rows: Int[Tensor, "samples"],
+    masks: Bool[Tensor, "masks samples tokens"],
+    v: Float[Tensor, "heads tokens head_dim"] | None = None,
+) -> Float[Tensor, "masks heads"]:
+    """What each mask changes at some queries of each head: squares summed over all entries, mean over the queries.
+
+    Computed in fp32, some heads at a time.
+
+    Args:
+        q, k: what attention sees.
+        rows: queries, some maybe twice.
+        masks: keys that these see; none sees nothing.
+        v: values, for the change of the outputs; None for that of the attention weights.
+    """
+    errors = q.new_empty(len(masks), len(q), dtype=torch.float32)
+    at_once = max(1, _CHUNK // masks[0].numel())
+    for first in range(0, len(q), at_once):
+        heads = slice(first, first + at_once)
+        scores = q[heads, rows].float() @ k[heads].float().transpose(-1, -2) / math.sqrt(q.shape[-1])
+        weights = scores.softmax(-1)
+        for mask, error in zip(masks, errors, strict=True):
+            change = weights - scores.masked_fill(~mask, -math.inf).softmax(-1)
+            if v is not None:
+                change = change @ v[heads].float()
+            error[heads] = change.square().sum(-1).mean(-1)
+    return errors
