@@ -21,6 +21,8 @@ from calibatt.methods.radial import Radial
 from calibatt.methods.random_mask import RandomMask
 from calibatt.methods.sparge import Sparge
 from calibatt.methods.sta import SlidingTile
+from calibatt.methods.svg2 import Svg2
+from calibatt.methods.svoo import Svoo
 from calibatt.methods.xattention import XAttention
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
@@ -38,6 +40,8 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
             Nabla,
             Draft,
             Jenga,
+            Svg2,
+            Svoo,
             RandomMask,
         )
     }
@@ -92,9 +96,7 @@ def learner(
     return kind.learner(config) if isinstance(kind, Learning) else None
 
 
-def _configured(
-    name: str, preset: str, block: tuple[int, int] | None, settings: Mapping[str, Any]
-) -> tuple[Any, Any]:
+def _configured(name: str, preset: str, block: tuple[int, int] | None, settings: Mapping[str, Any]) -> tuple[Any, Any]:
     """The method's class and its config."""
     kind: Any = look_up(METHODS, name, "method")
     config = look_up(kind.presets, preset, f"preset of {name}")
