@@ -43,7 +43,7 @@ def with_text(geometry: Geometry, video: Int[Tensor, "*order_heads video_tokens"
         geometry: layout of the tokens.
         video: permutations of the video tokens, counted from the first of them, head by head; or one for all.
     """
-    video = torch.atleast_2d(video)
+    video = video.view(-1, geometry.video_tokens)
     order = torch.arange(geometry.tokens, dtype=torch.int32, device=video.device).repeat(len(video), 1)
     start = geometry.video_start
     order[:, start : start + geometry.video_tokens] = video + start

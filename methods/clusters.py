@@ -65,7 +65,9 @@ class Clusters:
         expected = (*self.q_sizes.shape, self.k_sizes.shape[-1])
         heads = {len(self.q_sizes), len(self.k_sizes), len(self.order.queries), len(self.order.keys)}
         if tuple(self.keep.shape) != expected or len(heads) > 1:
-            raise ValueError(f"{expected} clusters are kept or not by {list(self.keep.shape)}, in orders of {heads}")
+            raise ValueError(
+                f"{expected} clusters are kept or not by {list(self.keep.shape)}, in orders of {heads} heads"
+            )
 
     @classmethod
     def of_video(
