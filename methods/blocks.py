@@ -60,14 +60,15 @@ def text_blocks(
     return text
 
 
-def with_text(geometry: Geometry, video: Int[Tensor, "video_tokens"]) -> Int32[Tensor, "1 tokens"]:
-    """An order of the video's tokens as one of all tokens, text where it is.
+def with_text(geometry: Geometry, video: Int[Tensor, "*order_heads video_tokens"]) -> Int32[Tensor, "rows tokens"]:
+    """Orders of the video's tokens as orders of all tokens, text where it is.
 
     Args:
         geometry: layout of the tokens.
-        video: a permutation of the video tokens, counted from the first of them.
+        video: permutations of the video tokens, counted from the first of them, head by head; or one for all.
     """
-    order = torch.arange(geometry.tokens)
+    video = video.view(-1, geometry.video_tokens)
+    order = torch.arange(geometry.tokens, dtype=torch.int32, device=video.device).repeat(len(video), 1)
     start = geometry.video_start
-    order[start : start + geometry.video_tokens] = video + start
-    return order[None].to(torch.int32)
+    order[:, start : start + geometry.video_tokens] = video + start
+    return order

@@ -24,6 +24,8 @@ from calibatt.methods.random_mask import RandomMask
 from calibatt.methods.sparge import Sparge
 from calibatt.methods.sta import SlidingTile
 from calibatt.methods.svg import SparseVideoGen
+from calibatt.methods.svg2 import Svg2
+from calibatt.methods.svoo import Svoo
 from calibatt.methods.xattention import XAttention
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
@@ -44,6 +46,8 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
             Jenga,
             Lite,
             Blasst,
+            Svg2,
+            Svoo,
             RandomMask,
         )
     }

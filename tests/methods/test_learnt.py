@@ -13,6 +13,8 @@ from calibatt.kernels.names import UnknownName
 from calibatt.kernels.plan import BlockMask, Plan, RowReuse
 from calibatt.methods.base import Site
 from calibatt.methods.catalogue import METHODS, build
+from calibatt.methods.catalogue import learner as build_learner
+from calibatt.methods.learning import Learnt
 
 # 1000 tokens in blocks of 32 × 16: 32 × 63 blocks, the last of each axis shorter
 GEOMETRY = Geometry(grid=(8, 5, 25), heads=3, head_dim=8)
@@ -153,9 +155,12 @@ def test_density_is_monotonic_along_the_knob(name: str) -> None:
     values = [knob.low + (knob.high - knob.low) * share for share in (0, 0.01, 0.05, 0.2, 0.5, 1)]
     where = site(step=49, layer=7)
     settings: list[dict[str, Any]] = [{knob.field: value} for value in values]
-    source = Source(Plan.dense(where.geometry)) if METHODS[name].offline else None
     # where a default leaves low blocks to the kernel, this one does not
     preset = "no-warmup" if "no-warmup" in METHODS[name].presets else "default"
+    source: Source | Learnt | None = Source(Plan.dense(where.geometry)) if METHODS[name].offline else None
+    if (learner := build_learner(name, preset=preset, block=BLOCK)) is not None:
+        learner.watch(q, k, k, where)
+        source = Learnt(method=name, geometry=GEOMETRY, steps=50, layers=8, tables=learner.tables())
     built = [build(name, preset=preset, source=source, block=BLOCK, **one) for one in settings]
     found = [method.plan(q, k, where).density().mean().item() for method in built]
     assert found in (sorted(found), sorted(found, reverse=True))

@@ -1,0 +1,297 @@
+"""What methods share that put alike tokens into clusters: k-means, the choice of clusters, blocks that cover it.
+
+A mask of clusters is exact in a kernel that walks clusters of any size, as FlashInfer's for variable blocks. `Clusters`
+is that mask, and all that such a kernel needs. Kernels of fixed blocks compute every block with a pair of tokens of
+kept clusters, which is more.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import BlockMask, Plan, TokenOrder, block_count
+from calibatt.methods.base import Site
+from calibatt.methods.blocks import with_text
+
+# scores of tokens against clusters held at a time, 256 MiB in fp32: at 40 heads and 1000 clusters, 1677 tokens of each
+_CHUNK = 2**26
+# tokens of a cluster, mean: smaller ones leave tiles of fast kernels part empty, and fixed blocks hold too many of
+# them; the 75,600 tokens that the settings were made for have 76 in each of 1000 clusters
+_LEAST_TOKENS = 64
+# of the power iteration; its result is an order of clusters, which need not be the best
+_TURNS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Grouped:
+    """Tokens of every head in clusters.
+
+    Args:
+        labels: the cluster of each token.
+        sizes: tokens of each cluster; it may have none.
+        centroids: their mean in fp32; for a cluster without tokens, what it was before.
+    """
+
+    labels: Int[Tensor, "heads tokens"]
+    sizes: Int[Tensor, "heads clusters"]
+    centroids: Float[Tensor, "heads clusters head_dim"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Clusters:
+    """A mask of clusters: which clusters of keys each cluster of queries sees, head by head.
+
+    Args:
+        order: the tokens cluster by cluster.
+        q_sizes, k_sizes: tokens of each cluster, in that order; a cluster may be empty.
+        keep: the pairs to compute.
+
+    Raises:
+        ValueError: the parts differ in their heads or clusters.
+    """
+
+    order: TokenOrder
+    q_sizes: Int[Tensor, "heads q_clusters"]
+    k_sizes: Int[Tensor, "heads k_clusters"]
+    keep: Bool[Tensor, "heads q_clusters k_clusters"]
+
+    def __post_init__(self) -> None:
+        expected = (*self.q_sizes.shape, self.k_sizes.shape[-1])
+        heads = {len(self.q_sizes), len(self.k_sizes), len(self.order.queries), len(self.order.keys)}
+        if tuple(self.keep.shape) != expected or len(heads) > 1:
+            raise ValueError(
+                f"{expected} clusters are kept or not by {list(self.keep.shape)}, in orders of {heads} heads"
+            )
+
+    @classmethod
+    def of_video(
+        cls,
+        geometry: Geometry,
+        order: TokenOrder,
+        q_sizes: Int[Tensor, "heads q_clusters"],
+        k_sizes: Int[Tensor, "heads k_clusters"],
+        keep: Bool[Tensor, "heads q_clusters k_clusters"],
+    ) -> Clusters:
+        """A mask of the video's clusters, and all text as one more cluster, which sees and is seen by all.
+
+        Args:
+            geometry: layout of the tokens.
+            order: of all tokens, as `cluster_order` makes it.
+            q_sizes, k_sizes, keep: of the video alone.
+        """
+        if geometry.text_tokens:
+            # text stands before the first cluster or behind the last
+            sides = (1, 0) if geometry.text_side == "first" else (0, 1)
+            pad = torch.nn.functional.pad
+            q_sizes, k_sizes = (pad(sizes, sides, value=geometry.text_tokens) for sizes in (q_sizes, k_sizes))
+            keep = pad(keep, (*sides, *sides), value=True)
+        return cls(order=order, q_sizes=q_sizes, k_sizes=k_sizes, keep=keep)
+
+    def density(self) -> Float[Tensor, "heads"]:
+        """Kept fraction of each head's query-key products, before any covering by blocks."""
+        kept = torch.einsum("hq,hqk,hk->h", self.q_sizes.double(), self.keep.double(), self.k_sizes.double())
+        return kept / self.order.tokens**2
+
+    def cover(self, block: tuple[int, int]) -> BlockMask:
+        """The blocks, of tokens in this order, that hold any pair of tokens of kept clusters.
+
+        Args:
+            block: tokens of a query and of a key block.
+        """
+        block_q, block_k = block
+        tokens = self.order.tokens
+        # a cluster without tokens is in no block, though it stands between others that are
+        keep = self.keep & (self.q_sizes > 0)[:, :, None] & (self.k_sizes > 0)[:, None]
+        # clusters lie side by side: those of a block are a range, and kept pairs of two ranges are counted by
+        # differences of running sums, with no need of blocks × clusters × blocks products
+        counts = torch.nn.functional.pad(keep.cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32), (1, 0, 1, 0))
+        first, last = _held(self.q_sizes, tokens, block_q)
+        rows = counts.take_along_dim(last[:, :, None], 1) - counts.take_along_dim(first[:, :, None], 1)
+        first, last = _held(self.k_sizes, tokens, block_k)
+        pairs = rows.take_along_dim(last[:, None], 2) - rows.take_along_dim(first[:, None], 2)
+        return BlockMask.from_keep(pairs > 0, tokens=tokens, block_q=block_q, block_k=block_k)
+
+    def plan(self, block: tuple[int, int]) -> Plan:
+        """The plan of fixed blocks that covers the clusters."""
+        return Plan.masked(self.cover(block), len(self.keep), order=self.order)
+
+
+def cluster_order(
+    geometry: Geometry, q_labels: Int[Tensor, "heads video_tokens"], k_labels: Int[Tensor, "heads video_tokens"]
+) -> TokenOrder:
+    """The video's tokens cluster by cluster, within a cluster as in the sequence, and the text where it is."""
+    # stable: tokens of a cluster stay in the sequence's order
+    queries, keys = (with_text(geometry, labels.argsort(dim=-1, stable=True)) for labels in (q_labels, k_labels))
+    return TokenOrder(queries=queries, keys=keys)
+
+
+def cluster_counts(geometry: Geometry, clusters: tuple[int, int]) -> tuple[int, int]:
+    """How many clusters of queries and of keys a video has: as many as asked for, but fewer where it is short.
+
+    Args:
+        geometry: layout of the tokens.
+        clusters: wanted clusters of queries and of keys.
+    """
+    most = max(1, geometry.video_tokens // _LEAST_TOKENS)
+    return min(clusters[0], most), min(clusters[1], most)
+
+
+def random_tokens(
+    x: Float[Tensor, "heads tokens head_dim"], count: int, generator: torch.Generator
+) -> Float[Tensor, "heads {count} head_dim"]:
+    """Centroids to begin with: some tokens of each head by lot, none twice, in fp32."""
+    lots = torch.rand(x.shape[:2], generator=generator, device=x.device)
+    return x.take_along_dim(lots.topk(count).indices[:, :, None], 1).float()
+
+
+def kmeans(
+    x: Float[Tensor, "heads tokens head_dim"],
+    centroids: Float[Tensor, "heads clusters head_dim"],
+    *,
+    iterations: int,
+    tolerance: float,
+) -> Grouped:
+    """Euclidean k-means in every head at once.
+
+    Labels are by the centroids before the last update, as in the original.
+
+    Args:
+        x: the tokens.
+        centroids: to begin with.
+        iterations: at the most; at least one is made.
+        tolerance: ends when no centroid of any head moves as far as this.
+    """
+    turn = 0
+    while True:
+        turn += 1
+        nearest = centroids.to(x.dtype)
+        # the nearest centroid has the largest x · c - |c|² / 2
+        grouped = regroup(x, centroids, nearest, nearest.float().square().sum(-1) / -2)
+        # to look at how far they moved is to wait for the device: not after the last turn
+        if turn >= iterations or bool((grouped.centroids - centroids).norm(dim=-1).max() < tolerance):
+            return grouped
+        centroids = grouped.centroids
+
+
+def regroup(
+    x: Float[Tensor, "heads tokens head_dim"],
+    centroids: Float[Tensor, "heads clusters head_dim"],
+    directions: Float[Tensor, "heads clusters head_dim"],
+    offsets: Float[Tensor, "heads clusters"],
+) -> Grouped:
+    """Each token in the cluster j of its head with the largest x · directions[j] + offsets[j].
+
+    Sums are in fp32; those of a cluster are added in any order on a GPU.
+
+    Args:
+        x: the tokens.
+        centroids: what clusters that get no token keep.
+        directions: of the tokens' type, so that half precision is multiplied on tensor cores.
+        offsets: in fp32.
+    """
+    heads, tokens, channels = x.shape
+    clusters = centroids.shape[1]
+    labels = torch.empty(heads, tokens, dtype=torch.int64, device=x.device)
+    sums = torch.zeros(heads * clusters, channels, dtype=torch.float32, device=x.device)
+    before = clusters * torch.arange(heads, device=x.device)[:, None]
+    at_once = max(1, _CHUNK // (heads * clusters))
+    for first in range(0, tokens, at_once):
+        some = slice(first, first + at_once)
+        labels[:, some] = _products(x[:, some], directions).add_(offsets[:, None]).argmax(-1)
+        sums.index_add_(0, (labels[:, some] + before).flatten(), x[:, some].float().reshape(-1, channels))
+    sizes = torch.zeros_like(labels[:, :1]).repeat(1, clusters).scatter_add_(1, labels, torch.ones_like(labels))
+    means = sums.view_as(centroids) / sizes.clamp(min=1)[:, :, None]
+    return Grouped(labels=labels, sizes=sizes, centroids=torch.where(sizes[:, :, None] > 0, means, centroids))
+
+
+def attention(q: Grouped, k: Grouped) -> Float[Tensor, "heads q_clusters k_clusters"]:
+    """Attention of centroids to centroids, each key's times the tokens of its cluster."""
+    scores = q.centroids @ k.centroids.transpose(-1, -2) / math.sqrt(q.centroids.shape[-1])
+    # the logarithm of a size is a factor of the weight; no tokens have no weight
+    return (scores + k.sizes.log()[:, None]).softmax(-1)
+
+
+def choose(
+    weights: Float[Tensor, "heads q_clusters k_clusters"], *, mass: float, least: Int[Tensor, "heads"]
+) -> Bool[Tensor, "heads q_clusters k_clusters"]:
+    """The clusters of keys with the most attention, for each cluster of queries.
+
+    In descending order, clusters are kept as long as those before them hold no more than the mass: the first always,
+    and one more than the smallest set where the mass is met exactly. Of equal clusters the first are taken.
+
+    Args:
+        weights: attention of clusters to clusters.
+        mass: share of a row's attention, 0 to 1.
+        least: clusters that every row of a head keeps at the least.
+    """
+    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+    # fp64, and the total taken from the same running sum, so that a share of 1 keeps all
+    reached = ordered.double().cumsum(-1)
+    chosen = reached - ordered.double() <= mass * reached[..., -1:]
+    rank = torch.arange(weights.shape[-1], device=weights.device)
+    chosen |= rank < least.clamp(min=1)[:, None, None]
+    return torch.zeros_like(chosen).scatter_(-1, order, chosen)
+
+
+def in_line(q: Grouped, k: Grouped) -> tuple[Grouped, Grouped]:
+    """The same clusters in another order: those with like attention side by side.
+
+    It is of no matter to a mask of clusters; but a fixed block holds the ends of several, and is computed for any of
+    them, so the more alike neighbours are, the fewer blocks cover the mask. Clusters stand along the second singular
+    vectors of the attention between them, normalised by its sums over rows and columns, as in spectral co-clustering
+    (Dhillon, 2001); the first ones, which are known, tell nothing apart.
+    """
+    pairs = attention(q, k) * q.sizes[:, :, None]
+    # square roots of each cluster's share; one without tokens has none
+    rows, columns = (pairs.sum(dim, keepdim=True).clamp(min=1e-12).sqrt() for dim in (2, 1))
+    # the first singular vectors are these roots themselves, of singular value 1: what they explain is taken off
+    pairs = pairs / rows / columns - rows * columns / pairs.sum((1, 2), keepdim=True)
+    place = torch.linspace(-1, 1, k.sizes.shape[1], device=pairs.device).expand(len(pairs), 1, -1)
+    for _ in range(_TURNS):
+        other = pairs @ place.transpose(1, 2)
+        place = torch.nn.functional.normalize(other.transpose(1, 2) @ pairs, dim=-1)
+    return _renumbered(q, (other / rows).flatten(1)), _renumbered(k, (place / columns).flatten(1))
+
+
+def in_warmup(site: Site, *, steps: float, layers: float) -> bool:
+    """Whether a site is in the first share of the steps or of the layers; rounded down, as in the original."""
+    return site.step < math.floor(steps * site.steps) or site.layer < math.floor(layers * site.layers)
+
+
+def _renumbered(grouped: Grouped, place: Float[Tensor, "heads clusters"]) -> Grouped:
+    """The same clusters in ascending order of their places."""
+    order = place.argsort(dim=-1, stable=True)
+    number = order.argsort(dim=-1)
+    return Grouped(
+        labels=number.gather(1, grouped.labels),
+        sizes=grouped.sizes.gather(1, order),
+        centroids=grouped.centroids.take_along_dim(order[:, :, None], 1),
+    )
+
+
+def _held(
+    sizes: Int[Tensor, "heads clusters"], tokens: int, block: int
+) -> tuple[Int[Tensor, "heads blocks"], Int[Tensor, "heads blocks"]]:
+    """The first cluster with a token in each block, and the one behind the last; empty ones may stand between."""
+    ends = sizes.cumsum(-1)
+    starts = torch.arange(0, tokens, block, device=sizes.device).expand(len(sizes), -1).contiguous()
+    assert starts.shape[1] == block_count(tokens, block)
+    last = (starts + block).clamp(max=tokens) - 1
+    # a token at place i is in the first cluster that ends behind it
+    return torch.searchsorted(ends, starts, right=True), torch.searchsorted(ends, last, right=True) + 1
+
+
+def _products(
+    x: Float[Tensor, "heads some head_dim"], directions: Float[Tensor, "heads clusters head_dim"]
+) -> Float[Tensor, "heads some clusters"]:
+    """Inner products, in fp32."""
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        # tensor cores multiply half precision exactly and add in fp32
+        return torch.bmm(x, directions.transpose(1, 2), out_dtype=torch.float32)
+    return torch.bmm(x.float(), directions.float().transpose(1, 2))

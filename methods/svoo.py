@@ -1,0 +1,326 @@
+"""SVOO: queries and keys clustered for each other, and head by head a share of clusters that was learnt offline.
+
+Follows arXiv 2603.18636 and github.com/Mutual-Luo/SVOO (svoo/co_clustering.py, svoo/sparsity,
+scripts/inference/wan/wan_t2v_720p_svoo.sh). As in Sparse VideoGen 2, the clusters of keys are chosen by the attention
+between centroids, up to a mass; the share that each head keeps at the least is its own: what it needed in dense videos
+to reach 0.95 of its attention, within bounds. What differs:
+
+- The original makes a profile of every token: its scores with all centroids of the other side, as a unit vector; and
+  compares these. With G the sum of c · cᵀ over those centroids, the inner product of two scores' vectors is that of
+  their tokens under G. So a token x goes to the centroid c with the largest x · G · c / √(c · G · c), which is the
+  same, and no profile is made.
+- The table is the paper's, of mean and standard deviation over prompts; the repository's has their largest value.
+- A table is learnt from some rows of queries by lot. The repository takes all, or every so many.
+- What `methods/svg2.py` says on fixed blocks, short videos, first centroids and text holds here too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from calibatt.kernels.base import Unsupported
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import Plan, TokenOrder
+from calibatt.methods.base import Branch, Knob, Site
+from calibatt.methods.clusters import (
+    Clusters,
+    Grouped,
+    attention,
+    choose,
+    cluster_counts,
+    cluster_order,
+    in_line,
+    in_warmup,
+    random_tokens,
+    regroup,
+)
+from calibatt.methods.learning import Learnt
+
+# the table's name in what was learnt
+_SHARE = "share"
+# scores held at a time while learning, 128 MiB in fp32: 128 queries of 3 heads of a 720p Wan video (75,600 tokens)
+_CHUNK = 2**25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SvooConfig:
+    """Settings of the table, the clusters and the choice.
+
+    Args:
+        dense_steps: share of the first steps that stay dense, rounded down to whole steps.
+        dense_layers: share of the first layers that stay dense, rounded down to whole layers.
+        bounds: the learnt share of the clusters of keys that a head keeps at the least is raised or lowered to these.
+        mass: share of a cluster's estimated attention that its chosen clusters of keys hold at the least.
+        clusters: clusters of queries and of keys in every head; fewer in short videos.
+        iterations: turns of co-clustering, each from tokens by lot.
+        reuse: share of the schedule over which clusters are kept, from the first sparse step on.
+        coverage: share of a query's attention that its heaviest keys are counted up to.
+        deviations: standard deviations over videos that are added to the mean share.
+        rows: queries of each call that are learnt from.
+        block: tokens of a query and of a key block.
+        seed: of all lots.
+
+    Raises:
+        ValueError: a share is outside 0 to 1, bounds do not ascend, or a number is below 1.
+    """
+
+    dense_steps: float
+    dense_layers: float
+    # the paper's, on Wan 2.1 14B at 720p
+    bounds: tuple[float, float] = (0.15, 0.20)
+    # the scripts' for Wan: --top_p_kmeans, --num_q_centroids, --num_k_centroids, --kmeans_iter_init and _step
+    mass: float = 0.90
+    clusters: tuple[int, int] = (256, 1024)
+    iterations: int = 2
+    # --reuse_interval: 20 of the 40 steps of the paper; the script for text to video has 20 of 50
+    reuse: float = 20 / 40
+    # DEFAULT_SPARSITY_THRESHOLD
+    coverage: float = 0.95
+    # the quantile of 0.95 of a normal distribution
+    deviations: float = 1.645
+    # at the worst, where queries need all keys or none, a share of 0.15 has a standard error of 0.03 by so many
+    rows: int = 128
+    # the original has none; of the usual sizes, the one that covers clusters most closely
+    block: tuple[int, int] = (64, 64)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        shares = (self.dense_steps, self.dense_layers, *self.bounds, self.mass, self.reuse, self.coverage)
+        if not all(0 <= share <= 1 for share in shares) or self.bounds[0] > self.bounds[1]:
+            raise ValueError(f"svoo's shares are 0 to 1, and its bounds ascend: got {self}")
+        if min(*self.clusters, self.iterations, self.rows) < 1:
+            raise ValueError(f"svoo needs a cluster, an iteration and a row at least: got {self}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Coclusters:
+    """What one layer, branch and sample keeps: 66 MB at 40 heads of 75,600 tokens."""
+
+    geometry: Geometry
+    step: int
+    order: TokenOrder
+    q_sizes: Int[Tensor, "heads q_clusters"]
+    k_sizes: Int[Tensor, "heads k_clusters"]
+    weights: Float[Tensor, "heads q_clusters k_clusters"]
+
+
+class Svoo:
+    """Co-clusters at every so many steps, and at each step keeps the clusters that weigh most, as its table has it."""
+
+    name: ClassVar[str] = "svoo"
+    presets: ClassVar[Mapping[str, SvooConfig]] = MappingProxyType(
+        {
+            # --first_times_fp and --first_layers_fp of the scripts for Wan
+            "default": SvooConfig(dense_steps=0.2, dense_layers=0.03),
+            # scripts/inference/wan/wan_t2v_720p_svoo.sh, with other bounds than the paper
+            "script": SvooConfig(dense_steps=0.2, dense_layers=0.03, bounds=(0.03, 0.10), reuse=20 / 50),
+            # the default at every step and layer, to compare masks rather than dense schedules
+            "no-warmup": SvooConfig(dense_steps=0.0, dense_layers=0.0),
+        }
+    )
+    offline: ClassVar[bool] = False
+    # the table bounds density from below
+    knob: ClassVar[Knob | None] = Knob(field="mass", low=0.0, high=1.0)
+
+    def __init__(self, config: SvooConfig, learnt: Learnt) -> None:
+        self.config = config
+        self._learnt = learnt.to("cpu")
+        self._coclusters: dict[tuple[Branch, int, int], _Coclusters] = {}
+
+    @classmethod
+    def learner(cls, config: SvooConfig) -> ShareLearner:
+        """A new table."""
+        return ShareLearner(config)
+
+    def refusal(self, geometry: Geometry) -> Unsupported | None:
+        """Applies to every geometry; that of the table is asked for at each site."""
+        return None
+
+    def plan(
+        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+    ) -> Plan:
+        """Blocks that cover the clusters of this call, or dense in the first steps and layers.
+
+        Raises:
+            ValueError: the table was learnt from other videos.
+        """
+        self._learnt.check(site)
+        if in_warmup(site, steps=self.config.dense_steps, layers=self.config.dense_layers):
+            return Plan.dense(site.geometry)
+        return self.clusters(q, k, site).plan(self.config.block)
+
+    def clusters(
+        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+    ) -> Clusters:
+        """The mask of clusters itself.
+
+        Raises:
+            ValueError: the table was learnt from other videos.
+        """
+        first = math.floor(self.config.dense_steps * site.steps)
+        every = max(1, round(self.config.reuse * site.steps))
+        due = first + (site.step - first) // every * every
+        place = (site.branch, site.layer, site.sample)
+        last = self._coclusters.get(place)
+        # clusters are of use to their own tokens, and from their step to the next that is due; asked twice at a step
+        # that is due, they are made twice, and alike
+        if (
+            last is None
+            or last.geometry != site.geometry
+            or last.weights.device != q.device
+            or not due <= last.step <= site.step
+            or site.step == due
+        ):
+            last = self._cocluster(q, k, site)
+            self._coclusters[place] = last
+        counts = (self._shares(site) * last.k_sizes.shape[1]).long().to(q.device)
+        keep = choose(last.weights, mass=self.config.mass, least=counts)
+        return Clusters.of_video(site.geometry, last.order, last.q_sizes, last.k_sizes, keep)
+
+    def reset(self) -> None:
+        """Forget all clusters; the table stays."""
+        self._coclusters.clear()
+
+    def _shares(self, site: Site) -> Float[Tensor, "heads"]:
+        """What each head keeps at the least; the upper bound where no video was watched."""
+        low, high = self.config.bounds
+        return self._learnt.at(_SHARE, site).nan_to_num(nan=high).clamp(low, high)
+
+    def _cocluster(
+        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+    ) -> _Coclusters:
+        geometry = site.geometry
+        video = slice(geometry.video_start, geometry.video_start + geometry.video_tokens)
+        generator = torch.Generator(q.device).manual_seed(_seed(self.config, site))
+        counts = cluster_counts(geometry, self.config.clusters)
+        queries, keys = in_line(*cocluster(q[:, video], k[:, video], counts, self.config.iterations, generator))
+        return _Coclusters(
+            geometry=geometry,
+            step=site.step,
+            order=cluster_order(geometry, queries.labels, keys.labels),
+            q_sizes=queries.sizes,
+            k_sizes=keys.sizes,
+            weights=attention(queries, keys),
+        )
+
+
+class ShareLearner:
+    """Counts how many keys hold most of a query's attention, head by head: mean and deviation over videos."""
+
+    def __init__(self, config: SvooConfig) -> None:
+        self._config = config
+        # how many videos were seen at each site, their mean, and the sum of squared distances from it (Welford, 1962)
+        self._videos: Int[Tensor, "steps layers"] | None = None
+        self._mean = self._squares = torch.empty(0)
+
+    def watch(
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
+    ) -> None:
+        """The share of the video's keys that some of its queries need, of each head of one call.
+
+        The queries are those of the same places in every video, so that the deviation is one of videos.
+        """
+        geometry = site.geometry
+        if self._videos is None:
+            self._videos = torch.zeros(site.steps, site.layers, dtype=torch.int64)
+            self._mean = torch.zeros(site.steps, site.layers, geometry.heads, dtype=torch.float64)
+            self._squares = torch.zeros_like(self._mean)
+        video = slice(geometry.video_start, geometry.video_start + geometry.video_tokens)
+        generator = torch.Generator(q.device).manual_seed(_seed(self._config, site))
+        rows = torch.randperm(geometry.video_tokens, generator=generator, device=q.device)[: self._config.rows]
+        share = needed_share(q[:, video][:, rows], k[:, video], self._config.coverage).double().cpu()
+        at = site.step, site.layer
+        self._videos[at] += 1
+        away = share - self._mean[at]
+        self._mean[at] += away / self._videos[at]
+        self._squares[at] += away * (share - self._mean[at])
+
+    def tables(self) -> Mapping[str, Tensor]:
+        """The mean share, and so many deviations more, at each step, layer and head; NaN where nothing was watched."""
+        if self._videos is None:
+            raise ValueError("svoo has watched no video: it has no table to give")
+        videos = self._videos[..., None]
+        # of one video there is no deviation
+        deviation = (self._squares / (videos - 1).clamp(min=1)).sqrt()
+        share = (self._mean + self._config.deviations * deviation).where(videos > 0, math.nan)
+        return {_SHARE: share.float()}
+
+
+def needed_share(
+    q: Float[Tensor, "heads queries head_dim"], k: Float[Tensor, "heads keys head_dim"], coverage: float
+) -> Float[Tensor, "heads"]:
+    """The smallest share of keys that holds so much of a query's attention, mean over the queries.
+
+    Args:
+        q: some queries.
+        k: all keys.
+        coverage: the share of attention, 0 to 1.
+    """
+    heads, queries, channels = q.shape
+    at_once = max(1, _CHUNK // (queries * k.shape[1]))
+    shares = []
+    for first in range(0, heads, at_once):
+        some = slice(first, first + at_once)
+        weights = (q[some].float() @ k[some].float().transpose(1, 2) / math.sqrt(channels)).softmax(-1)
+        reached = weights.sort(dim=-1, descending=True).values.cumsum(-1)
+        # keys that fall short, and the one that does not
+        counts = (reached < coverage * reached[..., -1:]).sum(-1) + 1
+        shares.append(counts.clamp(max=k.shape[1]).float().mean(-1) / k.shape[1])
+    return torch.cat(shares)
+
+
+def cocluster(
+    q: Float[Tensor, "heads tokens head_dim"],
+    k: Float[Tensor, "heads tokens head_dim"],
+    counts: tuple[int, int],
+    iterations: int,
+    generator: torch.Generator,
+) -> tuple[Grouped, Grouped]:
+    """Clusters of queries that score alike with the keys' centroids, and of keys that do with the queries'.
+
+    Each turn clusters the keys by the last centroids of queries, then the queries by the new ones of keys.
+
+    Args:
+        q, k: the tokens.
+        counts: clusters of queries and of keys.
+        iterations: turns, from tokens by lot.
+        generator: of the lots.
+    """
+    q_centroids, k_centroids = random_tokens(q, counts[0], generator), random_tokens(k, counts[1], generator)
+    for _ in range(iterations):
+        keys = _regrouped(k, k_centroids, by=q_centroids)
+        queries = _regrouped(q, q_centroids, by=keys.centroids)
+        q_centroids, k_centroids = queries.centroids, keys.centroids
+    return queries, keys
+
+
+def _regrouped(
+    x: Float[Tensor, "heads tokens head_dim"],
+    centroids: Float[Tensor, "heads clusters head_dim"],
+    *,
+    by: Float[Tensor, "heads others head_dim"],
+) -> Grouped:
+    """Each token with the centroid whose scores with the other side's centroids point most nearly the same way."""
+    # mean in place of sum, for half precision's range: one factor for all changes no order
+    gram = by.transpose(1, 2) @ by / by.shape[1]
+    directions = centroids @ gram
+    lengths = (directions * centroids).sum(-1, keepdim=True).clamp(min=0).sqrt()
+    # a centroid without any score has no direction: 0, as the original's
+    directions = (directions / lengths.clamp(min=1e-8)).to(x.dtype)
+    return regroup(x, centroids, directions, torch.zeros_like(lengths[..., 0]))
+
+
+def _seed(config: SvooConfig, site: Site) -> int:
+    return (config.seed * site.steps + site.step) * site.layers + site.layer

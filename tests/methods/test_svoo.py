@@ -1,0 +1,264 @@
+"""SVOO: the table it learns, co-clustering against profiles written out, and when clusters are made anew."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from calibatt.kernels.geometry import Geometry
+from calibatt.methods import svoo
+from calibatt.methods.base import Site
+from calibatt.methods.clusters import random_tokens
+from calibatt.methods.learning import Learner, Learning, Learnt
+from calibatt.methods.svoo import Svoo, SvooConfig, cocluster, needed_share
+
+# 1280 tokens: 20 clusters of 64
+GEOMETRY = Geometry(grid=(5, 16, 16), heads=2, head_dim=8)
+STEPS, LAYERS = 10, 3
+CONFIG = replace(Svoo.presets["no-warmup"], clusters=(8, 20), block=(32, 16))
+
+
+def site(geometry: Geometry = GEOMETRY, **where: Any) -> Site:
+    given: dict[str, Any] = {"step": 4, "steps": STEPS, "layer": 1, "layers": LAYERS, "sigma": 0.5, "branch": "cond"}
+    return Site(geometry=geometry, **{**given, **where})
+
+
+def noise(seed: int = 0, geometry: Geometry = GEOMETRY) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(2, geometry.heads, geometry.tokens, geometry.head_dim, generator=generator)
+    return 2 * q, k
+
+
+def learnt(share: Tensor | float) -> Learnt:
+    table = torch.as_tensor(share, dtype=torch.float32).expand(STEPS, LAYERS, GEOMETRY.heads)
+    return Learnt(method="svoo", geometry=GEOMETRY, steps=STEPS, layers=LAYERS, tables={"share": table})
+
+
+def made(share: Tensor | float = 0.2, **settings: Any) -> Svoo:
+    return Svoo(replace(CONFIG, **settings), learnt(share))
+
+
+@pytest.fixture
+def made_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry each time that clusters are made."""
+    seen: list[int] = []
+    original = svoo.cocluster
+
+    def noted(*args: Any) -> Any:
+        seen.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(svoo, "cocluster", noted)
+    return seen
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def by_weight(weights: list[list[float]]) -> tuple[Tensor, Tensor]:
+    """A query for each row of weights, which are its attention to as many keys."""
+    scores = torch.tensor(weights, dtype=torch.float64).log().float()
+    keys = scores.shape[1]
+    return math.sqrt(keys) * scores[None], torch.eye(keys)[None]
+
+
+def test_the_share_is_of_the_fewest_keys_that_reach_the_coverage() -> None:
+    q, k = by_weight([[0.05, 0.8, 0.1, 0.05], [0.25, 0.25, 0.25, 0.25], [0.96, 0.02, 0.01, 0.01]])
+    # three, four and one of four keys hold 0.92; two, three and one hold 0.7
+    assert needed_share(q, k, 0.92).item() == pytest.approx((3 + 4 + 1) / 3 / 4)
+    assert needed_share(q, k, 0.7).item() == pytest.approx((1 + 3 + 1) / 3 / 4)
+    assert needed_share(q, k, 1.0).item() == 1
+
+
+def test_heads_taken_in_parts_need_the_same_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = noise()
+    whole = needed_share(q[:, :50], k, 0.95)
+    monkeypatch.setattr(svoo, "_CHUNK", 1)
+    torch.testing.assert_close(needed_share(q[:, :50], k, 0.95), whole)
+    assert whole[0] != whole[1]
+
+
+def test_the_table_is_the_mean_over_videos_and_so_many_deviations_more() -> None:
+    learner = Svoo.learner(CONFIG)
+    shares = []
+    for scale in (0.5, 1.0, 3.0):
+        q, k = noise()
+        learner.watch(scale * q, k, k, site())
+        alone = Svoo.learner(CONFIG)
+        alone.watch(scale * q, k, k, site())
+        shares.append(alone.tables()["share"][4, 1])
+    table = learner.tables()["share"]
+    assert table.shape == (STEPS, LAYERS, 2)
+    stacked = torch.stack(shares).double()
+    torch.testing.assert_close(table[4, 1], (stacked.mean(0) + 1.645 * stacked.std(0)).float())
+    # nothing was watched elsewhere
+    assert table.isnan().sum() == table.numel() - 2
+
+
+def test_one_video_has_no_deviation_and_all_rows_are_exact() -> None:
+    learner = Svoo.learner(replace(CONFIG, rows=10**6))
+    q, k = noise()
+    learner.watch(q, k, k, site())
+    torch.testing.assert_close(learner.tables()["share"][4, 1], needed_share(q, k, 0.95))
+
+
+def test_text_is_neither_watched_nor_counted() -> None:
+    geometry = replace(GEOMETRY, text_tokens=50, text_side="first")
+    q, k = noise()
+    learner = Svoo.learner(CONFIG)
+    learner.watch(q, k, k, site())
+    # text that would take all attention
+    text = torch.full((2, 50, 8), 100.0)
+    other = Svoo.learner(CONFIG)
+    with_text = (torch.cat((text, x), 1) for x in (q, k, k))
+    other.watch(*with_text, site(geometry))
+    assert torch.equal(other.tables()["share"][4, 1], learner.tables()["share"][4, 1])
+
+
+def test_a_learner_draws_from_no_global_generator_and_without_videos_has_no_table() -> None:
+    learner = Svoo.learner(CONFIG)
+    assert isinstance(learner, Learner)
+    assert isinstance(Svoo, Learning)
+    with pytest.raises(ValueError, match="watched no video"):
+        learner.tables()
+    state = torch.get_rng_state()
+    learner.watch(*noise(), noise()[1], site())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- the choice ------------------------------------------------------------------------------------------------------
+
+
+def test_each_head_keeps_its_learnt_share_within_bounds() -> None:
+    table = torch.full((STEPS, LAYERS, 2), 0.5)
+    table[4, 1] = torch.tensor([0.3, 0.01])
+    table[5, 1] = torch.tensor([0.9, math.nan])
+    method = made(table, mass=0.0, bounds=(0.1, 0.4))
+    # of 20 clusters; where nothing was learnt, the upper bound
+    for step, expected in ((4, [6, 2]), (5, [8, 8])):
+        kept = method.clusters(*noise(), site(step=step)).keep.sum(-1)
+        assert [row.unique().tolist() for row in kept] == [[count] for count in expected]
+
+
+def test_the_mass_keeps_more_than_the_share_where_attention_is_even() -> None:
+    q, k = noise()
+    # queries so short that all keys weigh alike: 0.9 of all, whatever the share
+    mask = made(mass=0.9).clusters(0.001 * q, k, site())
+    held = torch.einsum("hqk,hk->hq", mask.keep.double(), mask.k_sizes.double()) / GEOMETRY.tokens
+    assert held.min() >= 0.9
+    assert mask.keep.float().mean() > 0.5
+
+
+@pytest.mark.parametrize("elsewhere", [{"grid": (16, 5, 16)}, {"text_tokens": 3}])
+def test_a_table_of_other_videos_is_refused_in_dense_steps_too(elsewhere: dict[str, Any]) -> None:
+    geometry = replace(GEOMETRY, **elsewhere)
+    with pytest.raises(ValueError, match="learnt for"):
+        made(dense_steps=0.5).plan(*noise(geometry=geometry), site(geometry, step=0))
+
+
+@pytest.mark.parametrize("wrong", [{"mass": 1.1}, {"bounds": (0.2, 0.1)}, {"reuse": -1.0}, {"rows": 0}])
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="svoo"):
+        SvooConfig(dense_steps=0.0, dense_layers=0.0, **wrong)
+
+
+# --- co-clustering ---------------------------------------------------------------------------------------------------
+
+
+def test_tokens_go_to_the_centroid_of_the_most_alike_profile() -> None:
+    q, k = noise()
+    generator = torch.Generator().manual_seed(0)
+    q_centroids, k_centroids = random_tokens(q, 8, generator), random_tokens(k, 20, generator)
+
+    def by_profile(x: Tensor, centroids: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores with the other side's centroids, as unit vectors, compared one by one."""
+        profiles, of_centroids = (
+            torch.nn.functional.normalize(tokens @ others.mT, dim=-1) for tokens in (x, centroids)
+        )
+        labels = (profiles @ of_centroids.mT).argmax(-1)
+        means = [
+            torch.stack([x[head][labels[head] == cluster].mean(0) for cluster in range(centroids.shape[1])])
+            for head in range(len(x))
+        ]
+        return labels, torch.stack(means)
+
+    for _ in range(2):
+        k_labels, k_centroids = by_profile(k, k_centroids, q_centroids)
+        q_labels, q_centroids = by_profile(q, q_centroids, k_centroids)
+    queries, keys = cocluster(q, k, (8, 20), 2, torch.Generator().manual_seed(0))
+    assert torch.equal(queries.labels, q_labels)
+    assert torch.equal(keys.labels, k_labels)
+    torch.testing.assert_close(keys.centroids, k_centroids)
+
+
+def test_keys_that_no_query_tells_apart_are_one() -> None:
+    # queries along the first axis; keys of two kinds, which differ along it and by lot along all others
+    generator = torch.Generator().manual_seed(0)
+    sign = torch.where(torch.rand(1, 400, generator=generator) < 0.5, -1.0, 1.0)
+    k = 5 * torch.randn(1, 400, 8, generator=generator)
+    k[..., 0] = sign
+    q = torch.zeros(1, 400, 8)
+    q[..., 0] = 1 + torch.rand(1, 400, generator=generator)
+    # of two centroids one for each sign, if their first tokens are
+    for seed in range(4):
+        _, keys = cocluster(q, k, (1, 2), 1, torch.Generator().manual_seed(seed))
+        parts = [sign[keys.labels == cluster].unique().tolist() for cluster in range(2)]
+        assert sorted(parts) in ([[-1.0], [1.0]], [[], [-1.0, 1.0]])
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def test_clusters_are_kept_for_a_share_of_the_schedule(made_at: list[int]) -> None:
+    # 2 dense steps of 10, then clusters of steps 2 to 5 and of 6 to 9
+    method = made(dense_steps=0.2, reuse=0.4)
+    counts = []
+    for step in range(STEPS):
+        method.plan(*noise(seed=step), site(step=step))
+        counts.append(len(made_at))
+    assert counts == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+
+
+def test_kept_clusters_hold_at_later_steps_with_the_shares_of_those() -> None:
+    table = torch.full((STEPS, LAYERS, 2), 0.1)
+    table[5] = 0.3
+    method = made(table, mass=0.0, bounds=(0.0, 1.0), reuse=1.0)
+    first = method.clusters(*noise(seed=1), site(step=4))
+    later = method.clusters(*noise(seed=2), site(step=5))
+    assert torch.equal(later.order.queries, first.order.queries)
+    assert torch.equal(later.order.keys, first.order.keys)
+    assert (first.keep.sum(-1).unique().tolist(), later.keep.sum(-1).unique().tolist()) == ([2], [6])
+    assert not (first.keep & ~later.keep).any()
+
+
+@pytest.mark.parametrize("elsewhere", [{"branch": "uncond"}, {"sample": 1}, {"layer": 2}, {"step": 3}])
+def test_each_branch_sample_and_layer_and_an_earlier_step_begin_anew(
+    elsewhere: dict[str, Any], made_at: list[int]
+) -> None:
+    method = made(reuse=1.0)
+    method.plan(*noise(), site(step=4))
+    method.plan(*noise(seed=1), site(**{"step": 5, **elsewhere}))
+    assert len(made_at) == 2
+
+
+def test_a_reset_forgets_clusters(made_at: list[int]) -> None:
+    method = made(reuse=1.0)
+    method.plan(*noise(), site(step=4))
+    method.plan(*noise(), site(step=5))
+    assert len(made_at) == 1
+    method.reset()
+    method.plan(*noise(), site(step=6))
+    assert len(made_at) == 2
+
+
+def test_a_step_that_is_due_answers_alike_when_it_is_asked_twice() -> None:
+    method = made(reuse=0.4)
+    one, other = (method.plan(*noise(), site(step=4)) for _ in range(2))
+    assert one.mask is not None
+    assert other.mask is not None
+    assert torch.equal(one.mask.keep(), other.mask.keep())
