@@ -21,7 +21,7 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan, block_count
 from calibatt.methods.base import Branch, Knob, Site
-from calibatt.methods.blocks import block_sums, video_blocks
+from calibatt.methods.blocks import block_sums, text_blocks
 
 # attention weights held at a time, 128 MiB in fp32: 384 queries of a 720p Wan video (75,600 tokens)
 _CHUNK = 2**25
@@ -135,7 +135,7 @@ class AdaSpa:
         earlier = last if last is not None and last.lse_step < site.step else None
         mass, lse = block_mass(q, k, block=self.config.block, lse=None if earlier is None else earlier.lse)
         block_q, block_k = self.config.block
-        keep = self._choose(mass, _text_blocks(site.geometry, self.config.block, q.device))
+        keep = self._choose(mass, text_blocks(site.geometry, self.config.block, q.device))
         return _Search(
             geometry=site.geometry,
             mask=BlockMask.from_keep(keep, tokens=site.geometry.tokens, block_q=block_q, block_k=block_k),
@@ -222,14 +222,6 @@ def _first(
     """The blocks that stand first in each row's order, as many as the head's budget."""
     chosen = torch.arange(order.shape[-1], device=order.device) < budgets[:, None, None]
     return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, chosen.expand_as(order))
-
-
-def _text_blocks(geometry: Geometry, block: tuple[int, int], device: torch.device) -> Bool[Tensor, "q_blocks k_blocks"]:
-    """Blocks with a text token among their queries or keys."""
-    text = torch.ones([block_count(geometry.tokens, size) for size in block], dtype=torch.bool, device=device)
-    rows, columns = (video_blocks(geometry, size) for size in block)
-    text[rows, columns] = False
-    return text
 
 
 def _scores(

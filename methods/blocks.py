@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
@@ -34,6 +34,14 @@ def video_blocks(geometry: Geometry, block: int) -> slice:
     # a shorter last block is whole where no text follows
     last = block_count(end, block) if end == geometry.tokens else end // block
     return slice(first, max(first, last))
+
+
+def text_blocks(geometry: Geometry, block: tuple[int, int], device: torch.device) -> Bool[Tensor, "q_blocks k_blocks"]:
+    """Blocks with a text token among their queries or keys."""
+    text = torch.ones([block_count(geometry.tokens, size) for size in block], dtype=torch.bool, device=device)
+    rows, columns = (video_blocks(geometry, size) for size in block)
+    text[rows, columns] = False
+    return text
 
 
 def with_text(geometry: Geometry, video: Int[Tensor, "video_tokens"]) -> Int32[Tensor, "1 tokens"]:

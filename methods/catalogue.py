@@ -92,9 +92,7 @@ def learner(
     return kind.learner(config) if isinstance(kind, Learning) else None
 
 
-def _configured(
-    name: str, preset: str, block: tuple[int, int] | None, settings: Mapping[str, Any]
-) -> tuple[Any, Any]:
+def _configured(name: str, preset: str, block: tuple[int, int] | None, settings: Mapping[str, Any]) -> tuple[Any, Any]:
     """The method's class and its config."""
     kind: Any = look_up(METHODS, name, "method")
     config = look_up(kind.presets, preset, f"preset of {name}")

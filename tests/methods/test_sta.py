@@ -12,7 +12,8 @@ from torch import Tensor
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Site
-from calibatt.methods.sta import SlidingTile, tile_order
+from calibatt.methods.sta import SlidingTile
+from calibatt.methods.tiles import tile_order
 
 # the original's: 117 frames of HunyuanVideo and 69 of Wan, at 768 × 1280
 HUNYUAN = Geometry(grid=(30, 48, 80), heads=2, head_dim=1)
