@@ -11,6 +11,7 @@ from calibatt.kernels.names import look_up
 from calibatt.methods.adaspa import AdaSpa
 from calibatt.methods.base import Method, PlanSource
 from calibatt.methods.calibatt import CalibAtt
+from calibatt.methods.compact import Compact
 from calibatt.methods.dense import Dense
 from calibatt.methods.draft import Draft
 from calibatt.methods.jenga import Jenga
@@ -19,6 +20,7 @@ from calibatt.methods.minference import MInference
 from calibatt.methods.nabla import Nabla
 from calibatt.methods.radial import Radial
 from calibatt.methods.random_mask import RandomMask
+from calibatt.methods.scaling import Scaling
 from calibatt.methods.sparge import Sparge
 from calibatt.methods.sta import SlidingTile
 from calibatt.methods.xattention import XAttention
@@ -38,6 +40,8 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
             Nabla,
             Draft,
             Jenga,
+            Scaling,
+            Compact,
             RandomMask,
         )
     }
