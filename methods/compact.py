@@ -9,8 +9,8 @@ Follows the paper, arXiv 2508.12969; its code is not public, and the paper leave
 - The search starts from windows that see all, and draws in one boundary of one group at a time: that with the least of
   lost recall − λ · saved computation, both as shares of the whole. It ends before recall would fall below τ. Recall is
   exact, mean over the video's queries, text included. No window loses its middle.
-- λ is called a threshold as well; it would then end the search where the next boundary costs too much. In which units is
-  not known to us, so that it only decides what goes first.
+- λ is called a threshold as well; it would then end the search where the next boundary costs too much. In which units
+  is not known to us, so that it only decides what goes first.
 - A head's mask is the union of those of all prompts. τ and λ are applied after learning: what is learnt is attention by
   group, rows and columns apart.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -93,7 +94,9 @@ def test_attention_is_that_of_the_video_to_the_video_by_distance(
     assert made.shape == (2, 5, 2, 3)
     for cell in torch.cartesian_prod(torch.arange(5), torch.arange(2), torch.arange(3)):
         here = (group == cell[0]) & (apart[..., 1] == cell[1]) & (apart[..., 2] == cell[2])
-        torch.testing.assert_close(made[:, *cell].double(), (weights * here).sum((-2, -1)), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            made[(slice(None), *cell)].double(), (weights * here).sum((-2, -1)), rtol=1e-4, atol=1e-6
+        )
 
 
 # --- windows ---------------------------------------------------------------------------------------------------------
@@ -180,7 +183,7 @@ def test_tiles_see_the_cells_of_their_windows_and_prompts_are_joined() -> None:
 def test_less_recall_keeps_less_down_to_the_same_place_in_every_frame() -> None:
     masks = [keep(replace(SETTINGS, recall=recall), 1, 2) for recall in (1.0, 0.9, 0.7, 0.5, 0.0)]
     assert masks[0].all()
-    for one, less in zip(masks, masks[1:], strict=False):
+    for one, less in pairwise(masks):
         assert (less <= one).all()
     # 12 places in 2 tiles of frames
     assert torch.equal(masks[-1], torch.eye(12, dtype=torch.bool).repeat(2, 2).expand(2, -1, -1))

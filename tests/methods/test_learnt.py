@@ -12,7 +12,8 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.names import UnknownName
 from calibatt.kernels.plan import BlockMask, Plan, RowReuse
 from calibatt.methods.base import Site
-from calibatt.methods.catalogue import METHODS, build
+from calibatt.methods.catalogue import METHODS, build, learner
+from calibatt.methods.learning import Learnt
 
 # 1000 tokens in blocks of 32 × 16: 32 × 63 blocks, the last of each axis shorter
 GEOMETRY = Geometry(grid=(8, 5, 25), heads=3, head_dim=8)
@@ -153,7 +154,11 @@ def test_density_is_monotonic_along_the_knob(name: str) -> None:
     values = [knob.low + (knob.high - knob.low) * share for share in (0, 0.01, 0.05, 0.2, 0.5, 1)]
     where = site(step=49, layer=7)
     settings: list[dict[str, Any]] = [{knob.field: value} for value in values]
-    source = Source(Plan.dense(where.geometry)) if METHODS[name].offline else None
+    source: Source | Learnt | None = Source(Plan.dense(where.geometry)) if METHODS[name].offline else None
+    watching = learner(name, block=BLOCK)
+    if watching is not None:
+        watching.watch(q, k, k, where)
+        source = Learnt(method=name, geometry=GEOMETRY, steps=50, layers=8, tables=watching.tables())
     built = [build(name, source=source, block=BLOCK, **one) for one in settings]
     found = [method.plan(q, k, where).density().mean().item() for method in built]
     assert found in (sorted(found), sorted(found, reverse=True))

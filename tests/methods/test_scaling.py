@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -151,7 +152,7 @@ def test_masks_have_the_wanted_density_and_grow_with_it(preset: str) -> None:
     settings = config(preset, block=(1, 1))
     tables = watched(settings, 1, 2)
     masks = [planned(replace(settings, density=share), tables) for share in (0.1, 0.25, 0.45, 0.7, 1.0)]
-    for one, more in zip(masks, masks[1:], strict=False):
+    for one, more in pairwise(masks):
         assert (one <= more).all()
     # steps of 1/64 of a row in each of two prompts' share, and of 1/255
     densities = [mask.float().mean().item() for mask in masks]
