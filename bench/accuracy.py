@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from calibatt.bench.meter import Probe
-from calibatt.calibration.energy import block_energy
 from calibatt.kernels import oracle
 from calibatt.kernels.base import Attender
 from calibatt.kernels.permute import permute
 from calibatt.kernels.plan import Plan
+from calibatt.methods.energy import block_energy
 
 # identical videos have no finite PSNR; 8-bit frames that differ in one pixel by one level stay below this
 PSNR_CAP_DB = 120.0

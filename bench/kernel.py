@@ -25,11 +25,11 @@ from calibatt.bench.rounds import in_turns
 from calibatt.bench.stage import Stage
 from calibatt.bench.telemetry import read
 from calibatt.bench.timer import PhaseTimer, timed
-from calibatt.calibration.energy import block_energy
 from calibatt.kernels.base import Kernel, Task, dtype_name
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.expand import block_lists
 from calibatt.kernels.plan import Plan
+from calibatt.methods.energy import block_energy
 from calibatt.models.catalogue import SHAPES
 
 # half of the attention suite's: at 720p a dense call takes as long as a hundred rounds of the embedded model

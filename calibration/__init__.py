@@ -1,1 +1,1 @@
-"""What is learnt offline: block energy, masks, spatial repetition, and the store that holds them."""
+"""What CalibAtt learns offline: masks, spatial repetition, and the store that holds them."""

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from calibatt.calibration.energy import block_energy
 from calibatt.calibration.repetition import anchor_rows, row_similarity
 from calibatt.calibration.schedule import Schedule
 from calibatt.calibration.store import Calibration, Provenance
@@ -22,6 +21,7 @@ from calibatt.kernels.base import Attender
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan, block_count
 from calibatt.methods.base import Site
+from calibatt.methods.energy import block_energy
 from calibatt.methods.selection import smallest_set
 from calibatt.models.catalogue import ModelEntry, weights_digest
 

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.calibration.energy import CHUNK, exponentials
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import RowReuse
+from calibatt.methods.energy import CHUNK, exponentials
 
 
 def anchor_rows(rows: int, count: int = 5) -> tuple[int, ...]:

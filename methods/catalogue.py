@@ -12,6 +12,7 @@ from calibatt.methods.adaspa import AdaSpa
 from calibatt.methods.base import Method, PlanSource
 from calibatt.methods.blasst import Blasst
 from calibatt.methods.calibatt import CalibAtt
+from calibatt.methods.compact import Compact
 from calibatt.methods.dense import Dense
 from calibatt.methods.draft import Draft
 from calibatt.methods.jenga import Jenga
@@ -21,6 +22,7 @@ from calibatt.methods.minference import MInference
 from calibatt.methods.nabla import Nabla
 from calibatt.methods.radial import Radial
 from calibatt.methods.random_mask import RandomMask
+from calibatt.methods.scaling import Scaling
 from calibatt.methods.sparge import Sparge
 from calibatt.methods.sta import SlidingTile
 from calibatt.methods.svg import SparseVideoGen
@@ -37,6 +39,8 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
             Radial,
             SlidingTile,
             SparseVideoGen,
+            Svg2,
+            Svoo,
             Sparge,
             XAttention,
             AdaSpa,
@@ -46,8 +50,8 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
             Jenga,
             Lite,
             Blasst,
-            Svg2,
-            Svoo,
+            Scaling,
+            Compact,
             RandomMask,
         )
     }

@@ -4,8 +4,11 @@ Follows github.com/hao-ai-lab/FastVideo before fc80d95, which took the method ou
 fastvideo/attention/backends/sliding_tile_attn.py, the window from fastvideo-kernel/tests/support_flex_sta.py. What
 differs:
 
-- Every head has the preset's window; the offline search of a window for each head, by L2 distance over prompts, comes
-  with a store for it.
+- The search is that of fastvideo/pipelines/stages/denoising.py: for each step, layer and head, the candidate whose
+  output is nearest to full attention's by L2 distance, mean over prompts. There, outputs are compared whole; here at up
+  to 4,096 queries of a call, the same for all candidates and prompts. A candidate that leaves nothing out at a geometry
+  is chosen only where all are such. What the search found for Wan is not public.
+- Presets without a search give every head one window.
 - A grid that tiles do not divide has smaller tiles at its ends; there it is refused, as is any but three grids.
 - Masks are of blocks, which are kept where any of their pairs of tokens is. That is the mask of tiles itself where
   tiles divide the grid and blocks divide a tile; elsewhere it is denser.
@@ -16,66 +19,97 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from types import MappingProxyType
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, TokenOrder, block_count
+from calibatt.kernels.plan import BlockMask, Plan, TokenOrder
 from calibatt.methods.base import Knob, Site
-from calibatt.methods.blocks import with_text
+from calibatt.methods.energy import CHUNK, exponentials
+from calibatt.methods.learning import Learnt
+from calibatt.methods.tiles import Tile, tile_blocks, tile_counts, tile_order
+
+# tiles along frames, rows and columns
+Window = tuple[int, int, int]
+
+# what the original's search for Wan chooses among, in fastvideo/pipelines/stages/denoising.py, without full attention;
+# of the 3 × 6 × 10 tiles of 69 frames at 768 × 1280
+WAN_CANDIDATES: tuple[Window, ...] = ((3, 1, 10), (1, 5, 7), (3, 3, 3), (1, 6, 5), (1, 3, 10), (3, 6, 1))
+# 75,600 queries, of Wan at 720p, take seconds for each of 2,000 calls of a video; 4,096 are as many as tell means apart
+# to 1/64 of their spread
+_QUERIES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlidingTileConfig:
-    """Settings of the mask.
+    """Settings of the mask. It has either one window for all heads, or candidates to search each head's among.
 
     Args:
         window: tiles that a tile sees, along frames, rows and columns; an even number sees as many as the next odd one.
+        candidates: such windows; each head has that which was found best for it at this step and layer.
         dense_steps: share of the first steps that stay dense.
-        reach: factor on the window, which is then rounded, and has one tile at least and all of the axis at most.
+        reach: factor on the window, which is then rounded, and has one tile at least and all of the axis at most. Found
+            windows may be scaled without another search: heads keep the shape of theirs.
         tile: frames, rows and columns of a tile, in tokens.
         block: tokens of a query and of a key block.
 
     Raises:
-        ValueError: a window or a tile has no extent, or the reach is negative.
+        ValueError: a window or a tile has no extent, the reach is negative, or there is not either a window or
+            candidates.
     """
 
-    window: tuple[int, int, int]
+    window: Window | None = None
+    candidates: tuple[Window, ...] = ()
     dense_steps: float
     reach: float = 1.0
     # STA_base_tile_size
-    tile: tuple[int, int, int] = (6, 8, 8)
+    tile: Tile = (6, 8, 8)
     # three blocks are a tile of 384 tokens
     block: tuple[int, int] = (128, 128)
 
     def __post_init__(self) -> None:
-        if min(*self.window, *self.tile) < 1:
+        if (self.window is None) != bool(self.candidates):
+            raise ValueError("sta needs either one window or candidates to search among: give one of them")
+        if min(*self.tile, *(extent for window in self.windows for extent in window)) < 1:
             raise ValueError(f"sta needs windows of at least one tile, and tiles of at least one token: got {self}")
         if self.reach < 0:
             raise ValueError(f"sta needs a reach that is not negative: got {self.reach}")
 
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """The window, or all candidates."""
+        return self.candidates if self.window is None else (self.window,)
+
+    def dense_at(self, site: Site) -> bool:
+        """Whether all is computed at a site."""
+        return site.step < round(self.dense_steps * site.steps)
+
 
 class SlidingTile:
-    """One static mask for all heads, layers and steps: a window of tiles that slides over frames, rows and columns."""
+    """Static masks: a window of tiles that slides over frames, rows and columns, one for all heads or each head's own.
+
+    Both branches have the same masks; windows are found on the conditional one.
+    """
 
     name: ClassVar[str] = "sta"
-    # the windows are candidates of the search for Wan, (3,1,10), (1,5,7), (3,3,3), (1,6,5), (1,3,10) and (3,6,1) in
-    # fastvideo/pipelines/stages/denoising.py; what it found for each head is not public
     presets: ClassVar[Mapping[str, SlidingTileConfig]] = MappingProxyType(
         {
-            # the candidate that favours no axis; skip_time_steps: 12 of 50 steps dense
+            # one of WAN_CANDIDATES for all: that which favours no axis; skip_time_steps: 12 of 50 steps dense
             "default": SlidingTileConfig(window=(3, 3, 3), dense_steps=12 / 50),
             # the same mask at every step, to compare masks rather than dense schedules
             "no-warmup": SlidingTileConfig(window=(3, 3, 3), dense_steps=0.0),
             # the candidate that sees the most of a frame: 35 of its 60 tiles at 768 × 1280
             "wide": SlidingTileConfig(window=(1, 5, 7), dense_steps=12 / 50),
+            # the original's search, and the same at every step
+            "searched": SlidingTileConfig(candidates=WAN_CANDIDATES, dense_steps=12 / 50),
+            "searched-no-warmup": SlidingTileConfig(candidates=WAN_CANDIDATES, dense_steps=0.0),
         }
     )
     offline: ClassVar[bool] = False
@@ -83,9 +117,15 @@ class SlidingTile:
     # that an axis of the catalogue's models has
     knob: ClassVar[Knob | None] = Knob(field="reach", low=0.0, high=11.0)
 
-    def __init__(self, config: SlidingTileConfig) -> None:
+    def __init__(self, config: SlidingTileConfig, learnt: Learnt | None = None) -> None:
         self.config = config
-        self._plans: dict[tuple[Geometry, torch.device], Plan] = {}
+        self._learnt = learnt
+        self._made: dict[tuple[Geometry, torch.device], tuple[Plan, BlockMask]] = {}
+
+    @classmethod
+    def learner(cls, config: SlidingTileConfig) -> WindowSearch | None:
+        """The search, where there are candidates."""
+        return WindowSearch(config) if config.candidates else None
 
     def refusal(self, geometry: Geometry) -> Unsupported | None:
         """Applies to every geometry."""
@@ -94,45 +134,144 @@ class SlidingTile:
     def plan(
         self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
     ) -> Plan:
-        """The mask of the geometry over tokens in the order of tiles, or dense in the first steps."""
-        if site.step < round(self.config.dense_steps * site.steps):
+        """The mask of the geometry, or each head's own, over tokens in the order of tiles; dense in the first steps.
+
+        Raises:
+            ValueError: windows were found for another geometry or number of steps.
+        """
+        if self._learnt is not None:
+            self._learnt.check(site)
+        if self.config.dense_at(site):
             return Plan.dense(site.geometry)
         key = (site.geometry, q.device)
-        if key not in self._plans:
-            order = TokenOrder.of_all(tile_order(site.geometry, self.config.tile))
-            mask = tile_mask(site.geometry, self.config)
-            self._plans[key] = Plan.masked(mask, site.geometry.heads, order=order).to(q.device)
-        return self._plans[key]
+        if key not in self._made:
+            order = TokenOrder.of_all(tile_order(site.geometry, self.config.tile).to(q.device))
+            masks = tile_mask(site.geometry, self.config).to(q.device)
+            first = _chosen(masks, torch.zeros(1, dtype=torch.long, device=q.device))
+            self._made[key] = (Plan.masked(first, site.geometry.heads, order=order), masks)
+        plan, masks = self._made[key]
+        if self._learnt is None:
+            return plan
+        found = self._learnt.at("distance", site).argmin(0)
+        return replace(plan, mask=_chosen(masks, found.to(q.device)))
 
     def reset(self) -> None:
-        """Plans depend on the geometry alone, and stay."""
+        """Masks depend on the geometry alone, and stay."""
 
 
-def tile_order(geometry: Geometry, tile: tuple[int, int, int]) -> Int32[Tensor, "1 tokens"]:
-    """Tile by tile, row by row of tiles, and so within a tile; text stays where it is."""
-    video = slice(geometry.video_start, geometry.video_start + geometry.video_tokens)
-    # stable: the tokens of a tile keep the sequence's order
-    return with_text(geometry, _tile_of(geometry, tile)[video].argsort(stable=True))
+class WindowSearch:
+    """Compares the output under each candidate with that of full attention.
+
+    Costs about what full attention of 4,096 queries does in fp32: the parts that key blocks add to an output are
+    computed once, and each candidate sums its own. Steps that stay dense cost nothing.
+    """
+
+    def __init__(self, config: SlidingTileConfig) -> None:
+        self.config = config
+        self._masks: dict[tuple[Geometry, torch.device], Float[Tensor, "candidates q_blocks k_blocks"]] = {}
+        self._sums: Float[Tensor, "steps layers candidates heads"] = torch.empty(0, 0, 0, 0)
+        self._videos: Float[Tensor, "steps layers"] = torch.empty(0, 0)
+
+    def watch(
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
+    ) -> None:
+        """Note how far each candidate is from full attention at this call."""
+        if not len(self._videos):
+            self._sums = torch.zeros(site.steps, site.layers, len(self.config.windows), site.geometry.heads)
+            self._videos = torch.zeros(site.steps, site.layers)
+        if self.config.dense_at(site):
+            return
+        key = (site.geometry, q.device)
+        if key not in self._masks:
+            self._masks[key] = tile_mask(site.geometry, self.config).keep().float().to(q.device)
+        keep = self._masks[key]
+        order = tile_order(site.geometry, self.config.tile)[0].to(q.device).long()
+        distance = window_distance(
+            q[:, order], k[:, order], v[:, order], keep, self.config.block, _queries(site).to(q.device)
+        )
+        full = keep.flatten(1).all(-1)
+        if not full.all():
+            distance[full] = math.inf
+        self._sums[site.step, site.layer] += distance.cpu()
+        self._videos[site.step, site.layer] += 1
+
+    def tables(self) -> Mapping[str, Tensor]:
+        """The distance of each candidate at each head, mean over the videos; infinite where it is full attention."""
+        return {"distance": self._sums / self._videos.clamp(min=1)[..., None, None]}
+
+
+def window_distance(
+    q: Float[Tensor, "heads tokens head_dim"],
+    k: Float[Tensor, "heads tokens head_dim"],
+    v: Float[Tensor, "heads tokens head_dim"],
+    keep: Float[Tensor, "candidates q_blocks k_blocks"],
+    block: tuple[int, int],
+    queries: Int[Tensor, "queries"],
+) -> Float[Tensor, "candidates heads"]:
+    """Root mean square distance of the output under each mask to that of full attention, over some queries.
+
+    Computed in fp32, some queries of one head at a time.
+
+    Args:
+        q, k, v: what attention sees, in the order of the masks.
+        keep: 1 where a block is kept, else 0; no row of queries is without a block.
+        block: tokens of a query and of a key block.
+        queries: places of the queries to compare.
+    """
+    heads, tokens, channels = q.shape
+    blocks = keep.shape[-1]
+    rest = blocks * block[1] - tokens
+    squares = torch.zeros(len(keep), heads, device=q.device)
+    for head in range(heads):
+        values = torch.nn.functional.pad(v[head].float(), (0, 0, 0, rest)).view(blocks, block[1], channels)
+        for some in queries.split(max(1, CHUNK // (blocks * max(block[1], channels)))):
+            weights = torch.nn.functional.pad(exponentials(q[head, some], k[head]), (0, rest))
+            weights = weights.view(-1, blocks, block[1])
+            sums = weights.sum(-1)
+            # what each key block adds to an output, before it is divided by the sum of the weights
+            parts = torch.einsum("qbt,btc->qbc", weights, values)
+            seen = keep[:, some // block[0]]
+            # weights are relative to the query's largest: all that a mask keeps may have vanished beside that
+            kept = torch.einsum("mqb,qb->mq", seen, sums).clamp(min=torch.finfo(torch.float32).tiny)
+            outputs = torch.einsum("mqb,qbc->mqc", seen, parts) / kept[..., None]
+            squares[:, head] += (outputs - parts.sum(1) / sums.sum(-1, keepdim=True)).square().sum((-2, -1))
+    return (squares / (len(queries) * channels)).sqrt()
+
+
+def _queries(site: Site) -> Int[Tensor, "queries"]:
+    """Places of the video queries that a site's candidates are compared on: all of them, or some, drawn."""
+    count, start = site.geometry.video_tokens, site.geometry.video_start
+    if count <= _QUERIES:
+        return torch.arange(count) + start
+    # the same for every prompt, others at every site
+    generator = torch.Generator().manual_seed(site.step * site.layers + site.layer)
+    return torch.randperm(count, generator=generator)[:_QUERIES].sort().values + start
 
 
 def tile_mask(geometry: Geometry, config: SlidingTileConfig) -> BlockMask:
-    """The mask, shared by all heads, over blocks of tokens in the order of tiles.
+    """The mask of each window, over blocks of tokens in the order of tiles.
 
     On an axis of n tiles, with a window of w = 2h or 2h + 1, the tile at q sees those at most h away from q, or from
     the nearest place to q that is h away from both ends: |clamp(q, h, n − 1 − h) − k| ≤ h; where w ≥ n, all. A tile is
     seen that is seen on all three axes. Blocks are kept that hold a pair of tokens of such tiles, and those that hold
     text, in both directions.
     """
-    counts = _tiles(geometry, config.tile)
-    windows = (round(config.reach * window) for window in config.window)
-    seen = reduce(torch.kron, map(_seen, counts, windows))
-    # text is one more tile, which sees and is seen by all
-    seen = torch.nn.functional.pad(seen, (0, 1, 0, 1), value=1.0)
-    tile_of = _tile_of(geometry, config.tile)[tile_order(geometry, config.tile)[0].long()]
-    block_q, block_k = config.block
-    # how many of the tiles' pairs in a pair of blocks are seen; all pairs of tokens would not fit in memory
-    pairs = _held(tile_of, len(seen), block_q) @ seen @ _held(tile_of, len(seen), block_k).T
-    return BlockMask.from_keep(pairs[None] > 0, tokens=geometry.tokens, block_q=block_q, block_k=block_k)
+    counts = tile_counts(geometry, config.tile)
+    seen = [
+        reduce(torch.kron, map(_seen, counts, (round(config.reach * extent) for extent in window)))
+        for window in config.windows
+    ]
+    keep = tile_blocks(geometry, config.tile, config.block, torch.stack(seen) > 0)
+    return BlockMask.from_keep(keep, tokens=geometry.tokens, block_q=config.block[0], block_k=config.block[1])
+
+
+def _chosen(masks: BlockMask, which: Int[Tensor, "mask_heads"]) -> BlockMask:
+    """For each head one of the masks."""
+    return BlockMask(bits=masks.bits[which], tokens=masks.tokens, block_q=masks.block_q, block_k=masks.block_k)
 
 
 def _seen(tiles: int, window: int) -> Float[Tensor, "tiles tiles"]:
@@ -142,26 +281,3 @@ def _seen(tiles: int, window: int) -> Float[Tensor, "tiles tiles"]:
         return torch.ones(tiles, tiles)
     half, place = window // 2, torch.arange(tiles)
     return ((place.clamp(half, tiles - 1 - half)[:, None] - place).abs() <= half).float()
-
-
-def _held(tile_of: Int[Tensor, "tokens"], tiles: int, block: int) -> Float[Tensor, "blocks tiles"]:
-    """Which tiles have tokens in each block: 1 or 0."""
-    held = torch.zeros(block_count(len(tile_of), block), tiles)
-    held[torch.arange(len(tile_of)) // block, tile_of] = 1.0
-    return held
-
-
-def _tile_of(geometry: Geometry, tile: tuple[int, int, int]) -> Int[Tensor, "tokens"]:
-    """The number of each token's tile, in the sequence's own order; text has the one after the last tile's."""
-    counts = _tiles(geometry, tile)
-    frame, row, column = (torch.arange(extent) // size for extent, size in zip(geometry.grid, tile, strict=True))
-    number = (frame[:, None, None] * counts[1] + row[:, None]) * counts[2] + column
-    tile_of = torch.full((geometry.tokens,), math.prod(counts))
-    tile_of[geometry.video_start : geometry.video_start + geometry.video_tokens] = number.flatten()
-    return tile_of
-
-
-def _tiles(geometry: Geometry, tile: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Tiles along frames, rows and columns, smaller ones at the ends included."""
-    frames, rows, columns = map(block_count, geometry.grid, tile)
-    return frames, rows, columns

@@ -16,13 +16,13 @@ from calibatt.calibration.collect import (
     majority,
     votes_needed,
 )
-from calibatt.calibration.energy import block_energy
 from calibatt.calibration.schedule import Schedule
 from calibatt.calibration.store import Calibration
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Site
+from calibatt.methods.energy import block_energy
 from calibatt.methods.selection import smallest_set
 from calibatt.models.adapter import attached
 from calibatt.models.catalogue import SHAPES, Resolution, weights_digest

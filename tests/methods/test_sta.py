@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from calibatt.kernels import oracle
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Site
-from calibatt.methods.sta import SlidingTile, tile_order
+from calibatt.methods.learning import Learnt
+from calibatt.methods.sta import SlidingTile, SlidingTileConfig
+from calibatt.methods.tiles import tile_order
 
 # the original's: 117 frames of HunyuanVideo and 69 of Wan, at 768 × 1280
 HUNYUAN = Geometry(grid=(30, 48, 80), heads=2, head_dim=1)
@@ -271,3 +274,100 @@ def test_a_plan_is_made_once_for_a_geometry_and_outlives_a_reset() -> None:
     first = plan(WAN, made)
     made.reset()
     assert plan(WAN, made, step=7) is first
+
+
+# --- search ----------------------------------------------------------------------------------------------------------
+
+# 2 × 3 × 4 tiles; the last window is all of it
+SEARCHED = Geometry(grid=(4, 6, 8), heads=3, head_dim=8)
+FOUND = SlidingTileConfig(
+    candidates=((1, 1, 4), (1, 3, 1), (2, 1, 1), (2, 3, 4)), dense_steps=0.5, tile=(2, 2, 2), block=(8, 16)
+)
+
+
+def place(step: int = 3, layer: int = 0) -> Site:
+    return Site(geometry=SEARCHED, step=step, steps=4, sigma=0.5, branch="cond", layer=layer, layers=2)
+
+
+def qkv(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = 2 * torch.randn(3, 3, SEARCHED.tokens, 8, generator=generator)
+    return q, k, v
+
+
+def search(*seeds: int, config: SlidingTileConfig = FOUND) -> Tensor:
+    learner = SlidingTile.learner(config)
+    assert learner is not None
+    for seed in seeds:
+        learner.watch(*qkv(seed), place())
+    return learner.tables()["distance"]
+
+
+def found(distance: Tensor, config: SlidingTileConfig = FOUND, step: int = 3) -> Plan:
+    learnt = Learnt(method="sta", geometry=SEARCHED, steps=4, layers=2, tables={"distance": distance})
+    q, k, _ = qkv(99)
+    return SlidingTile(config, learnt).plan(q, k, place(step))
+
+
+def of_window(window: tuple[int, int, int], **settings: Any) -> Plan:
+    return plan(SEARCHED, SlidingTile(replace(FOUND, window=window, candidates=(), dense_steps=0.0, **settings)))
+
+
+def test_candidates_are_compared_by_their_outputs_over_all_prompts() -> None:
+    distance = search(1, 2)[3, 0]
+    for candidate, window in enumerate(FOUND.candidates[:3]):
+        expected = torch.zeros(3, dtype=torch.float64)
+        for seed in (1, 2):
+            made = of_window(window)
+            assert made.order is not None
+            q, k, v = (x[None, :, made.order.queries[0].long()] for x in qkv(seed))
+            full = oracle.attend(q, k, v, Plan.dense(SEARCHED))
+            masked = oracle.attend(q, k, v, made.unordered())
+            expected += (masked - full).square().mean((0, 2, 3)).sqrt() / 2
+        torch.testing.assert_close(distance[candidate].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_candidate_that_leaves_nothing_out_is_not_chosen() -> None:
+    assert search(1)[3, 0, 3].tolist() == [float("inf")] * 3
+    # but where all are such, there is no other
+    assert (search(1, config=replace(FOUND, reach=4.0))[3, 0] < 1e-6).all()
+
+
+def test_each_head_has_the_nearest_window() -> None:
+    distance = torch.zeros(4, 2, 4, 3)
+    distance[3, 0] = torch.tensor([[0.2, 0.1, 0.3], [0.1, 0.2, 0.2], [0.3, 0.3, 0.1], [9.0, 9.0, 9.0]])
+    for reach in (1.0, 0.4):
+        made = found(distance, replace(FOUND, reach=reach))
+        assert made.mask is not None
+        for head, candidate in enumerate((1, 0, 2)):
+            expected = of_window(FOUND.candidates[candidate], reach=reach).mask
+            assert expected is not None
+            assert torch.equal(made.mask.keep()[head], expected.keep()[0])
+
+
+def test_a_search_costs_nothing_at_steps_that_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = SlidingTile.learner(FOUND)
+    assert learner is not None
+    monkeypatch.setattr("calibatt.methods.sta.window_distance", None)
+    learner.watch(*qkv(1), place(step=1))
+    assert set(found(learner.tables()["distance"], step=1).kinds) == {"dense"}
+
+
+def test_queries_of_large_inputs_are_drawn_alike_for_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = search(1)
+    monkeypatch.setattr("calibatt.methods.sta._QUERIES", 96)
+    drawn = search(1)
+    assert not torch.equal(drawn, whole)
+    torch.testing.assert_close(drawn[3, 0, :3], whole[3, 0, :3], rtol=0.2, atol=0.0)
+    torch.testing.assert_close(search(1, 1), drawn)
+
+
+@pytest.mark.parametrize("wrong", [{"window": (1, 1, 1)}, {"candidates": ()}])
+def test_both_a_window_and_candidates_or_neither_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="either one window or candidates"):
+        replace(FOUND, **wrong)
+
+
+def test_presets_with_one_window_learn_nothing() -> None:
+    learns = [name for name, config in SlidingTile.presets.items() if SlidingTile.learner(config) is not None]
+    assert learns == ["searched", "searched-no-warmup"]

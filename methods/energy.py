@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from calibatt.kernels.plan import block_count, block_sizes
+from calibatt.methods.blocks import block_sums
 
 # attention weights held at a time: 256 MiB in fp32, enough to keep a GPU busy with one launch
 CHUNK = 2**26
@@ -36,10 +37,10 @@ def block_energy(
     for head in range(heads):
         for first in range(0, energy.shape[1], at_once):
             rows = q[head, first * block_q : (first + at_once) * block_q]
-            mass = _sum_blocks(exponentials(rows, k[head]), block_k)
+            mass = block_sums(exponentials(rows, k[head]), block_k)
             mass /= mass.sum(-1, keepdim=True)
             chunk = slice(first, first + at_once)
-            energy[head, chunk] = _sum_blocks(mass.T, block_q).T / sizes[chunk, None]
+            energy[head, chunk] = block_sums(mass.T, block_q).T / sizes[chunk, None]
     return energy
 
 
@@ -55,10 +56,3 @@ def exponentials(
     scores -= scores.amax(-1, keepdim=True)
     scores *= 1 / math.sqrt(q.shape[-1])
     return scores.exp_()
-
-
-def _sum_blocks(x: Float[Tensor, "rows tokens"], block: int) -> Float[Tensor, "rows blocks"]:
-    """Sums over consecutive blocks of the last dimension, a shorter last one included."""
-    blocks, rest = divmod(x.shape[1], block)
-    sums = x[:, : blocks * block].view(x.shape[0], blocks, block).sum(-1)
-    return torch.cat((sums, x[:, -rest:].sum(1, keepdim=True)), dim=1) if rest else sums

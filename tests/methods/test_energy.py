@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibatt.calibration import energy
-from calibatt.calibration.energy import block_energy
+from calibatt.methods import energy
+from calibatt.methods.energy import block_energy
 
 
 def brute_force(q: Tensor, k: Tensor, block_q: int, block_k: int) -> Tensor:

@@ -1,0 +1,242 @@
+"""ScalingAttention: a map, learnt offline, of the density from which on each block is computed.
+
+Follows the paper, arXiv 2606.23019; its code is not public. What differs, or what we read into it:
+
+- The paper's fidelity target is not known to us, only the density of 45 % that it led to. So the density is given, and
+  the target is the one that leads to it, mean over all sites that were watched.
+- Fidelity is 1 minus the Hellinger distance between a row's attention over blocks and what the mask leaves of it, as
+  shares of its sum; mean over rows, and over heads. Where a share m of a row's attention is kept, that is
+  1 − √(1 − √m): shares within what is kept cancel out.
+- The fidelity curve is that of one prompt, as in the paper: here the last that was watched, under the map of all.
+- Densities are multiples of 1/255, so that a block's fits in a byte. The heaviest block of each row is in every mask,
+  and so is text, which the paper's model (Wan) has none of.
+- One density for each step and layer. The paper's abstract speaks of tuning by head: a preset does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from calibatt.kernels.base import Unsupported
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import BlockMask, Plan, block_count
+from calibatt.methods.base import Knob, Site
+from calibatt.methods.blocks import text_blocks
+from calibatt.methods.energy import block_energy
+from calibatt.methods.learning import Learnt
+
+# densities in steps of 1/255: from 0, the first block of a row alone, to 255, all
+LEVELS = 256
+# halvings of the range of fidelity: to fp32's own steps
+_HALVINGS = 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalingConfig:
+    """Settings of the choice.
+
+    Args:
+        density: wanted share of the blocks, mean over all steps that are not dense, layers and heads; the fidelity
+            target follows from it.
+        alike: what has one density, the smallest with which its mean fidelity reaches the target: each head of each
+            step and layer, all heads of a step and layer, or all.
+        dense_steps: share of the first steps that stay dense.
+        block: tokens of a query and of a key block.
+
+    Raises:
+        ValueError: the density is outside 0 to 1.
+    """
+
+    density: float
+    alike: Literal["head", "site", "all"]
+    dense_steps: float
+    # the paper's
+    block: tuple[int, int] = (128, 128)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.density <= 1:
+            raise ValueError(f"density is a share of the blocks, 0 to 1: got {self.density}")
+
+    def dense_at(self, site: Site) -> bool:
+        """Whether all is computed at a site."""
+        return site.step < round(self.dense_steps * site.steps)
+
+
+class Scaling:
+    """Computes the blocks whose threshold in the map is at most the density of the site; no input is looked at.
+
+    Masks are made when first asked for, and kept; both branches have the same, learnt on the conditional one.
+    """
+
+    name: ClassVar[str] = "scaling"
+    presets: ClassVar[Mapping[str, ScalingConfig]] = MappingProxyType(
+        {
+            # the paper's comparison at 45 % density; no step is dense
+            "default": ScalingConfig(density=0.45, alike="site", dense_steps=0.0),
+            # by head, as the abstract has it
+            "head-wise": ScalingConfig(density=0.45, alike="head", dense_steps=0.0),
+            # what the paper compares with: one density for all, after 30 % of the steps
+            "uniform": ScalingConfig(density=0.45, alike="all", dense_steps=0.3),
+        }
+    )
+    offline: ClassVar[bool] = False
+    knob: ClassVar[Knob | None] = Knob(field="density", low=0.0, high=1.0)
+
+    def __init__(self, config: ScalingConfig, learnt: Learnt) -> None:
+        self.config = config
+        self._learnt = learnt
+        self._levels = levels(learnt.tables["fidelity"], learnt.tables["share"], config).cpu()
+        self._plans: dict[tuple[int, int, torch.device], Plan] = {}
+
+    @classmethod
+    def learner(cls, config: ScalingConfig) -> ScalingLearner:
+        """Learns the map."""
+        return ScalingLearner(config)
+
+    def refusal(self, geometry: Geometry) -> Unsupported | None:
+        """Applies wherever it has learnt."""
+        return None
+
+    def plan(
+        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+    ) -> Plan:
+        """The site's mask.
+
+        Raises:
+            ValueError: the map was learnt for another geometry or number of steps.
+        """
+        self._learnt.check(site)
+        if self.config.dense_at(site):
+            return Plan.dense(site.geometry)
+        key = (site.step, site.layer, q.device)
+        if key not in self._plans:
+            keep = self._learnt.at("map", site).to(q.device) <= self._levels[site.step, site.layer].to(q.device)
+            block_q, block_k = self.config.block
+            mask = BlockMask.from_keep(keep, tokens=site.geometry.tokens, block_q=block_q, block_k=block_k)
+            self._plans[key] = Plan.masked(mask, site.geometry.heads)
+        return self._plans[key]
+
+    def reset(self) -> None:
+        """Masks are of what was learnt, and stay."""
+
+
+class ScalingLearner:
+    """Learns from which density on each block is among the heaviest of its row, and what each density preserves.
+
+    The map has a byte a block: 28 GB for Wan 14B at 720p and 50 steps. Steps that stay dense cost nothing.
+    """
+
+    def __init__(self, config: ScalingConfig) -> None:
+        self.config = config
+        self._tables: dict[str, Tensor] = {}
+
+    def watch(
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
+    ) -> None:
+        """Lower the thresholds of blocks that enter earlier here, and take this call's fidelity under the new map."""
+        if not self._tables:
+            sites = (site.steps, site.layers, site.geometry.heads)
+            blocks = [block_count(site.geometry.tokens, size) for size in self.config.block]
+            self._tables = {
+                "map": torch.full((*sites, *blocks), LEVELS - 1, dtype=torch.uint8),
+                "fidelity": torch.zeros(*sites, LEVELS),
+                "share": torch.zeros(*sites, LEVELS),
+            }
+        if self.config.dense_at(site):
+            return
+        block_q, block_k = self.config.block
+        energy = block_energy(q, k, block_q=block_q, block_k=block_k)
+        at = (site.step, site.layer)
+        thresholds = torch.minimum(self._tables["map"][at].to(q.device), entry_levels(energy))
+        thresholds.masked_fill_(text_blocks(site.geometry, self.config.block, q.device), 0)
+        fidelity, share = curves(energy, thresholds)
+        for name, part in (("map", thresholds), ("fidelity", fidelity), ("share", share)):
+            self._tables[name][at] = part.cpu()
+
+    def tables(self) -> Mapping[str, Tensor]:
+        """The map, and at each level the fidelity and the share of blocks."""
+        return self._tables
+
+
+def entry_levels(energy: Float[Tensor, "heads q_blocks k_blocks"]) -> UInt8[Tensor, "heads q_blocks k_blocks"]:
+    """The smallest level, in 255ths, at which a block is among the heaviest of its row.
+
+    A share p of n blocks is the heaviest ⌊p·n⌋, and at least one; of equal blocks the first are heavier.
+    """
+    order = energy.argsort(dim=-1, descending=True, stable=True)
+    blocks = energy.shape[-1]
+    # the block at place i, counted from 0, is among ⌊p·n⌋ from p = (i + 1) / n on; whole numbers, rounded up exactly
+    of_place = -(-(LEVELS - 1) * torch.arange(1, blocks + 1, device=energy.device) // blocks)
+    of_place[0] = 0
+    return torch.zeros_like(order).scatter_(-1, order, of_place.expand_as(order)).to(torch.uint8)
+
+
+def curves(
+    energy: Float[Tensor, "heads q_blocks k_blocks"], thresholds: UInt8[Tensor, "heads q_blocks k_blocks"]
+) -> tuple[Float[Tensor, "heads levels"], Float[Tensor, "heads levels"]]:
+    """At each level the mean fidelity of a head's rows, and the share of its blocks that are kept.
+
+    Args:
+        energy: attention in each block; rows sum to 1.
+        thresholds: from which level on each block is kept; every row has one at 0.
+    """
+    level = thresholds.long()
+    rows = energy.shape[:2]
+    kept = energy.new_zeros(*rows, LEVELS).scatter_add_(-1, level, energy).cumsum(-1)
+    counts = energy.new_zeros(*rows, LEVELS).scatter_add_(-1, level, torch.ones_like(energy)).cumsum(-1)
+    # as a share of the row's own sum, which rounding may leave beside 1
+    mass = (kept / kept[..., -1:]).clamp(0, 1)
+    fidelity = 1 - (1 - mass.sqrt()).sqrt()
+    return fidelity.mean(1), counts.mean(1) / energy.shape[-1]
+
+
+def levels(
+    fidelity: Float[Tensor, "steps layers heads levels"],
+    share: Float[Tensor, "steps layers heads levels"],
+    config: ScalingConfig,
+) -> Int[Tensor, "steps layers heads 1 1"]:
+    """The level of each head, such that the mean share of blocks comes nearest to the wanted density.
+
+    Each group that is to be alike has the smallest level at which its fidelity reaches a target; the target is found by
+    halving. Sites that were not watched have level 0, and count nowhere.
+
+    Args:
+        fidelity, share: at each level, rising along it; zeros where nothing was watched.
+        config: the wanted density, and what is alike.
+    """
+    watched = share[..., -1] > 0
+    if config.alike == "head":
+        curve = fidelity
+    elif config.alike == "site":
+        curve = fidelity.mean(2, keepdim=True)
+    else:
+        curve = fidelity[watched].mean(0).view(1, 1, 1, -1)
+    # rounding may let a sum of equal terms fall
+    curve = curve.cummax(-1).values.contiguous()
+
+    def at(target: float) -> Int[Tensor, "steps layers heads"]:
+        found = torch.searchsorted(curve, curve.new_full((*curve.shape[:-1], 1), target))[..., 0]
+        return found.clamp(max=LEVELS - 1).expand(watched.shape)
+
+    def density(target: float) -> float:
+        return share.gather(-1, at(target)[..., None])[..., 0][watched].double().mean().item()
+
+    low, high = 0.0, 1.0
+    if config.density >= density(high):
+        low = high
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if density(middle) <= config.density else (low, middle)
+    best = min((low, high), key=lambda target: abs(density(target) - config.density))
+    return at(best)[..., None, None]

@@ -1,0 +1,201 @@
+"""ScalingAttention's thresholds, curves and levels, worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from calibatt.kernels.geometry import Geometry
+from calibatt.methods.base import Site
+from calibatt.methods.energy import block_energy
+from calibatt.methods.learning import Learnt
+from calibatt.methods.scaling import LEVELS, Scaling, ScalingConfig, ScalingLearner, curves, entry_levels, levels
+
+# 4 × 4 blocks of 16 tokens
+GEOMETRY = Geometry(grid=(4, 4, 4), heads=2, head_dim=8)
+SITE = Site(geometry=GEOMETRY, step=1, steps=2, sigma=0.5, branch="cond", layer=0, layers=2)
+
+
+def config(preset: str = "default", **settings: Any) -> ScalingConfig:
+    return replace(Scaling.presets[preset], **{"block": (16, 16), **settings})
+
+
+def qkv(seed: int, geometry: Geometry = GEOMETRY) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = 2 * torch.randn(3, geometry.heads, geometry.tokens, geometry.head_dim, generator=generator)
+    return q, k, v
+
+
+def watched(settings: ScalingConfig, *seeds: int, site: Site = SITE) -> Mapping[str, Tensor]:
+    learner = ScalingLearner(settings)
+    for seed in seeds:
+        learner.watch(*qkv(seed, site.geometry), site)
+    return learner.tables()
+
+
+def planned(settings: ScalingConfig, tables: Mapping[str, Tensor], site: Site = SITE) -> Tensor:
+    learnt = Learnt(method="scaling", geometry=site.geometry, steps=site.steps, layers=site.layers, tables=tables)
+    q, k, _ = qkv(99, site.geometry)
+    mask = Scaling(settings, learnt).plan(q, k, site).mask
+    assert mask is not None
+    return mask.keep()
+
+
+# --- the map ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_block_enters_with_its_place_in_the_row() -> None:
+    energy = torch.tensor([[[0.1, 0.4, 0.2, 0.3]]])
+    # places 3, 0, 2, 1: from 4/4, (always), 3/4 and 2/4 on, in 255ths rounded up
+    assert entry_levels(energy).tolist() == [[[255, 0, 192, 128]]]
+
+
+def test_of_equal_blocks_the_first_enters_first() -> None:
+    assert entry_levels(torch.full((1, 1, 3), 1 / 3)).tolist() == [[[0, 170, 255]]]
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 255, 591])
+def test_a_level_keeps_as_many_blocks_as_its_share_holds(blocks: int) -> None:
+    entered = entry_levels(torch.randn(1, 2, blocks).softmax(-1))
+    for level in (0, 1, 100, 254, 255):
+        assert ((entered <= level).sum(-1) == max(1, level * blocks // 255)).all()
+
+
+def test_the_map_has_the_earliest_entry_of_all_prompts() -> None:
+    tables = watched(config(), 1, 2)
+    entries = [entry_levels(block_energy(*qkv(seed)[:2], block_q=16, block_k=16)) for seed in (1, 2)]
+    assert not torch.equal(*entries)
+    assert torch.equal(tables["map"][1, 0], torch.minimum(*entries))
+
+
+@pytest.mark.parametrize("side", ["first", "last"])
+def test_text_is_in_every_mask(side: Any) -> None:
+    geometry = replace(GEOMETRY, text_tokens=8, text_side=side)
+    site = replace(SITE, geometry=geometry)
+    settings = config(density=0.0)
+    keep = planned(settings, watched(settings, 1, site=site), site)
+    text = 0 if side == "first" else -1
+    assert keep[:, text].all()
+    assert keep[..., text].all()
+    assert not keep.all()
+
+
+# --- fidelity --------------------------------------------------------------------------------------------------------
+
+
+def test_fidelity_is_one_less_the_hellinger_distance_of_the_renormalised_row() -> None:
+    energy = torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]])
+    thresholds = torch.tensor([[[0, 100, 255], [255, 100, 0]]], dtype=torch.uint8)
+    fidelity, share = curves(energy, thresholds)
+    for level, kept in ((0, 1), (99, 1), (100, 2), (255, 3)):
+        masked = energy * (thresholds <= level)
+        masked /= masked.sum(-1, keepdim=True)
+        distance = (energy.sqrt() - masked.sqrt()).square().sum(-1).div(2).sqrt()
+        assert fidelity[0, level].item() == pytest.approx(1 - distance.mean().item(), abs=1e-6)
+        assert share[0, level].item() == pytest.approx(kept / 3)
+
+
+def test_the_curves_are_those_of_the_last_prompt_under_the_map_of_all() -> None:
+    tables = watched(config(), 1, 2)
+    energy = block_energy(*qkv(2)[:2], block_q=16, block_k=16)
+    fidelity, share = curves(energy, tables["map"][1, 0])
+    assert torch.equal(tables["fidelity"][1, 0], fidelity)
+    assert torch.equal(tables["share"][1, 0], share)
+
+
+# --- densities -------------------------------------------------------------------------------------------------------
+
+SHARE = torch.linspace(0, 1, LEVELS)
+
+
+def two_heads() -> tuple[Tensor, Tensor]:
+    """One site, one head that reaches any fidelity with half the share of the other, and a site not watched."""
+    fidelity = torch.zeros(1, 2, 2, LEVELS)
+    fidelity[0, 0, 0] = (2 * SHARE).clamp(max=1)
+    fidelity[0, 0, 1] = SHARE
+    share = torch.zeros(1, 2, 2, LEVELS)
+    share[0, 0] = SHARE
+    return fidelity, share
+
+
+def test_alike_by_head_all_heads_reach_one_fidelity() -> None:
+    found = levels(*two_heads(), config("head-wise", density=0.3))[0, 0].flatten()
+    # shares 0.2 and 0.4: fidelity 0.4 for both
+    assert found.tolist() == pytest.approx([0.2 * 255, 0.4 * 255], abs=1)
+
+
+@pytest.mark.parametrize("preset", ["default", "uniform"])
+def test_alike_by_site_or_all_the_heads_have_one_density(preset: str) -> None:
+    found = levels(*two_heads(), config(preset, density=0.3))[0, 0].flatten()
+    assert found.tolist() == pytest.approx([0.3 * 255] * 2, abs=1)
+
+
+def test_alike_by_site_a_site_that_loses_more_is_denser_and_alike_all_it_is_not() -> None:
+    # two sites of two equal heads
+    fidelity = two_heads()[0][0, 0].view(1, 2, 1, LEVELS).expand(-1, -1, 2, -1)
+    share = SHARE.expand(1, 2, 2, LEVELS)
+    apart = levels(fidelity, share, config(density=0.3))[0, :, 0].flatten()
+    alike = levels(fidelity, share, config("uniform", density=0.3))[0, :, 0].flatten()
+    assert apart.tolist() == pytest.approx([0.2 * 255, 0.4 * 255], abs=1)
+    assert alike.tolist() == pytest.approx([0.3 * 255] * 2, abs=1)
+
+
+@pytest.mark.parametrize("preset", Scaling.presets)
+def test_masks_have_the_wanted_density_and_grow_with_it(preset: str) -> None:
+    # 64 × 64 blocks
+    settings = config(preset, block=(1, 1))
+    tables = watched(settings, 1, 2)
+    masks = [planned(replace(settings, density=share), tables) for share in (0.1, 0.25, 0.45, 0.7, 1.0)]
+    for one, more in pairwise(masks):
+        assert (one <= more).all()
+    # steps of 1/64 of a row in each of two prompts' share, and of 1/255
+    densities = [mask.float().mean().item() for mask in masks]
+    assert densities == pytest.approx([0.1, 0.25, 0.45, 0.7, 1.0], abs=0.02)
+
+
+def test_without_any_density_the_heaviest_block_of_each_prompt_stays() -> None:
+    tables = watched(config(), 1, 2)
+    keep = planned(config(density=0.0), tables)
+    expected = torch.zeros_like(keep)
+    for seed in (1, 2):
+        heaviest = block_energy(*qkv(seed)[:2], block_q=16, block_k=16).argmax(-1, keepdim=True)
+        expected.scatter_(-1, heaviest, True)
+    assert torch.equal(keep, expected)
+
+
+# --- where and when --------------------------------------------------------------------------------------------------
+
+
+def test_both_branches_share_a_mask_that_is_made_once() -> None:
+    settings = config()
+    learnt = Learnt(method="scaling", geometry=GEOMETRY, steps=2, layers=2, tables=watched(settings, 1))
+    made = Scaling(settings, learnt)
+    q, k, _ = qkv(3)
+    first = made.plan(q, k, SITE)
+    made.reset()
+    assert made.plan(k, q, replace(SITE, branch="uncond")) is first
+
+
+def test_uniform_is_dense_for_three_tenths_of_the_steps_and_the_default_never() -> None:
+    for preset, dense in (("default", 0), ("uniform", 2)):
+        settings = config(preset)
+        learner = ScalingLearner(settings)
+        sites = [replace(SITE, step=step, steps=10) for step in (0, 2, 3, 9)]
+        for site in sites:
+            learner.watch(*qkv(site.step), site)
+        learnt = Learnt(method="scaling", geometry=GEOMETRY, steps=10, layers=2, tables=learner.tables())
+        made = Scaling(settings, learnt)
+        kinds = [made.plan(*qkv(0)[:2], site).kinds[0] for site in sites]
+        assert kinds == ["dense"] * dense + ["masked"] * (4 - dense)
+
+
+@pytest.mark.parametrize("density", [-0.1, 1.1])
+def test_a_density_outside_0_to_1_is_refused(density: float) -> None:
+    with pytest.raises(ValueError, match="density is a share"):
+        config(density=density)
