@@ -17,8 +17,9 @@ from calibatt.bench.rounds import in_turns
 from calibatt.bench.timer import PhaseTimer
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.permute import permute, unpermute
-from calibatt.methods.sta import SlidingTile, tile_order
+from calibatt.methods.sta import SlidingTile
 from calibatt.methods.svg import token_major_order
+from calibatt.methods.tiles import tile_order
 
 
 def random_order(geometry: Geometry) -> Int32[Tensor, "heads tokens"]:
