@@ -120,4 +120,5 @@ def passed(stage: Stage, suite: Suite, one: Ready) -> dict[str, Any]:
         "kernel_error": one.truth.kernel_error,
         "kernel_error_budget": one.truth.kernel_error_budget,
         "method_error": one.truth.method_error,
+        "preparation_s": stage.preparation_s(one.arm),
     }

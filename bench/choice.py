@@ -15,6 +15,7 @@ from calibatt.bench.record import Suite
 from calibatt.bench.session import BenchSession, Settings
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import look_up
+from calibatt.methods.catalogue import learner
 from calibatt.models.catalogue import MODELS
 from calibatt.models.device import pick_device
 from calibatt.models.generate import read_prompts
@@ -53,9 +54,10 @@ def cells(options: Namespace, suite: Suite) -> list[Cell]:
         Arm.parse(method, kernel) for kernel in _names(options.kernels) for method in _names(options.methods)
     )
     if suite == "calibration":
-        # one preparation serves every preset and kernel
-        calibrated = [arm for arm in arms if arm.method == "calibatt"]
-        arms = dict.fromkeys(calibrated[:1])
+        # one calibration serves every preset and kernel, and what a preset learns every mode and kernel
+        calibrated = [arm for arm in arms if arm.method == "calibatt"][:1]
+        learning = [arm for arm in arms if learner(arm.method, preset=arm.preset) is not None]
+        arms = dict.fromkeys([*calibrated, *{(arm.method, arm.preset): arm for arm in learning}.values()])
     # what cannot be loaded has its place in the kernel suite alone
     workloads = [workload for workload in _workloads(options) if workload.entry.loader is not None]
     return [Cell(workload=workload, arm=arm) for workload in workloads for arm in arms]

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 from calibatt.bench.statistics import Interval, paired_ratio
@@ -57,6 +58,7 @@ class Record:
         gemm_tflops: rate of a large matrix product on the same device in the same run: the roofline.
     Cost:
         peak_memory_bytes, plan_memory_bytes, energy_j (samples), clocks_mhz (samples).
+        preparation_s: seconds of the arm's offline part, where it was done in this run.
         calibration_cost_ratio: time of calibration over that of generating the same videos densely.
     Truth, one value a sample where it is a tuple:
         density: kept fraction of the block products over all calls, text and dense steps included.
@@ -105,6 +107,7 @@ class Record:
     plan_memory_bytes: int | None = None
     energy_j: Samples | None = None
     clocks_mhz: Samples | None = None
+    preparation_s: float | None = None
     calibration_cost_ratio: float | None = None
     density: float | None = None
     recall: float | None = None
@@ -155,6 +158,14 @@ class Record:
         if self.suite == "denoise" or self.speedup is None or self.density is None:
             return None
         return self.speedup.median * self.density
+
+    @property
+    def pays_after(self) -> float | None:
+        """Videos after which what the offline part took is saved; None where nothing is, or was not measured."""
+        if self.suite != "denoise" or self.preparation_s is None or not (self.samples_s and self.baseline_samples_s):
+            return None
+        saved = median(self.baseline_samples_s) - median(self.samples_s)
+        return self.preparation_s / saved if saved > 0 else None
 
     @property
     def arm(self) -> str:

@@ -164,7 +164,7 @@ class Stage:
                         progress=True,
                     ),
                 )
-        return self._learnt[key][1] if key in self._learnt else None
+        return self._learnt[key][1].to(self.workload.device) if key in self._learnt else None
 
     def preparation_s(self, arm: Arm) -> float | None:
         """Seconds that the arm's offline part took here; None where it has none, or was made before."""

@@ -1,4 +1,4 @@
-"""What it costs to prepare CalibAtt."""
+"""What it costs to prepare offline methods."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ SUITE = "calibration"
 
 @pytest.mark.benchmark(timer=REPLAY)
 def test_calibration(cell: Cell, report: Callable[[Cell], None]) -> None:
-    """Time of the calibration that this run's other suites use."""
+    """Time of what is learnt offline, for this run's other suites."""
     report(cell)

@@ -6,6 +6,7 @@ The public names, each loaded when first used (reports can be made where torch i
     build           a method by name; METHODS is the catalogue
     calibrate       learn CalibAtt's masks for a pipeline; CalibrationConfig its settings
     Calibration     what was learnt: load, save
+    learn           what another offline method learns from a pipeline's videos; save_learnt, load_learnt
     generate        one video from a prompt; save_video writes it to a file
     KERNELS, MODELS the other catalogues
     Geometry, Site, Plan, BlockMask, RowReuse, Task, Unsupported   what methods and kernels tell each other
@@ -23,6 +24,9 @@ _HOMES = {
     "calibrate": "calibration.collect",
     "CalibrationConfig": "calibration.collect",
     "Calibration": "calibration.store",
+    "learn": "calibration.learn",
+    "save_learnt": "calibration.learn",
+    "load_learnt": "calibration.learn",
     "generate": "models.generate",
     "save_video": "models.generate",
     "KERNELS": "kernels.catalogue",

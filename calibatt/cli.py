@@ -47,9 +47,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--compare", action="store_true", help="make the dense video first; print both times and PSNR")
     command.set_defaults(run=_generate)
 
-    command = commands.add_parser("calibrate", help="learn CalibAtt's masks for a model, resolution and step count")
+    command = commands.add_parser(
+        "calibrate", help="learn what a method needs, CalibAtt's masks or another's, for a model, resolution and steps"
+    )
     command.add_argument("-o", "--out", type=Path, required=True, help="the calibration, e.g. shapes.safetensors")
     _add_model(command)
+    command.add_argument("--method", default="calibatt", help="see `calibatt methods`; default: %(default)s")
+    command.add_argument("--preset", default="default", help="of a method other than calibatt; default: %(default)s")
     command.add_argument("--prompts", type=Path, help="file of prompts, one a line; default: the model's own")
     command.add_argument("--count", type=int, help="how many prompts; default: all of the file, or 16")
     command.add_argument("--seed", type=int, default=10_000, help="of the first prompt's noise; default: %(default)s")
@@ -84,11 +88,12 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 def _generate(arguments: argparse.Namespace) -> int:
     from calibatt.bench.accuracy import psnr_db
     from calibatt.bench.timer import timed
+    from calibatt.calibration.learn import load_learnt
     from calibatt.calibration.store import Calibration
     from calibatt.kernels.base import Task
     from calibatt.kernels.catalogue import KERNELS
     from calibatt.kernels.names import look_up
-    from calibatt.methods.catalogue import METHODS, build
+    from calibatt.methods.catalogue import METHODS, build, learner
     from calibatt.models.adapter import attached
     from calibatt.models.catalogue import weights_digest
     from calibatt.models.device import working_dtype
@@ -99,14 +104,16 @@ def _generate(arguments: argparse.Namespace) -> int:
     steps = arguments.steps or entry.steps_at(resolution)
     kind = look_up(METHODS, arguments.method, "method")
     kernel = look_up(KERNELS, arguments.kernel, "kernel")
-    source = None
-    if kind.offline:
+    learns = learner(kind.name, preset=arguments.preset) is not None
+    source: Any = None
+    if kind.offline or learns:
         if arguments.calibration is None:
+            which = f"--method {kind.name} --preset {arguments.preset} " if learns else ""
             raise ValueError(
-                f"{kind.name} needs --calibration: make one by `calibatt calibrate --model {entry.name} "
+                f"{kind.name} needs --calibration: make one by `calibatt calibrate {which}--model {entry.name} "
                 f"--resolution {resolution} --steps {steps} -o FILE`"
             )
-        source = Calibration.load(arguments.calibration).to(device)
+        source = (load_learnt if learns else Calibration.load)(arguments.calibration).to(device)
     method = build(kind.name, preset=arguments.preset, source=source, block=entry.block)
     block = None if kind.name == "dense" else entry.block
     task = Task(device=device, dtype=working_dtype(device), head_dim=entry.head_dim, block=block)
@@ -146,11 +153,18 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _calibrate(arguments: argparse.Namespace) -> int:
     from calibatt.calibration.collect import calibrate
+    from calibatt.calibration.learn import learn, save_learnt
     from calibatt.kernels.catalogue import KERNELS
+    from calibatt.kernels.names import look_up
+    from calibatt.methods.catalogue import METHODS, learner
     from calibatt.models.device import working_dtype
     from calibatt.models.generate import read_prompts
 
     entry, resolution, device = _model(arguments)
+    look_up(METHODS, arguments.method, "method")
+    own = arguments.method == "calibatt"
+    if not own and learner(arguments.method, preset=arguments.preset) is None:
+        raise ValueError(f"{arguments.method}/{arguments.preset} learns nothing of its own: it needs no file")
     if arguments.prompts is not None:
         prompts = list(read_prompts(arguments.prompts))
         if arguments.count is not None and len(prompts) < arguments.count:
@@ -162,13 +176,19 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     else:
         raise ValueError(f"{entry.name} has no prompts of its own: give a file of them, one a line, by --prompts")
     pipe = entry.load(resolution=resolution, device=device, dtype=working_dtype(device), weights=arguments.weights)
-    learnt = calibrate(
-        entry, pipe, resolution=resolution, steps=arguments.steps or entry.steps_at(resolution), prompts=prompts,
-        seed=arguments.seed, kernel=KERNELS["sdpa-flash"], progress=True,
-    )  # fmt: skip
-    learnt.save(arguments.out)
-    print(f"density {learnt.density().mean():.3f}; the masks of single prompts overlap the common one by "
-          f"{learnt.provenance.mask_agreement:.0%}")  # fmt: skip
+    how: dict[str, Any] = {
+        "resolution": resolution, "steps": arguments.steps or entry.steps_at(resolution), "prompts": prompts,
+        "seed": arguments.seed, "kernel": KERNELS["sdpa-flash"], "progress": True,
+    }  # fmt: skip
+    if own:
+        made = calibrate(entry, pipe, **how)
+        made.save(arguments.out)
+        print(f"density {made.density().mean():.3f}; the masks of single prompts overlap the common one by "
+              f"{made.provenance.mask_agreement:.0%}")  # fmt: skip
+    else:
+        learnt = learn(entry, pipe, method=arguments.method, preset=arguments.preset, block=entry.block, **how)
+        save_learnt(learnt, arguments.out)
+        print(f"{learnt.cost_ratio:.2f} times what the same videos take densely")
     print(f"wrote {arguments.out}")
     return 0
 
@@ -190,11 +210,15 @@ def _gate(arguments: argparse.Namespace) -> int:
 
 
 def _methods(arguments: argparse.Namespace) -> int:
-    from calibatt.methods.catalogue import METHODS
+    from calibatt.methods.catalogue import METHODS, learner
 
     rows = []
     for name, method in METHODS.items():
+        learning = [preset for preset in method.presets if learner(name, preset=preset) is not None]
         kind = "needs a calibration" if method.offline else ""
+        if learning:
+            every = len(learning) == len(method.presets)
+            kind = "learns first" if every else f"learns first: {', '.join(learning)}"
         summary = (method.__doc__ or "").strip().splitlines()[0]
         rows.append((name, ", ".join(method.presets), kind, summary))
     _table(("METHOD", "PRESETS", "", "WHAT IT DOES"), rows)

@@ -109,7 +109,7 @@ def learn(
     )  # fmt: skip
 
 
-def save(learnt: Learnt, path: Path) -> None:
+def save_learnt(learnt: Learnt, path: Path) -> None:
     """Write the file, whole or not at all.
 
     Raises:
@@ -119,8 +119,8 @@ def save(learnt: Learnt, path: Path) -> None:
     write(path, SCHEMA, learnt.tables, facts | {"geometry": asdict(learnt.geometry)})
 
 
-def load(path: Path) -> Learnt:
-    """Read a file that `save` wrote.
+def load_learnt(path: Path) -> Learnt:
+    """Read a file that `save_learnt` wrote.
 
     Raises:
         UnusableCalibration: the file is missing, damaged, changed, of another version, or something else.

@@ -97,6 +97,18 @@ class Learnt:
                 f"not for {site.geometry}, {site.steps} steps, {site.layers} layers"
             )
 
+    def check_model(self, model: str, weights: str) -> None:
+        """Refuse another model, or other weights of the same.
+
+        Raises:
+            ValueError: it is another.
+        """
+        if (model, weights) != (self.model, self.weights):
+            raise ValueError(
+                f"{self.method} learnt from {self.model} with weights {self.weights}, "
+                f"not from {model} with weights {weights}: run `calibatt calibrate` for that"
+            )
+
     def at(self, name: str, site: Site) -> Tensor:
         """A table's part for one site.
 

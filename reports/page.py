@@ -401,6 +401,8 @@ _COLUMNS: Sequence[tuple[str, str, Callable[[Entry], str]]] = (
     ("plan memory", "of one plan, or of the calibration", lambda entry: _size(entry.record.plan_memory_bytes)),
     ("energy J", "median a video", lambda entry: _median(entry.record.energy_j, "{:.0f}")),
     ("clock MHz", "median", lambda entry: _median(entry.record.clocks_mhz, "{:.0f}")),
+    ("prepared in", "what the method learns offline", lambda entry: _preparation(entry.record.preparation_s)),
+    ("pays after", "videos, until that is saved", lambda entry: _number(entry.record.pays_after, "{:.1f}")),
     ("calibration cost", "times dense generation", lambda e: _number(e.record.calibration_cost_ratio, "{:.2f}×")),
     ("mask agreement", "overlap between prompts", lambda entry: _percent(entry.record.mask_agreement)),
     ("outcome", "and why an arm was not timed", _outcome),
@@ -408,6 +410,10 @@ _COLUMNS: Sequence[tuple[str, str, Callable[[Entry], str]]] = (
 
 # those of them that stand in the Markdown tables
 _BRIEF = ("speedup (95 %)", "time", "PSNR dB", "SSIM", "alignment", "sparsity", "of the ideal")
+
+
+def _preparation(value: float | None) -> str:
+    return "" if value is None else seconds(value)
 
 
 def _number(value: float | None, form: str) -> str:

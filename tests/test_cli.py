@@ -30,6 +30,10 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--kernel", "flx"], "did you mean flex"),
         (["--method", "calibatt"], "make one by `calibatt calibrate --model shapes"),
         (["--method", "calibatt", "--calibration", "missing.safetensors"], "missing.safetensors does not exist"),
+        (
+            ["--method", "sta", "--preset", "searched"],
+            "calibatt calibrate --method sta --preset searched --model shapes",
+        ),
         (["--method", "radial", "--kernel", "sdpa-flash"], "choose a sparse one"),
         (["--steps", "0"], "whole number from 1 up"),
         (["--device", "tpu"], "this machine has"),
@@ -47,6 +51,15 @@ def test_generate_refuses_bad_input_in_one_line(
     monkeypatch.chdir(tmp_path)
     assert message in _refused(capsys, "generate", PROMPT, *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_calibrate_refuses_what_has_nothing_to_learn_in_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "x.safetensors"
+    assert "sparge/default learns nothing" in _refused(capsys, "calibrate", "-o", str(out), "--method", "sparge")
+    assert "did you mean sparge" in _refused(capsys, "calibrate", "-o", str(out), "--method", "sparg")
+    assert not out.exists()
 
 
 def test_generate_refuses_a_prompt_that_the_model_does_not_know(

@@ -135,9 +135,10 @@ def learnt(name: str, preset: str, geometry: Geometry) -> Learnt | None:
     return Learnt(method=name, geometry=geometry, steps=50, layers=8, tables=learner.tables())
 
 
-def made(name: str, preset: str, geometry: Geometry) -> Method:
-    """A method for the geometry; skips where it does not apply."""
-    source = Calibrated(geometry) if METHODS[name].offline else learnt(name, preset, geometry)
+def made(name: str, preset: str, geometry: Geometry, device: str = "cpu") -> Method:
+    """A method for the geometry, what it learnt on a device; skips where it does not apply."""
+    known = learnt(name, preset, geometry)
+    source = Calibrated(geometry) if METHODS[name].offline else known and known.to(device)
     method = build(name, preset=preset, source=source, block=BLOCK)
     if (refusal := method.refusal(geometry)) is not None:
         pytest.skip(refusal.reason)
@@ -342,7 +343,8 @@ def test_an_arm_computes_its_plan_and_only_a_sparse_plan_changes_the_output(
     if place[0] == "cpu" and kernel.name == "triton" and geometry is not SMALL and preset != "default":
         pytest.skip("Triton's interpreter takes seconds for so many tokens: other presets' larger plans are for a GPU")
     q, k, v = inputs(geometry, place)
-    plan = made(name, preset, geometry).plan(q[0], k[0], site(geometry))
+    # a calibration's plans are where its masks are
+    plan = made(name, preset, geometry, place[0]).plan(q[0], k[0], site(geometry)).to(place[0])
     out = run(kernel, q, k, v, plan)
     assert_exact(out, q, k, v, plan)
     if place[0] != "cpu":
@@ -447,5 +449,5 @@ def test_another_geometry_gets_its_own_plan_or_a_refusal(name: str, preset: str)
 @pytest.mark.parametrize(("name", "preset"), [arm for arm in ARMS if not METHODS[arm[0]].offline])
 def test_a_plan_is_made_where_its_queries_are(name: str, preset: str) -> None:
     q, k, v = inputs(LARGE, ("cuda", torch.bfloat16))
-    plan = made(name, preset, LARGE).plan(q[0], k[0], site(LARGE))
+    plan = made(name, preset, LARGE, "cuda").plan(q[0], k[0], site(LARGE))
     assert_exact(run(KERNELS["flex"], q, k, v, plan), q, k, v, plan)
