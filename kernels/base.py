@@ -26,7 +26,8 @@ class Task:
     Args:
         device, dtype: of q, k and v.
         head_dim: channels of one head.
-        block: tokens of a query block and of a key block; None for dense plans.
+        block: tokens of a query block and of a key block; None where no head has a mask.
+        reuses: whether heads reuse rows.
         skips: whether the kernel is to note low blocks, or leave them out, by itself (`plan.Skip`).
     """
 
@@ -34,13 +35,17 @@ class Task:
     dtype: torch.dtype
     head_dim: int
     block: tuple[int, int] | None = None
+    reuses: bool = False
     skips: bool = False
 
     @classmethod
     def of(cls, q: Tensor, plan: Plan) -> Task:
         """What a plan on these inputs asks for."""
         block = None if plan.mask is None else (plan.mask.block_q, plan.mask.block_k)
-        return cls(device=q.device, dtype=q.dtype, head_dim=q.shape[-1], block=block, skips=plan.skip is not None)
+        return cls(
+            device=q.device, dtype=q.dtype, head_dim=q.shape[-1], block=block, reuses=plan.reuse is not None,
+            skips=plan.skip is not None,
+        )  # fmt: skip
 
 
 def skip_refusal(name: str) -> Unsupported:

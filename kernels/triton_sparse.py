@@ -58,7 +58,9 @@ class Triton(OneLaunch):
         tma = _has_tma(k, v)
         tile_q, tile_k, warps, stages = launch_shape(_capability(q.device), block, head_dim, tma=tma)
         if plan.skip is not None:
+            # a block is left out as a whole; one of 128 × 128 needs the registers of eight warps
             tile_q, tile_k = block
+            warps = 8 if tile_q * tile_k == _MOST_SKIPPED**2 else warps
         keys, values = (_descriptor(x, tile_k) for x in (k, v)) if tma else (k, v)
         triton_code.attend[(block_count(tokens, tile_q), heads, batch)](
             q, keys, values, out, q if lse is None else lse, given.indices, given.counts, given.kinds,

@@ -173,7 +173,7 @@ def fitted_threshold(left_out: Float[Tensor, "steps layers thresholds"], tokens:
     Raises:
         ValueError: fewer than two thresholds do.
     """
-    shares = left_out.flatten(0, 1).nanmean(0).double().numpy()
+    shares = left_out.flatten(0, 1).nanmean(0).double().cpu().numpy()
     fitted = (shares >= _FITTED[0]) & (shares <= _FITTED[1])
     if fitted.sum() < 2:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What kernels that compute all heads in one launch have besides: log-sum-exps."""
+"""What kernels that compute all heads in one launch have besides: log-sum-exps, and where they write."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from calibatt.kernels import oracle
 from calibatt.kernels.base import Task
@@ -22,10 +23,20 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", [name for name, kernel in KERNELS.items() if isinstance(kernel, OneLaunch)])
-def test_the_log_sum_exp_is_that_of_the_keys_a_query_sees(name: str, place: tuple[str, torch.dtype]) -> None:
-    kernel, (device, dtype), tokens = KERNELS[name], place, GEOMETRY.tokens
+Place = tuple[str, torch.dtype]
+Case = tuple[OneLaunch, Tensor, Tensor, Tensor, Plan]
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest) -> Place:
+    chosen: Place = request.param
+    return chosen
+
+
+@pytest.fixture(params=[name for name, kernel in KERNELS.items() if isinstance(kernel, OneLaunch)])
+def case(request: pytest.FixtureRequest, place: Place) -> Case:
+    """A kernel, inputs, and a plan with a head of each kind, whose second row of blocks has no key."""
+    kernel, (device, dtype), tokens = KERNELS[request.param], place, GEOMETRY.tokens
     assert isinstance(kernel, OneLaunch)
     refusal = kernel.refusal(
         Task(device=torch.device(device), dtype=dtype, head_dim=GEOMETRY.head_dim, block=(BLOCK, BLOCK))
@@ -44,12 +55,17 @@ def test_the_log_sum_exp_is_that_of_the_keys_a_query_sees(name: str, place: tupl
     )
     shape = (1, GEOMETRY.heads, tokens, GEOMETRY.head_dim)
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+    return kernel, q, k, v, plan
+
+
+def test_the_log_sum_exp_is_that_of_the_keys_a_query_sees(case: Case) -> None:
+    kernel, q, k, v, plan = case
     out, lse = kernel.attend_with_lse(q, k, v, plan)
     exact = oracle.attend(q, k, v, plan)
     assert (out.double() - exact).abs().max() <= oracle.error_budget(q, k, v, plan, exact)
     scores = q.double() @ k.double().mT / math.sqrt(GEOMETRY.head_dim)
     assert plan.reuse is not None
-    seen = oracle.token_mask(plan, 0, slice(0, tokens))
+    seen = oracle.token_mask(plan, 0, slice(0, GEOMETRY.tokens))
     expected = torch.stack(
         (
             scores[0, 0].masked_fill(~seen, -math.inf).logsumexp(-1),
@@ -60,3 +76,20 @@ def test_the_log_sum_exp_is_that_of_the_keys_a_query_sees(name: str, place: tupl
     # the second row of blocks of the first head has no key
     assert bool(lse[0, 0, BLOCK : 2 * BLOCK].isneginf().all())
     torch.testing.assert_close(lse[0].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_written_outside_the_output(case: Case) -> None:
+    kernel, q, k, v, plan = case
+    heads, tokens, head_dim = q.shape[1:]
+    # room of a whole tile before and behind the tokens of every head
+    room = 128
+    around = q.new_full((1, heads, tokens + 2 * room, head_dim), 7.0)
+    out = around[:, :, room : room + tokens]
+    sums_around = q.new_full((heads * tokens + 2 * room,), 7.0, dtype=torch.float32)
+    lse = sums_around[room:-room].view(1, heads, tokens)
+    kernel._launch(q, k, v, out, lse, plan)
+    expected, expected_lse = kernel.attend_with_lse(q, k, v, plan)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+    assert bool((around[:, :, :room] == 7).all() and (around[:, :, room + tokens :] == 7).all())
+    assert bool((sums_around[:room] == 7).all() and (sums_around[-room:] == 7).all())

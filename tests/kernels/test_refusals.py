@@ -11,7 +11,7 @@ from torch import Tensor
 from calibatt.kernels.base import Kernel, Task, check
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan
+from calibatt.kernels.plan import BlockMask, Plan, RowReuse, Skip
 
 GEOMETRY = Geometry(grid=(1, 8, 8), heads=2, head_dim=16)
 
@@ -113,3 +113,30 @@ def test_a_plan_on_another_device_is_refused_and_both_are_named() -> None:
     plan = Plan.masked(BlockMask(bits=bits, tokens=64, block_q=16, block_k=16), 2)
     with pytest.raises(ValueError, match="the plan is on meta, q on cpu"):
         check(*inputs(), plan)
+
+
+@pytest.mark.parametrize("name", ["flex", "triton"])
+def test_blocks_are_left_out_only_by_kernels_that_can(name: str) -> None:
+    refusals = [
+        KERNELS[name].refusal(
+            Task(device=torch.device("cpu"), dtype=torch.float32, head_dim=64, block=block, skips=True)
+        )
+        for block in ((128, 64), (128, 48))
+    ]
+    # 48 keys are no whole tile
+    expected = {"flex": [True, True], "triton": [False, True]}
+    assert [refusal is not None for refusal in refusals] == expected[name]
+
+
+def test_what_is_left_out_is_noted_for_one_sample() -> None:
+    q, k, v = (x.expand(2, -1, -1, -1) for x in inputs())
+    mask = half_mask()
+    plan = Plan.masked(mask, 2, skip=Skip.of(mask, 2, threshold=-1.0, leave=True))
+    with pytest.raises(ValueError, match="is for one sample: q has 2"):
+        KERNELS["flex"].attend(q, k, v, plan)
+
+
+def test_a_dense_kernel_refuses_heads_that_reuse_rows() -> None:
+    plan = Plan(tokens=64, kinds=("reused", "dense"), reuse=RowReuse.of_anchor_rows(GEOMETRY, (1, 5)))
+    assert KERNELS["sdpa-flash"].refusal(Task.of(inputs()[0], plan)) is not None
+    assert KERNELS["flex"].refusal(Task.of(inputs()[0], plan)) is None
