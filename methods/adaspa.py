@@ -22,6 +22,7 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan, block_count
 from calibatt.methods.base import Branch, Knob, Site
 from calibatt.methods.blocks import block_sums, text_blocks
+from calibatt.methods.energy import products
 
 # attention weights held at a time, 128 MiB in fp32: 384 queries of a 720p Wan video (75,600 tokens)
 _CHUNK = 2**25
@@ -228,9 +229,4 @@ def _scores(
     q: Float[Tensor, "queries head_dim"], k: Float[Tensor, "tokens head_dim"]
 ) -> Float[Tensor, "queries tokens"]:
     """What softmax is taken of, in fp32."""
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        # tensor cores multiply half precision exactly and add in fp32
-        scores = torch.mm(q, k.T, out_dtype=torch.float32)
-    else:
-        scores = q.float() @ k.float().T
-    return scores.mul_(1 / math.sqrt(q.shape[-1]))
+    return products(q, k).mul_(1 / math.sqrt(q.shape[-1]))

@@ -18,6 +18,7 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan, TokenOrder, block_count
 from calibatt.methods.base import Site
 from calibatt.methods.blocks import with_text
+from calibatt.methods.energy import products
 
 # scores of tokens against clusters held at a time, 256 MiB in fp32: at 40 heads and 1000 clusters, 1677 tokens of each
 _CHUNK = 2**26
@@ -203,7 +204,7 @@ def regroup(
     at_once = max(1, _CHUNK // (heads * clusters))
     for first in range(0, tokens, at_once):
         some = slice(first, first + at_once)
-        labels[:, some] = _products(x[:, some], directions).add_(offsets[:, None]).argmax(-1)
+        labels[:, some] = products(x[:, some], directions).add_(offsets[:, None]).argmax(-1)
         sums.index_add_(0, (labels[:, some] + before).flatten(), x[:, some].float().reshape(-1, channels))
     sizes = torch.zeros_like(labels[:, :1]).repeat(1, clusters).scatter_add_(1, labels, torch.ones_like(labels))
     means = sums.view_as(centroids) / sizes.clamp(min=1)[:, :, None]
@@ -285,13 +286,3 @@ def _held(
     last = (starts + block).clamp(max=tokens) - 1
     # a token at place i is in the first cluster that ends behind it
     return torch.searchsorted(ends, starts, right=True), torch.searchsorted(ends, last, right=True) + 1
-
-
-def _products(
-    x: Float[Tensor, "heads some head_dim"], directions: Float[Tensor, "heads clusters head_dim"]
-) -> Float[Tensor, "heads some clusters"]:
-    """Inner products, in fp32."""
-    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-        # tensor cores multiply half precision exactly and add in fp32
-        return torch.bmm(x, directions.transpose(1, 2), out_dtype=torch.float32)
-    return torch.bmm(x.float(), directions.float().transpose(1, 2))

@@ -44,15 +44,21 @@ def block_energy(
     return energy
 
 
+def products(
+    x: Float[Tensor, "*batch rows channels"], y: Float[Tensor, "*batch columns channels"]
+) -> Float[Tensor, "*batch rows columns"]:
+    """Inner products of all pairs, in fp32; of one batch dimension at the most."""
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        # tensor cores multiply half precision exactly and add in fp32: nothing is rounded on the way
+        return (torch.mm if x.ndim == 2 else torch.bmm)(x, y.mT, out_dtype=torch.float32)
+    return x.float() @ y.float().mT
+
+
 def exponentials(
     q: Float[Tensor, "queries head_dim"], k: Float[Tensor, "tokens head_dim"]
 ) -> Float[Tensor, "queries tokens"]:
     """Attention weights before they are divided by their sum, in fp32; the largest of each query is 1."""
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        # tensor cores multiply half precision exactly and add in fp32: nothing is rounded on the way
-        scores = torch.mm(q, k.T, out_dtype=torch.float32)
-    else:
-        scores = q.float() @ k.float().T
+    scores = products(q, k)
     scores -= scores.amax(-1, keepdim=True)
     scores *= 1 / math.sqrt(q.shape[-1])
     return scores.exp_()

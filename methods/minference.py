@@ -30,6 +30,7 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan
 from calibatt.methods.base import Knob, Site
 from calibatt.methods.blocks import block_ends, pooled
+from calibatt.methods.energy import products
 
 Pattern = Literal["vertical-slash", "block-sparse"]
 
@@ -129,7 +130,7 @@ def _vertical_slash(
     """Blocks that hold a token of a chosen column or diagonal."""
     tokens = q.shape[1]
     places = _spread(config.probes, tokens)
-    scores = q[:, places].float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])
+    scores = products(q[:, places], k) / math.sqrt(q.shape[-1])
     weights = scores.softmax(-1)
 
     verticals = weights.sum(1)

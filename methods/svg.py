@@ -39,6 +39,7 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan, TokenOrder, block_count
 from calibatt.methods.base import Knob, Site
 from calibatt.methods.blocks import block_ends, text_blocks, with_text
+from calibatt.methods.energy import products
 from calibatt.methods.learning import Learnt
 
 # attention weights held at a time, 128 MiB in fp32: 64 queries of six heads of a 720p Wan video (75,600 tokens)
@@ -296,7 +297,7 @@ def mask_errors(
     at_once = max(1, _CHUNK // masks[0].numel())
     for first in range(0, len(q), at_once):
         heads = slice(first, first + at_once)
-        scores = q[heads, rows].float() @ k[heads].float().transpose(-1, -2) / math.sqrt(q.shape[-1])
+        scores = products(q[heads, rows], k[heads]) / math.sqrt(q.shape[-1])
         weights = scores.softmax(-1)
         for mask, error in zip(masks, errors, strict=True):
             change = weights - scores.masked_fill(~mask, -math.inf).softmax(-1)

@@ -22,10 +22,13 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan, block_count
 from calibatt.methods.base import Knob, Site
 from calibatt.methods.blocks import block_sums
+from calibatt.methods.energy import products
 from calibatt.methods.selection import smallest_set
 
 # scores held at a time: 256 MiB in fp32, as where CalibAtt is calibrated; enough to keep a GPU busy with one launch
 _CHUNK = 2**26
+# rows of a product that a GPU's fast kernels write: cuBLAS asks for multiples of 16 bytes
+_ALIGNED = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,12 +123,14 @@ def antidiagonal_energy(
     heads, tokens, channels = q.shape
     rows, columns = block_q // stride, block_k // stride
     energy = q.new_empty(heads, block_count(tokens, block_q), block_count(tokens, block_k), dtype=torch.float32)
-    at_once = max(1, _CHUNK // (rows * block_count(tokens, stride)))
+    groups = block_count(tokens, stride)
+    at_once = max(1, _CHUNK // (rows * groups))
     for head in range(heads):
         # with the queries of each group turned round, the product of two groups is the sum along the antidiagonal
         group_q, group_k = _groups(q[head], stride).flip(1).flatten(1), _groups(k[head], stride).flatten(1)
+        group_k = torch.nn.functional.pad(group_k, (0, 0, 0, -groups % _ALIGNED))
         for first in range(0, energy.shape[1], at_once):
-            scores = _products(group_q[first * rows : (first + at_once) * rows], group_k)
+            scores = products(group_q[first * rows : (first + at_once) * rows], group_k)[:, :groups]
             scores *= 1 / (math.sqrt(channels) * stride)
             mass = block_sums(scores.softmax(-1), columns)
             energy[head, first : first + at_once] = block_sums(mass.T, rows).T
@@ -135,11 +140,3 @@ def antidiagonal_energy(
 def _groups(x: Float[Tensor, "tokens head_dim"], stride: int) -> Float[Tensor, "groups stride head_dim"]:
     """Tokens by group, the last one filled up with zeros."""
     return torch.nn.functional.pad(x, (0, 0, 0, -len(x) % stride)).reshape(-1, stride, x.shape[1])
-
-
-def _products(q: Float[Tensor, "rows channels"], k: Float[Tensor, "groups channels"]) -> Float[Tensor, "rows groups"]:
-    """Products of all pairs, in fp32."""
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        # tensor cores multiply half precision exactly and add in fp32: nothing is rounded on the way
-        return torch.mm(q, k.T, out_dtype=torch.float32)
-    return q.float() @ k.float().T
