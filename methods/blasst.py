@@ -93,8 +93,10 @@ class Blasst:
         self.config = config
         self._learnt = learnt
         self._threshold = config.threshold
+        self._refusal: Unsupported | None = None
         if config.sparsity is not None and learnt is not None:
-            self._threshold = fitted_threshold(learnt.tables["left_out"], learnt.geometry.tokens, config.sparsity)
+            fitted = fitted_threshold(learnt.tables["left_out"], learnt.geometry.tokens, config.sparsity)
+            self._threshold, self._refusal = (None, fitted) if isinstance(fitted, Unsupported) else (fitted, None)
 
     @classmethod
     def learner(cls, config: BlasstConfig) -> BlasstLearner | None:
@@ -102,8 +104,8 @@ class Blasst:
         return None if config.sparsity is None else BlasstLearner(config.block)
 
     def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies to every geometry; what was learnt itself refuses another one."""
-        return None
+        """Applies to every geometry but where nothing could be fitted; what was learnt itself refuses another one."""
+        return self._refusal
 
     def plan(
         self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
@@ -164,19 +166,18 @@ class BlasstLearner:
         return {"left_out": self._sums / self._calls}
 
 
-def fitted_threshold(left_out: Float[Tensor, "steps layers thresholds"], tokens: int, sparsity: float) -> float:
+def fitted_threshold(
+    left_out: Float[Tensor, "steps layers thresholds"], tokens: int, sparsity: float
+) -> float | Unsupported:
     """The threshold for a sparsity, as a power of two, by λ · keys = a · exp(b · sparsity).
 
     a and b are fitted by least squares in the logarithm, over the thresholds that leave out 10 to 90 % of the blocks in
-    the mean of all calls.
-
-    Raises:
-        ValueError: fewer than two thresholds do.
+    the mean of all calls. Where fewer than two thresholds do, there is none.
     """
     shares = left_out.flatten(0, 1).nanmean(0).double().cpu().numpy()
     fitted = (shares >= _FITTED[0]) & (shares <= _FITTED[1])
     if fitted.sum() < 2:
-        raise ValueError(
+        return Unsupported(
             f"blasst fits between {_FITTED[0]:.0%} and {_FITTED[1]:.0%} of blocks left out, where these videos have "
             f"{fitted.sum()} of {len(_LAMBDAS)} thresholds: use a preset with a threshold"
         )
