@@ -148,7 +148,7 @@ class Stage:
             dense, prompts = self.dense, self._calibration_prompts
             self.log(f"{self.workload}: {arm.method}/{arm.preset} learns from {len(prompts)} prompts")
             with self._console.open():
-                self._learnt[key] = timed(
+                seconds, learnt = timed(
                     self.workload.device,
                     lambda: learn(
                         self.entry,
@@ -164,7 +164,8 @@ class Stage:
                         progress=True,
                     ),
                 )
-        return self._learnt[key][1].to(self.workload.device) if key in self._learnt else None
+            self._learnt[key] = (seconds, learnt.to(self.workload.device))
+        return self._learnt[key][1] if key in self._learnt else None
 
     def preparation_s(self, arm: Arm) -> float | None:
         """Seconds that the arm's offline part took here; None where it has none, or was made before."""

@@ -188,6 +188,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     else:
         learnt = learn(entry, pipe, method=arguments.method, preset=arguments.preset, block=entry.block, **how)
         save_learnt(learnt, arguments.out)
+        assert learnt.cost_ratio is not None
         print(f"{learnt.cost_ratio:.2f} times what the same videos take densely")
     print(f"wrote {arguments.out}")
     return 0

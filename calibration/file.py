@@ -41,15 +41,6 @@ def write(path: Path, schema: str, tensors: Mapping[str, Tensor], facts: Mapping
         aside.unlink(missing_ok=True)
 
 
-def schema_of(path: Path) -> str:
-    """Which schema a file has.
-
-    Raises:
-        UnusableCalibration: the file is missing, damaged, or something else.
-    """
-    return _metadata(path)["schema"]
-
-
 def read(path: Path, schema: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts of a file that `write` wrote.
 

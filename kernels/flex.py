@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from calibatt.kernels.base import Task, Unsupported, check, check_accepted, skip_refusal
+from calibatt.kernels.base import Task, Unsupported, check, skip_refusal
 from calibatt.kernels.by_kind import attend_by_kind
 from calibatt.kernels.ordered import in_order
 from calibatt.kernels.plan import BlockMask, Plan
@@ -55,10 +55,11 @@ class Flex:
         """Attention under a plan; a row with no block gives zeros.
 
         Raises:
-            ValueError: inputs and plan do not belong together, or FlexAttention does not have the plan's blocks.
+            ValueError: inputs and plan do not belong together, or the plan leaves blocks to the kernel.
         """
         check(q, k, v, plan)
-        check_accepted(self, q, plan)
+        if plan.skip is not None:
+            raise ValueError(skip_refusal("FlexAttention").reason)
         return attend_by_kind(q, k, v, plan, masked=_launch, dense=scaled_dot_product_attention)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -45,6 +45,15 @@ class Site:
     def __post_init__(self) -> None:
         if not (0 <= self.step < self.steps and 0 <= self.layer < self.layers):
             raise ValueError(f"step {self.step} of {self.steps} or layer {self.layer} of {self.layers} does not exist")
+
+    def in_warmup(self, steps: float, layers: float = 0.0, *, whole: Callable[[float], int] = round) -> bool:
+        """Whether it is in the first share of the steps, or of the layers: where many methods stay dense.
+
+        Args:
+            steps, layers: the shares.
+            whole: makes them whole steps and layers, as the original does.
+        """
+        return self.step < whole(steps * self.steps) or self.layer < whole(layers * self.layers)
 
     def generator(self, seed: int, device: torch.device) -> torch.Generator:
         """What a method draws from here: the same for both branches and all samples, another at every step and layer.

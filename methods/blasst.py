@@ -31,7 +31,7 @@ from calibatt.methods.learning import Learnt
 from calibatt.methods.low import all_blocks, gaps, without_low
 
 # λ of the calibration, from 1e-12 to 0.99: 22 of them, as there; evenly in the logarithm, which is ours
-_LAMBDAS = tuple(np.geomspace(1e-12, 0.99, 22).tolist())
+LAMBDAS = tuple(np.geomspace(1e-12, 0.99, 22).tolist())
 # the largest threshold there is: λ of 0.999
 _MOST = math.log2(0.999)
 # shares of blocks between which the fit is made
@@ -151,10 +151,10 @@ class BlasstLearner:
     ) -> None:
         """Count for one call."""
         if self._sums is None or self._calls is None:
-            self._sums = torch.zeros(site.steps, site.layers, len(_LAMBDAS))
+            self._sums = torch.zeros(site.steps, site.layers, len(LAMBDAS))
             self._calls = torch.zeros(site.steps, site.layers, 1)
         found = gaps(q, k, all_blocks(site.geometry.tokens, self._block, q.device)).flatten()
-        thresholds = torch.tensor(_LAMBDAS, device=q.device).log2()
+        thresholds = torch.tensor(LAMBDAS, device=q.device).log2()
         shares = torch.stack([(found <= threshold).float().mean() for threshold in thresholds])
         self._sums[site.step, site.layer] += shares.cpu()
         self._calls[site.step, site.layer] += 1
@@ -179,7 +179,7 @@ def fitted_threshold(
     if fitted.sum() < 2:
         return Unsupported(
             f"blasst fits between {_FITTED[0]:.0%} and {_FITTED[1]:.0%} of blocks left out, where these videos have "
-            f"{fitted.sum()} of {len(_LAMBDAS)} thresholds: use a preset with a threshold"
+            f"{fitted.sum()} of {len(LAMBDAS)} thresholds: use a preset with a threshold"
         )
-    b, log_a = np.polyfit(shares[fitted], np.log(np.array(_LAMBDAS)[fitted] * tokens), 1)
+    b, log_a = np.polyfit(shares[fitted], np.log(np.array(LAMBDAS)[fitted] * tokens), 1)
     return float(min((log_a + b * sparsity - math.log(tokens)) / math.log(2), _MOST))

@@ -84,8 +84,9 @@ def build(
     if kind.offline and not isinstance(source, PlanSource):
         raise ValueError(f"{name} needs a calibration: make one by `calibatt calibrate` and pass it as `source`")
     learns = isinstance(kind, Learning) and kind.learner(config) is not None
-    if learns and not (isinstance(source, Learnt) and source.method == name):
-        raise ValueError(f"{name}/{preset} learns from videos first: pass what it learnt as `source`")
+    if learns and not (isinstance(source, Learnt) and (source.method, source.preset) == (name, preset)):
+        other = f", not that of {source.method}/{source.preset}" if isinstance(source, Learnt) else ""
+        raise ValueError(f"{name}/{preset} learns from videos first: pass what it learnt as `source`{other}")
     method: Method = kind(config) if source is None else kind(config, source)
     return method
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan, TokenOrder, block_count
-from calibatt.methods.base import Site
 from calibatt.methods.blocks import with_text
 from calibatt.methods.energy import products
 
@@ -258,11 +257,6 @@ def in_line(q: Grouped, k: Grouped) -> tuple[Grouped, Grouped]:
         other = pairs @ place.transpose(1, 2)
         place = torch.nn.functional.normalize(other.transpose(1, 2) @ pairs, dim=-1)
     return _renumbered(q, (other / rows).flatten(1)), _renumbered(k, (place / columns).flatten(1))
-
-
-def in_warmup(site: Site, *, steps: float, layers: float) -> bool:
-    """Whether a site is in the first share of the steps or of the layers; rounded down, as in the original."""
-    return site.step < math.floor(steps * site.steps) or site.layer < math.floor(layers * site.layers)
 
 
 def _renumbered(grouped: Grouped, place: Float[Tensor, "heads clusters"]) -> Grouped:

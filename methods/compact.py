@@ -70,10 +70,6 @@ class CompactConfig:
                 f"compact needs a weight that is not negative, and tiles of at least one token: got {self}"
             )
 
-    def dense_at(self, site: Site) -> bool:
-        """Whether all is computed at a site."""
-        return site.step < round(self.dense_steps * site.steps)
-
 
 class Compact:
     """Computes, for each head, windows of tiles that were found large enough offline; no input is looked at.
@@ -119,7 +115,7 @@ class Compact:
             ValueError: windows were found for another geometry or number of steps.
         """
         self._learnt.check(site)
-        if self.config.dense_at(site):
+        if site.in_warmup(self.config.dense_steps):
             return Plan.dense(site.geometry)
         key = (site.step, site.layer, q.device)
         if key not in self._plans:
@@ -166,7 +162,7 @@ class CompactLearner:
     ) -> None:
         """Note where this call's attention goes."""
         self._sites = (site.steps, site.layers)
-        if not self.config.dense_at(site):
+        if not site.in_warmup(self.config.dense_steps):
             attention = attention_by_distance(q, k, site.geometry, self.config.tile)
             self._prompts[site.step, site.layer].append(attention.cpu())
 

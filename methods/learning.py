@@ -49,32 +49,32 @@ class Learnt:
     """What a learner learnt, and from what.
 
     Args:
-        method: name in the catalogue.
+        method, preset: names in the catalogue; presets differ in what they watch.
         geometry, steps, layers: of the videos watched.
         tables: by name; the first two dimensions of each are steps and layers.
-        preset: that was learnt for.
         model, weights: name in the catalogue, and digest of the weights.
         prompts: of the videos, in order; prompt i started from noise of seed + i.
         seed: of the first prompt's noise.
         guidance: of the videos.
-        cost_ratio: time of the videos with the learner watching over that without it, same kernel.
+        cost_ratio: time of the videos with the learner watching over that without it, same kernel; None where that was
+            not measured.
 
     Raises:
         ValueError: a table has other dimensions.
     """
 
     method: str
+    preset: str
     geometry: Geometry
     steps: int
     layers: int
     tables: Mapping[str, Tensor]
-    preset: str = "default"
     model: str = ""
     weights: str = ""
     prompts: tuple[str, ...] = ()
     seed: int = 0
     guidance: float = 0.0
-    cost_ratio: float = 1.0
+    cost_ratio: float | None = None
 
     def __post_init__(self) -> None:
         for name, table in self.tables.items():

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.plan import BlockMask
+from calibatt.kernels.plan import BlockMask, block_count
 
 # scores held at a time: 256 MiB in fp32
 _CHUNK = 2**26
@@ -57,6 +57,6 @@ def without_low(
 
 def all_blocks(tokens: int, block: tuple[int, int], device: torch.device) -> BlockMask:
     """Every block, shared by all heads."""
-    rows, columns = (-(-tokens // size) for size in block)
+    rows, columns = (block_count(tokens, size) for size in block)
     keep = torch.ones((1, rows, columns), dtype=torch.bool, device=device)
     return BlockMask.from_keep(keep, tokens=tokens, block_q=block[0], block_k=block[1])

@@ -81,7 +81,7 @@ class Radial:
     ) -> Plan:
         """The mask of the geometry, or dense in the first steps and layers."""
         # rounding gives what the scripts of the few-step models set: 2 of 8 steps, 1 of 4
-        if site.layer < self.config.dense_layers or site.step < round(self.config.dense_steps * site.steps):
+        if site.layer < self.config.dense_layers or site.in_warmup(self.config.dense_steps):
             return Plan.dense(site.geometry)
         key = (site.geometry, q.device)
         if key not in self._masks:

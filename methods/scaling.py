@@ -64,10 +64,6 @@ class ScalingConfig:
         if not 0 <= self.density <= 1:
             raise ValueError(f"density is a share of the blocks, 0 to 1: got {self.density}")
 
-    def dense_at(self, site: Site) -> bool:
-        """Whether all is computed at a site."""
-        return site.step < round(self.dense_steps * site.steps)
-
 
 class Scaling:
     """Computes the blocks whose threshold in the map is at most the density of the site; no input is looked at.
@@ -113,7 +109,7 @@ class Scaling:
             ValueError: the map was learnt for another geometry or number of steps.
         """
         self._learnt.check(site)
-        if self.config.dense_at(site):
+        if site.in_warmup(self.config.dense_steps):
             return Plan.dense(site.geometry)
         key = (site.step, site.layer, q.device)
         if key not in self._plans:
@@ -153,7 +149,7 @@ class ScalingLearner:
                 "fidelity": torch.zeros(*sites, LEVELS),
                 "share": torch.zeros(*sites, LEVELS),
             }
-        if self.config.dense_at(site):
+        if site.in_warmup(self.config.dense_steps):
             return
         block_q, block_k = self.config.block
         energy = block_energy(q, k, block_q=block_q, block_k=block_k)

@@ -87,10 +87,6 @@ class SlidingTileConfig:
         """The window, or all candidates."""
         return self.candidates if self.window is None else (self.window,)
 
-    def dense_at(self, site: Site) -> bool:
-        """Whether all is computed at a site."""
-        return site.step < round(self.dense_steps * site.steps)
-
 
 class SlidingTile:
     """Static masks: a window of tiles that slides over frames, rows and columns, one for all heads or each head's own.
@@ -141,7 +137,7 @@ class SlidingTile:
         """
         if self._learnt is not None:
             self._learnt.check(site)
-        if self.config.dense_at(site):
+        if site.in_warmup(self.config.dense_steps):
             return Plan.dense(site.geometry)
         key = (site.geometry, q.device)
         if key not in self._made:
@@ -183,7 +179,7 @@ class WindowSearch:
         if not len(self._videos):
             self._sums = torch.zeros(site.steps, site.layers, len(self.config.windows), site.geometry.heads)
             self._videos = torch.zeros(site.steps, site.layers)
-        if self.config.dense_at(site):
+        if site.in_warmup(self.config.dense_steps):
             return
         key = (site.geometry, q.device)
         if key not in self._masks:
@@ -248,8 +244,7 @@ def _queries(site: Site) -> Int[Tensor, "queries"]:
     if count <= _QUERIES:
         return torch.arange(count) + start
     # the same for every prompt, others at every site
-    generator = torch.Generator().manual_seed(site.step * site.layers + site.layer)
-    return torch.randperm(count, generator=generator)[:_QUERIES].sort().values + start
+    return torch.randperm(count, generator=site.generator(0, torch.device("cpu")))[:_QUERIES].sort().values + start
 
 
 def tile_mask(geometry: Geometry, config: SlidingTileConfig) -> BlockMask:

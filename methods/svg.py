@@ -147,7 +147,7 @@ class SparseVideoGen:
             ValueError: other videos were watched.
         """
         config, geometry = self.config, site.geometry
-        if site.step < int(config.dense_steps * site.steps) or site.layer < int(config.dense_layers * site.layers):
+        if site.in_warmup(config.dense_steps, config.dense_layers, whole=math.floor):
             return Plan.dense(geometry)
         key = (geometry, q.device)
         if key not in self._masks:

@@ -14,6 +14,7 @@ Follows github.com/svg-project/Sparse-VideoGen (svg/kmeans_utils.py, scripts/wan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -34,7 +35,6 @@ from calibatt.methods.clusters import (
     cluster_counts,
     cluster_order,
     in_line,
-    in_warmup,
     kmeans,
     random_tokens,
 )
@@ -124,7 +124,7 @@ class Svg2:
         self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
     ) -> Plan:
         """Blocks that cover the clusters of this call, or dense in the first steps and layers."""
-        if in_warmup(site, steps=self.config.dense_steps, layers=self.config.dense_layers):
+        if site.in_warmup(self.config.dense_steps, self.config.dense_layers, whole=math.floor):
             return Plan.dense(site.geometry)
         return self.clusters(q, k, site).plan(self.config.block)
 

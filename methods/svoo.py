@@ -38,10 +38,10 @@ from calibatt.methods.clusters import (
     cluster_counts,
     cluster_order,
     in_line,
-    in_warmup,
     random_tokens,
     regroup,
 )
+from calibatt.methods.energy import products
 from calibatt.methods.learning import Learnt
 
 # the table's name in what was learnt
@@ -153,7 +153,7 @@ class Svoo:
             ValueError: the table was learnt from other videos.
         """
         self._learnt.check(site)
-        if in_warmup(site, steps=self.config.dense_steps, layers=self.config.dense_layers):
+        if site.in_warmup(self.config.dense_steps, self.config.dense_layers, whole=math.floor):
             return Plan.dense(site.geometry)
         return self.clusters(q, k, site).plan(self.config.block)
 
@@ -199,7 +199,7 @@ class Svoo:
     ) -> _Coclusters:
         geometry = site.geometry
         video = slice(geometry.video_start, geometry.video_start + geometry.video_tokens)
-        generator = torch.Generator(q.device).manual_seed(_seed(self.config, site))
+        generator = site.generator(self.config.seed, q.device)
         counts = cluster_counts(geometry, self.config.clusters)
         queries, keys = in_line(*cocluster(q[:, video], k[:, video], counts, self.config.iterations, generator))
         return _Coclusters(
@@ -238,7 +238,7 @@ class ShareLearner:
             self._mean = torch.zeros(site.steps, site.layers, geometry.heads, dtype=torch.float64)
             self._squares = torch.zeros_like(self._mean)
         video = slice(geometry.video_start, geometry.video_start + geometry.video_tokens)
-        generator = torch.Generator(q.device).manual_seed(_seed(self._config, site))
+        generator = site.generator(self._config.seed, q.device)
         rows = torch.randperm(geometry.video_tokens, generator=generator, device=q.device)[: self._config.rows]
         share = needed_share(q[:, video][:, rows], k[:, video], self._config.coverage).double().cpu()
         at = site.step, site.layer
@@ -273,7 +273,7 @@ def needed_share(
     shares = []
     for first in range(0, heads, at_once):
         some = slice(first, first + at_once)
-        weights = (q[some].float() @ k[some].float().transpose(1, 2) / math.sqrt(channels)).softmax(-1)
+        weights = (products(q[some], k[some]) / math.sqrt(channels)).softmax(-1)
         reached = weights.sort(dim=-1, descending=True).values.cumsum(-1)
         # keys that fall short, and the one that does not
         counts = (reached < coverage * reached[..., -1:]).sum(-1) + 1
@@ -320,7 +320,3 @@ def _regrouped(
     # a centroid without any score has no direction: 0, as the original's
     directions = (directions / lengths.clamp(min=1e-8)).to(x.dtype)
     return regroup(x, centroids, directions, torch.zeros_like(lengths[..., 0]))
-
-
-def _seed(config: SvooConfig, site: Site) -> int:
-    return (config.seed * site.steps + site.step) * site.layers + site.layer

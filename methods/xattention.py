@@ -89,7 +89,7 @@ class XAttention:
         Raises:
             ValueError: the threshold is outside 0 to 1.
         """
-        if site.step < round(self.config.dense_steps * site.steps):
+        if site.in_warmup(self.config.dense_steps):
             return Plan.dense(site.geometry)
         block_q, block_k = self.config.block
         energy = antidiagonal_energy(q, k, stride=self.config.stride, block_q=block_q, block_k=block_k)

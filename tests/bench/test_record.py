@@ -36,6 +36,18 @@ def test_what_was_not_measured_is_absent_from_the_file() -> None:
     assert info["speedup"] == {"median": 2.0}
 
 
+def test_preparing_pays_after_as_many_videos_as_save_what_it_took() -> None:
+    # 2.1 seconds a video densely, 1.05 with the arm
+    assert Record(**TIMED, preparation_s=10.5).pays_after == pytest.approx(10)
+    slower = {**TIMED, "samples_s": (3.0, 3.1)}
+    attention = {**TIMED, "suite": "attention"}
+    # nothing to prepare, nothing saved, and no videos
+    assert [
+        Record(**one).pays_after
+        for one in (TIMED, {**slower, "preparation_s": 1.0}, {**attention, "preparation_s": 1.0})
+    ] == [None, None, None]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

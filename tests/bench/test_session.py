@@ -79,7 +79,7 @@ def test_a_run_leaves_records_of_what_was_and_of_what_could_not_be_timed(tmp_pat
     # in a folder that is not there yet
     path = tmp_path / "out" / "bench.json"
     done = _bench(
-        "--methods", "dense,calibatt,radial", "--kernels", "flex,sdpa-math", "--steps", "2", "--rounds", "2",
+        "--methods", "dense,calibatt,radial,svg/learnt", "--kernels", "flex,sdpa-math", "--steps", "2", "--rounds", "2",
         "--calibration-prompts", "1", f"--benchmark-json={path}",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -87,9 +87,13 @@ def test_a_run_leaves_records_of_what_was_and_of_what_could_not_be_timed(tmp_pat
     run = load_run(path)
     timed = {(record.suite, record.method) for record in run.records if record.outcome == "ok"}
     assert timed >= {
-        (suite, method) for suite in ("attention", "denoise") for method in ("dense", "calibatt", "radial")
+        (suite, method) for suite in ("attention", "denoise") for method in ("dense", "calibatt", "radial", "svg")
     }
-    assert ("calibration", "calibatt") in timed
+    assert timed >= {("calibration", "calibatt"), ("calibration", "svg")}
+    for record in run.records:
+        # what is learnt offline stands beside every figure that it made possible
+        if record.outcome == "ok" and record.suite in ("attention", "denoise"):
+            assert (record.preparation_s is not None) == (record.method in ("calibatt", "svg"))
     refused = [record for record in run.records if record.outcome == "unsupported"]
     assert {record.kernel for record in refused} == {"sdpa-math"}
     assert all("choose a sparse one" in (record.reason or "") for record in refused)

@@ -6,6 +6,7 @@ FlexAttention compiles anew for every shape, so all tests share two: 63 tokens Ã
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from calibatt.methods.base import Method, Site
 from calibatt.methods.catalogue import METHODS, build
 from calibatt.methods.catalogue import learner as build_learner
 from calibatt.methods.learning import Learnt
+from calibatt.methods.low import without_low
 
 HEADS = 3
 GEOMETRIES = {
@@ -38,6 +40,8 @@ SMALL, LARGE = GEOMETRIES["63"], GEOMETRIES["1000"]
 PLANNED = Geometry(grid=(8, 5, 25), heads=HEADS, head_dim=16)
 # not square, so that queries taken for keys show
 BLOCK = (32, 16)
+# the largest that a kernel leaves out by itself, of two sizes
+COARSE = (128, 64)
 ARMS = [(name, preset) for name, method in METHODS.items() for preset in method.presets]
 # the budget of a device is that of its type: fp32 is what a CPU has, bf16 and fp16 are what GPUs are used with
 PLACES = [
@@ -121,25 +125,38 @@ class Calibrated:
         return kinds_plan(self.geometry, kinds, seed=site.step * site.layers + site.layer)
 
 
+def places_of(geometry: Geometry) -> Tensor:
+    """Channels by which tokens that lie near each other, in time and across a frame, are alike; none for text."""
+    frame, _, column = torch.meshgrid(*(torch.arange(extent) / extent for extent in geometry.grid), indexing="ij")
+    channels = torch.zeros(geometry.tokens, 4)
+    angles = math.pi * torch.stack((frame.flatten(), column.flatten()), -1)
+    video = slice(geometry.video_start, geometry.video_start + geometry.video_tokens)
+    channels[video] = 8 * torch.cat((angles.cos(), angles.sin()), -1)
+    return channels
+
+
 @functools.cache
-def learnt(name: str, preset: str, geometry: Geometry) -> Learnt | None:
-    """What a preset learns from two videos, watched at those sites that are used here."""
-    learner = build_learner(name, preset=preset, block=BLOCK)
+def learnt(name: str, preset: str, geometry: Geometry, block: tuple[int, int] = BLOCK) -> Learnt | None:
+    """What a preset learns from two videos, whose attention is to what is near, watched at the sites that are used."""
+    learner = build_learner(name, preset=preset, block=block)
     if learner is None:
         return None
+    near = places_of(geometry)
     for video in range(2):
         for step in (0, 20, 40):
             for layer in (0, 5):
                 q, k, v = inputs(geometry, seed=1000 * (video + 1) + step + layer)
+                q[..., :4] += near
+                k[..., :4] += near
                 learner.watch(q[0], k[0], v[0], site(geometry, step=step, layer=layer))
-    return Learnt(method=name, geometry=geometry, steps=50, layers=8, tables=learner.tables())
+    return Learnt(method=name, preset=preset, geometry=geometry, steps=50, layers=8, tables=learner.tables())
 
 
-def made(name: str, preset: str, geometry: Geometry, device: str = "cpu") -> Method:
+def made(name: str, preset: str, geometry: Geometry, device: str = "cpu", block: tuple[int, int] = BLOCK) -> Method:
     """A method for the geometry, what it learnt on a device; skips where it does not apply."""
-    known = learnt(name, preset, geometry)
+    known = learnt(name, preset, geometry, block)
     source = Calibrated(geometry) if METHODS[name].offline else known and known.to(device)
-    method = build(name, preset=preset, source=source, block=BLOCK)
+    method = build(name, preset=preset, source=source, block=block)
     if (refusal := method.refusal(geometry)) is not None:
         pytest.skip(refusal.reason)
     return method
@@ -340,11 +357,12 @@ def test_an_arm_computes_its_plan_and_only_a_sparse_plan_changes_the_output(
     name: str, preset: str, kernel: Kernel, where: str, place: Place
 ) -> None:
     geometry = GEOMETRIES[where]
-    if place[0] == "cpu" and kernel.name == "triton" and geometry is not SMALL and preset != "default":
-        pytest.skip("Triton's interpreter takes seconds for so many tokens: other presets' larger plans are for a GPU")
+    interpreted = place[0] == "cpu" and kernel.name == "triton"
+    # Triton's interpreter takes as long for a small block as for a large one: of so many tokens, seconds a preset
+    block = COARSE if interpreted and geometry is not SMALL and preset != "default" else BLOCK
     q, k, v = inputs(geometry, place)
     # a calibration's plans are where its masks are
-    plan = made(name, preset, geometry, place[0]).plan(q[0], k[0], site(geometry)).to(place[0])
+    plan = made(name, preset, geometry, place[0], block).plan(q[0], k[0], site(geometry)).to(place[0])
     out = run(kernel, q, k, v, plan)
     assert_exact(out, q, k, v, plan)
     if place[0] != "cpu":
@@ -378,14 +396,16 @@ def test_a_plan_is_for_its_site_and_leaves_its_inputs_alone(name: str, preset: s
 def test_what_can_be_sparse_is_sparse_late_in_a_long_video(name: str, preset: str) -> None:
     method = made(name, preset, LARGE)
     q, k, _ = inputs(LARGE)
-    density = method.plan(q[0], k[0], site(LARGE)).density()
-    assert 0 < density.min() <= density.max() <= 1
-    # what has neither a knob nor anything learnt has nothing to be sparse by, and what a kernel leaves out by itself is
-    # not known before it runs
     plan = method.plan(q[0], k[0], site(LARGE))
-    if (method.offline or method.knob is not None) and plan.skip is None:
-        # by little where attention is nearly alike everywhere, as here, and nine tenths of it are to be kept
-        assert density.mean() < 0.98
+    if plan.skip is not None and plan.mask is not None:
+        # what a kernel would note and leave out by itself
+        kept = without_low(q[0], k[0], plan.mask, plan.skip.threshold)
+        plan.skip.low.bits.copy_(plan.mask.without(kept).bits)
+    density = plan.density()
+    assert 0 < density.min() <= density.max() <= 1
+    # what has neither a knob nor anything learnt has nothing to be sparse by
+    if method.offline or method.knob is not None:
+        assert density.mean() < 0.95
 
 
 @pytest.mark.parametrize("where", ["1000-text-first", "1000-text-last"])

@@ -45,7 +45,12 @@ def planned(settings: CompactConfig, *seeds: int, site: Site = SITE) -> Plan:
     for seed in seeds:
         learner.watch(*qkv(seed, site.geometry), site)
     learnt = Learnt(
-        method="compact", geometry=site.geometry, steps=site.steps, layers=site.layers, tables=learner.tables()
+        method="compact",
+        preset="default",
+        geometry=site.geometry,
+        steps=site.steps,
+        layers=site.layers,
+        tables=learner.tables(),
     )
     return Compact(settings, learnt).plan(*qkv(99, site.geometry)[:2], site)
 
@@ -209,7 +214,7 @@ def test_three_tenths_of_the_steps_are_dense(preset: str, dense: int) -> None:
     sites = [replace(SITE, step=step, steps=10) for step in (0, 2, 3, 9)]
     for site in sites:
         learner.watch(*qkv(0), site)
-    learnt = Learnt(method="compact", geometry=EVEN, steps=10, layers=2, tables=learner.tables())
+    learnt = Learnt(method="compact", preset="default", geometry=EVEN, steps=10, layers=2, tables=learner.tables())
     made = Compact(settings, learnt)
     kinds = [made.plan(*qkv(0)[:2], site).kinds[0] for site in sites]
     assert kinds == ["dense"] * dense + ["masked"] * (4 - dense)
@@ -218,7 +223,9 @@ def test_three_tenths_of_the_steps_are_dense(preset: str, dense: int) -> None:
 def test_both_branches_share_a_mask_that_is_made_once() -> None:
     learner = CompactLearner(SETTINGS)
     learner.watch(*qkv(1), SITE)
-    made = Compact(SETTINGS, Learnt(method="compact", geometry=EVEN, steps=2, layers=2, tables=learner.tables()))
+    made = Compact(
+        SETTINGS, Learnt(method="compact", preset="default", geometry=EVEN, steps=2, layers=2, tables=learner.tables())
+    )
     q, k, _ = qkv(3)
     first = made.plan(q, k, SITE)
     made.reset()

@@ -20,13 +20,6 @@ from calibatt.methods.patches import patch_order
 GEOMETRY = Geometry(grid=(4, 4, 4), heads=1, head_dim=4)
 SMALL: dict[str, Any] = {"patch": (4, 4), "block": (16, 16)}
 DIAGONAL = torch.eye(4, dtype=torch.bool)
-# shapes that neither patches nor blocks divide
-RAGGED = [
-    Geometry(grid=(1, 7, 9), heads=3, head_dim=8),
-    Geometry(grid=(8, 5, 25), heads=3, head_dim=8),
-    Geometry(grid=(6, 6, 27), heads=3, head_dim=8, text_tokens=28, text_side="first"),
-    Geometry(grid=(6, 6, 27), heads=3, head_dim=8, text_tokens=28, text_side="last"),
-]
 
 
 def planned(
@@ -104,8 +97,8 @@ def test_of_equal_entries_at_the_threshold_all_are_kept_but_a_row_is_filled_by_o
     assert largest(weights, 8 / 9, fill=True).int().tolist() == [[[1, 0, 0], [0, 1, 0], [0, 1, 0]]]
 
 
-def test_less_sparsity_keeps_all_that_more_keeps() -> None:
-    for geometry in RAGGED:
+def test_less_sparsity_keeps_all_that_more_keeps(all_ragged: tuple[Geometry, ...]) -> None:
+    for geometry in all_ragged:
         q, k = noise(geometry)
         last = torch.zeros(1, dtype=torch.bool)
         for sparsity in (1.0, 0.95, 0.9, 0.75, 0.5, 0.25, 0.0):
@@ -209,23 +202,22 @@ def test_heads_choose_apart() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_chooses_as_single_does(dtype: torch.dtype) -> None:
-    for geometry in RAGGED:
+def test_half_precision_chooses_as_single_does(dtype: torch.dtype, all_ragged: tuple[Geometry, ...]) -> None:
+    for geometry in all_ragged:
         q, k = (x.to(dtype) for x in noise(geometry))
         assert torch.equal(keep(q, k, geometry, block=(32, 16)), keep(q.float(), k.float(), geometry, block=(32, 16)))
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.75, 1.0])
-@pytest.mark.parametrize("geometry", RAGGED, ids=str)
-def test_no_query_is_left_without_a_key(geometry: Geometry, sparsity: float) -> None:
-    kept = keep(*noise(geometry), geometry, sparsity=sparsity, block=(32, 16), patch=(8, 16))
+def test_no_query_is_left_without_a_key(ragged: Geometry, sparsity: float) -> None:
+    kept = keep(*noise(ragged), ragged, sparsity=sparsity, block=(32, 16), patch=(8, 16))
     assert kept.any(-1).all()
     assert kept.all() == (sparsity == 0)
 
 
-def test_one_instance_serves_several_geometries() -> None:
+def test_one_instance_serves_several_geometries(all_ragged: tuple[Geometry, ...]) -> None:
     method = Draft(replace(Draft.presets["no-warmup"], block=(32, 16)))
-    for geometry in (*RAGGED, *RAGGED):
+    for geometry in (*all_ragged, *all_ragged):
         site = Site(geometry=geometry, step=0, steps=1, sigma=1.0, branch="cond", layer=0, layers=1)
         plan = method.plan(*noise(geometry), site)
         alone = planned(*noise(geometry), geometry, block=(32, 16))

@@ -30,13 +30,6 @@ NEXT = (torch.arange(8)[:, None] - torch.arange(8)).abs() <= 1
 PLAIN: dict[str, Any] = {
     "drop": 1.0, "early_drop": None, "mass": 0.0, "ramp": False, "first_frame": False, "block": (16, 16)
 }  # fmt: skip
-# shapes that neither curves nor blocks divide
-RAGGED = [
-    Geometry(grid=(1, 7, 9), heads=3, head_dim=8),
-    Geometry(grid=(8, 5, 25), heads=3, head_dim=8),
-    Geometry(grid=(6, 6, 27), heads=3, head_dim=8, text_tokens=28, text_side="first"),
-    Geometry(grid=(6, 6, 27), heads=3, head_dim=8, text_tokens=28, text_side="last"),
-]
 
 
 def planned(
@@ -311,8 +304,10 @@ def test_heads_choose_apart() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("preset", Jenga.presets)
-def test_half_precision_chooses_as_single_does(preset: str, dtype: torch.dtype) -> None:
-    for geometry in RAGGED:
+def test_half_precision_chooses_as_single_does(
+    preset: str, dtype: torch.dtype, all_ragged: tuple[Geometry, ...]
+) -> None:
+    for geometry in all_ragged:
         q, k = (x.to(dtype) for x in noise(geometry))
         half = planned(q, k, geometry, preset=preset, block=(32, 16))
         single = planned(q.float(), k.float(), geometry, preset=preset, block=(32, 16))
@@ -385,30 +380,31 @@ def test_the_halves_choose_by_their_own_share() -> None:
 
 
 @pytest.mark.parametrize("preset", Jenga.presets)
-def test_it_is_a_method(preset: str) -> None:
+def test_it_is_a_method(preset: str, all_ragged: tuple[Geometry, ...]) -> None:
     method = Jenga(Jenga.presets[preset])
     assert isinstance(method, Method)
-    assert all(method.refusal(geometry) is None for geometry in RAGGED)
+    assert all(method.refusal(geometry) is None for geometry in all_ragged)
 
 
 @pytest.mark.parametrize("preset", Jenga.presets)
-@pytest.mark.parametrize("geometry", RAGGED, ids=str)
-def test_dropping_more_keeps_nothing_else_and_leaves_no_query_without_a_key(geometry: Geometry, preset: str) -> None:
-    q, k = noise(geometry)
+def test_dropping_more_keeps_nothing_else_and_leaves_no_query_without_a_key(
+    ragged: Geometry, preset: str, all_ragged: tuple[Geometry, ...]
+) -> None:
+    q, k = noise(ragged)
     last = torch.ones(1, dtype=torch.bool)
     for drop in (0.0, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0):
-        plan = planned(q, k, geometry, preset=preset, drop=drop, block=(32, 16))
+        plan = planned(q, k, ragged, preset=preset, drop=drop, block=(32, 16))
         kept = torch.ones(1, 1, 1, dtype=torch.bool) if plan.mask is None else plan.mask.keep()
         assert kept.any(-1).all()
         assert not (kept & ~last).any()
         last = kept
-    assert geometry == RAGGED[0] or not last.all()
+    assert ragged == all_ragged[0] or not last.all()
 
 
-def test_one_instance_serves_several_geometries() -> None:
+def test_one_instance_serves_several_geometries(all_ragged: tuple[Geometry, ...]) -> None:
     method = Jenga(replace(Jenga.presets["default"], block=(32, 16)))
     # the third has as many tokens as the second
-    for geometry in (*RAGGED, Geometry(grid=(5, 8, 25), heads=3, head_dim=8), *RAGGED):
+    for geometry in (*all_ragged, Geometry(grid=(5, 8, 25), heads=3, head_dim=8), *all_ragged):
         site = Site(geometry=geometry, step=40, steps=50, sigma=0.3, branch="cond", layer=0, layers=1)
         plan, alone = method.plan(*noise(geometry), site), planned(*noise(geometry), geometry, block=(32, 16))
         assert plan.mask is not None

@@ -138,6 +138,17 @@ def test_unknown_names_and_settings_are_refused_and_the_known_ones_named() -> No
         build("dense", decay=1)
 
 
+def test_what_one_preset_learnt_is_not_taken_for_anothers() -> None:
+    with pytest.raises(ValueError, match=r"sta/searched learns from videos first: pass what it learnt as `source`$"):
+        build("sta", preset="searched")
+    # which has other steps dense, and so watches others
+    tables = {"distance": torch.zeros(50, 8, 6, 3)}
+    source = Learnt(method="sta", preset="searched-no-warmup", geometry=GEOMETRY, steps=50, layers=8, tables=tables)
+    build("sta", preset="searched-no-warmup", source=source)
+    with pytest.raises(ValueError, match="not that of sta/searched-no-warmup"):
+        build("sta", preset="searched", source=source)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_its_name_a_default_and_a_knob_that_exists(name: str) -> None:
     method = METHODS[name]
@@ -160,7 +171,7 @@ def test_density_is_monotonic_along_the_knob(name: str) -> None:
     source: Source | Learnt | None = Source(Plan.dense(where.geometry)) if METHODS[name].offline else None
     if (learner := build_learner(name, preset=preset, block=BLOCK)) is not None:
         learner.watch(q, k, k, where)
-        source = Learnt(method=name, geometry=GEOMETRY, steps=50, layers=8, tables=learner.tables())
+        source = Learnt(method=name, preset=preset, geometry=GEOMETRY, steps=50, layers=8, tables=learner.tables())
     built = [build(name, preset=preset, source=source, block=BLOCK, **one) for one in settings]
     found = [method.plan(q, k, where).density().mean().item() for method in built]
     assert found in (sorted(found), sorted(found, reverse=True))

@@ -15,7 +15,7 @@ from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan, Skip
 from calibatt.methods.base import Site
-from calibatt.methods.blasst import _LAMBDAS, fitted_threshold
+from calibatt.methods.blasst import LAMBDAS, fitted_threshold
 from calibatt.methods.catalogue import build, learner
 from calibatt.methods.learning import Learnt
 from calibatt.methods.low import all_blocks, gaps, without_low
@@ -107,7 +107,7 @@ def test_blassts_oracle_leaves_out_what_its_kernel_would() -> None:
 
 def test_blassts_fit_finds_the_law_that_shares_follow() -> None:
     # λ · 60 = 2 · exp(9 · share)
-    shares = (torch.tensor(_LAMBDAS).mul(60).log() - math.log(2)).div(9).clamp(0, 1)
+    shares = (torch.tensor(LAMBDAS).mul(60).log() - math.log(2)).div(9).clamp(0, 1)
     wanted = 2 * math.exp(9 * 0.3) / 60
     assert fitted_threshold(shares.expand(2, 3, -1), 60, 0.3) == pytest.approx(math.log2(wanted), rel=1e-4)
     assert isinstance(fitted_threshold(torch.zeros(2, 3, 22), 60, 0.3), Unsupported)
@@ -122,7 +122,7 @@ def test_blasst_learns_the_threshold_that_leaves_out_the_share_asked_for() -> No
     watching.watch(q, k, q, where)
     tables = watching.tables()
     assert tables["left_out"].shape == (4, 8, 22)
-    learnt = Learnt(method="blasst", geometry=geometry, steps=4, layers=8, tables=tables)
+    learnt = Learnt(method="blasst", preset="calibrated-oracle", geometry=geometry, steps=4, layers=8, tables=tables)
     plan = build("blasst", preset="calibrated-oracle", source=learnt, block=BLOCK).plan(q, k, where)
     # an exponential is not quite how shares grow
     assert 1 - plan.density().mean().item() == pytest.approx(0.5, abs=0.1)

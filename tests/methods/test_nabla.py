@@ -21,13 +21,6 @@ from calibatt.methods.patches import patch_order
 GEOMETRY = Geometry(grid=(4, 4, 4), heads=1, head_dim=4)
 SMALL: dict[str, Any] = {"patch": (4, 4), "block": (16, 16)}
 DIAGONAL = torch.eye(4, dtype=torch.bool)
-# shapes that neither patches nor blocks divide
-RAGGED = [
-    Geometry(grid=(1, 7, 9), heads=3, head_dim=8),
-    Geometry(grid=(8, 5, 25), heads=3, head_dim=8),
-    Geometry(grid=(6, 6, 27), heads=3, head_dim=8, text_tokens=28, text_side="first"),
-    Geometry(grid=(6, 6, 27), heads=3, head_dim=8, text_tokens=28, text_side="last"),
-]
 
 
 def planned(q: Tensor, k: Tensor, geometry: Geometry, **settings: Any) -> Plan:
@@ -87,11 +80,11 @@ def test_no_mass_keeps_the_heaviest_block_and_all_of_it_every_block(blocks: int)
     assert heaviest(torch.tensor([0.0, 1.0, 0.0]), 1.0).all()
 
 
-def test_more_mass_keeps_all_that_less_keeps() -> None:
-    q, k = noise(RAGGED[1])
+def test_more_mass_keeps_all_that_less_keeps(all_ragged: tuple[Geometry, ...]) -> None:
+    q, k = noise(all_ragged[1])
     last = torch.zeros(1, dtype=torch.bool)
     for mass in (0.0, 0.2, 0.5, 0.7, 0.9, 0.99, 1.0):
-        kept = keep(q, k, RAGGED[1], mass=mass, block=(32, 16), patch=(8, 8))
+        kept = keep(q, k, all_ragged[1], mass=mass, block=(32, 16), patch=(8, 8))
         assert not (last & ~kept).any()
         last = kept
     assert last.all()
@@ -139,16 +132,15 @@ def test_heads_choose_apart() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_chooses_as_single_does(dtype: torch.dtype) -> None:
-    for geometry in RAGGED:
+def test_half_precision_chooses_as_single_does(dtype: torch.dtype, all_ragged: tuple[Geometry, ...]) -> None:
+    for geometry in all_ragged:
         q, k = (x.to(dtype) for x in noise(geometry))
         assert torch.equal(keep(q, k, geometry, block=(32, 16)), keep(q.float(), k.float(), geometry, block=(32, 16)))
 
 
 @pytest.mark.parametrize("mass", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("geometry", RAGGED, ids=str)
-def test_no_query_is_left_without_a_key(geometry: Geometry, mass: float) -> None:
-    kept = keep(*noise(geometry), geometry, mass=mass, block=(32, 16), patch=(8, 8))
+def test_no_query_is_left_without_a_key(ragged: Geometry, mass: float) -> None:
+    kept = keep(*noise(ragged), ragged, mass=mass, block=(32, 16), patch=(8, 8))
     assert kept.any(-1).all()
     assert kept.all() == (mass == 1)
 
@@ -185,9 +177,9 @@ def test_text_is_in_no_window(side: str, text: int) -> None:
     assert torch.equal(kept, video[:, None] & video)
 
 
-def test_one_instance_serves_several_geometries() -> None:
+def test_one_instance_serves_several_geometries(all_ragged: tuple[Geometry, ...]) -> None:
     method = Nabla(replace(Nabla.presets["default"], block=(32, 16), window=(3, 3, 3)))
-    for geometry in (*RAGGED, *RAGGED):
+    for geometry in (*all_ragged, *all_ragged):
         site = Site(geometry=geometry, step=0, steps=1, sigma=1.0, branch="cond", layer=0, layers=1)
         plan = method.plan(*noise(geometry), site)
         alone = planned(*noise(geometry), geometry, block=(32, 16), window=(3, 3, 3))

@@ -40,7 +40,9 @@ def watched(settings: ScalingConfig, *seeds: int, site: Site = SITE) -> Mapping[
 
 
 def planned(settings: ScalingConfig, tables: Mapping[str, Tensor], site: Site = SITE) -> Tensor:
-    learnt = Learnt(method="scaling", geometry=site.geometry, steps=site.steps, layers=site.layers, tables=tables)
+    learnt = Learnt(
+        method="scaling", preset="default", geometry=site.geometry, steps=site.steps, layers=site.layers, tables=tables
+    )
     q, k, _ = qkv(99, site.geometry)
     mask = Scaling(settings, learnt).plan(q, k, site).mask
     assert mask is not None
@@ -174,7 +176,9 @@ def test_without_any_density_the_heaviest_block_of_each_prompt_stays() -> None:
 
 def test_both_branches_share_a_mask_that_is_made_once() -> None:
     settings = config()
-    learnt = Learnt(method="scaling", geometry=GEOMETRY, steps=2, layers=2, tables=watched(settings, 1))
+    learnt = Learnt(
+        method="scaling", preset="default", geometry=GEOMETRY, steps=2, layers=2, tables=watched(settings, 1)
+    )
     made = Scaling(settings, learnt)
     q, k, _ = qkv(3)
     first = made.plan(q, k, SITE)
@@ -189,7 +193,9 @@ def test_uniform_is_dense_for_three_tenths_of_the_steps_and_the_default_never() 
         sites = [replace(SITE, step=step, steps=10) for step in (0, 2, 3, 9)]
         for site in sites:
             learner.watch(*qkv(site.step), site)
-        learnt = Learnt(method="scaling", geometry=GEOMETRY, steps=10, layers=2, tables=learner.tables())
+        learnt = Learnt(
+            method="scaling", preset="default", geometry=GEOMETRY, steps=10, layers=2, tables=learner.tables()
+        )
         made = Scaling(settings, learnt)
         kinds = [made.plan(*qkv(0)[:2], site).kinds[0] for site in sites]
         assert kinds == ["dense"] * dense + ["masked"] * (4 - dense)

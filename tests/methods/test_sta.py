@@ -304,7 +304,9 @@ def search(*seeds: int, config: SlidingTileConfig = FOUND) -> Tensor:
 
 
 def found(distance: Tensor, config: SlidingTileConfig = FOUND, step: int = 3) -> Plan:
-    learnt = Learnt(method="sta", geometry=SEARCHED, steps=4, layers=2, tables={"distance": distance})
+    learnt = Learnt(
+        method="sta", preset="searched", geometry=SEARCHED, steps=4, layers=2, tables={"distance": distance}
+    )
     q, k, _ = qkv(99)
     return SlidingTile(config, learnt).plan(q, k, place(step))
 

@@ -250,7 +250,9 @@ def learnt_from(*values: Tensor) -> tuple[SparseVideoGen, Learner]:
     for v in values:
         learner.watch(q, q, v, at(VIDEO))
     tables = learner.tables()
-    return SparseVideoGen(settings, Learnt(method="svg", geometry=VIDEO, steps=50, layers=4, tables=tables)), learner
+    return SparseVideoGen(
+        settings, Learnt(method="svg", preset="learnt", geometry=VIDEO, steps=50, layers=4, tables=tables)
+    ), learner
 
 
 def by_frame_and_place() -> Tensor:

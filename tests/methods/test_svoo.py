@@ -36,7 +36,9 @@ def noise(seed: int = 0, geometry: Geometry = GEOMETRY) -> tuple[Tensor, Tensor]
 
 def learnt(share: Tensor | float) -> Learnt:
     table = torch.as_tensor(share, dtype=torch.float32).expand(STEPS, LAYERS, GEOMETRY.heads)
-    return Learnt(method="svoo", geometry=GEOMETRY, steps=STEPS, layers=LAYERS, tables={"share": table})
+    return Learnt(
+        method="svoo", preset="default", geometry=GEOMETRY, steps=STEPS, layers=LAYERS, tables={"share": table}
+    )
 
 
 def made(share: Tensor | float = 0.2, **settings: Any) -> Svoo:
