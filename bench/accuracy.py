@@ -43,8 +43,19 @@ class Truth:
         return self.kernel_error <= self.kernel_error_budget
 
 
-def judge(plans: Sequence[Plan], kernel: Attender, probes: Sequence[Probe]) -> Truth:
+def judge(
+    plans: Sequence[Plan],
+    kernel: Attender,
+    probes: Sequence[Probe],
+    dense: Sequence[Float[Tensor, "1 checked tokens head_dim"]],
+    heads: Sequence[int],
+) -> Truth:
     """Compute plans, one a probe, with a kernel and compare with fp64.
+
+    Args:
+        plans, kernel, probes: what is computed.
+        dense: dense attention of each probe in fp64, of the checked heads.
+        heads: which to check.
 
     Raises:
         ValueError: the kernel does not apply to a plan.
@@ -52,16 +63,15 @@ def judge(plans: Sequence[Plan], kernel: Attender, probes: Sequence[Probe]) -> T
     errors: list[tuple[float, float]] = []
     method_errors: list[float] = []
     recalls: list[float] = []
-    for plan, probe in zip(plans, probes, strict=True):
-        out = kernel.attend(probe.q, probe.k, probe.v, plan)
+    for plan, probe, reference in zip(plans, probes, dense, strict=True):
+        out = kernel.attend(probe.q, probe.k, probe.v, plan)[:, heads]
         # what a kernel leaves out by itself is known now
-        plan = plan.realised()
-        exact = oracle.attend(probe.q, probe.k, probe.v, plan)
-        error = _largest_error(out, exact)
-        errors.append((error, oracle.error_budget(probe.q, probe.k, probe.v, plan, exact)))
-        dense = oracle.attend(probe.q, probe.k, probe.v, Plan.dense(probe.site.geometry))
-        method_errors.append(((exact - dense).norm() / dense.norm()).item())
-        recalls.extend(recall(probe, plan))
+        plan = plan.realised().of_heads(heads)
+        q, k, v = (x[:, heads] for x in (probe.q, probe.k, probe.v))
+        exact = oracle.attend(q, k, v, plan)
+        errors.append((_largest_error(out, exact), oracle.error_budget(q, k, v, plan, exact)))
+        method_errors.append(((exact - reference).norm() / reference.norm()).item())
+        recalls.extend(recall(q[0], k[0], plan))
     worst = max(errors, key=lambda pair: pair[0] / pair[1])
     return Truth(
         kernel_error=worst[0],
@@ -98,15 +108,16 @@ def _largest_error(out: Tensor, exact: Tensor) -> float:
     return (out.double() - exact).abs().max().nan_to_num(math.inf).item()
 
 
-def recall(probe: Probe, plan: Plan) -> list[float]:
+def recall(
+    q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], plan: Plan
+) -> list[float]:
     """Attention mass in the kept blocks, for each head that computes all its queries."""
     kept = [1.0 for kind in plan.kinds if kind == "dense"]
     if plan.mask is not None:
         mask = plan.mask
-        q, k = probe.q, probe.k
         if plan.order is not None:
-            q, k = permute((q,), plan.order.queries)[0], permute((k,), plan.order.keys)[0]
-        energy = block_energy(q[0], k[0], block_q=mask.block_q, block_k=mask.block_k)
+            q, k = permute((q[None],), plan.order.queries)[0][0], permute((k[None],), plan.order.keys)[0][0]
+        energy = block_energy(q, k, block_q=mask.block_q, block_k=mask.block_k)
         mass = (energy * mask.keep()).sum(-1).mean(-1)
         kept += mass[plan.heads_of("masked")].tolist()
     return kept

@@ -15,7 +15,7 @@ from calibatt.bench.stage import Stage
 from calibatt.kernels.base import Kernel, Task, Unsupported
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Method
+from calibatt.methods.base import Planner
 
 _T = TypeVar("_T")
 
@@ -32,7 +32,7 @@ class Ready:
     """
 
     arm: Arm
-    method: Method
+    method: Planner
     kernel: Kernel
     plans: tuple[Plan, ...]
     truth: Truth
@@ -67,7 +67,7 @@ def _ready(stage: Stage, arm: Arm) -> Ready | Failure:
         refusal = kernel.refusal(Task.of(probe.q, plan))
         if refusal is not None:
             return Failure("unsupported", refusal.reason)
-    truth = judge(plans, kernel, stage.probes)
+    truth = judge(plans, kernel, stage.probes, stage.dense_truth, stage.checked_heads)
     if not truth.right:
         return Failure(
             "wrong",
@@ -100,6 +100,10 @@ def facts(stage: Stage, suite: Suite, arm: Arm) -> dict[str, Any]:
         "preset": arm.preset,
         "mode": arm.mode,
         "target_density": arm.density,
+        "target_psnr_db": arm.psnr_db,
+        "dense_steps": None if arm.dense_first is None else arm.dense_first[0],
+        "dense_layers": None if arm.dense_first is None else arm.dense_first[1],
+        "block_choice": arm.block_choice,
         "kernel": stage.dense.name if arm == DENSE else arm.kernel,
         "baseline": None if arm == DENSE else stage.dense.name,
     }
@@ -121,4 +125,5 @@ def passed(stage: Stage, suite: Suite, one: Ready) -> dict[str, Any]:
         "kernel_error_budget": one.truth.kernel_error_budget,
         "method_error": one.truth.method_error,
         "preparation_s": stage.preparation_s(one.arm),
+        "checked_heads": len(stage.checked_heads),
     }

@@ -15,7 +15,7 @@ from calibatt.methods.catalogue import METHODS
 from calibatt.models.catalogue import MODELS, ModelEntry
 from calibatt.models.device import working_dtype
 
-Mode = Literal["native", "equal_density"]
+Mode = Literal["native", "matched", "equal_density", "equal_fidelity"]
 Order = Literal["tile", "token-major", "random"]
 ORDERS: tuple[Order, ...] = ("tile", "token-major", "random")
 
@@ -26,8 +26,12 @@ class Arm:
 
     Args:
         method, preset: names in the catalogue of methods.
-        mode: the preset as it is, or with its knob turned for a density.
-        density: the wanted density; None for CalibAtt's own, and in native mode.
+        mode: the preset as it is; with the dense schedule of the run in place of its own; or with its knob turned for
+            a density or a fidelity.
+        density: the wanted density; None for CalibAtt's own, and in other modes.
+        psnr_db: the wanted fidelity, PSNR against the dense video; None in other modes.
+        dense_first: shares of the steps and of the layers that are dense, in place of the method's own schedule.
+        block: tokens of a query and of a key block; `native` for the preset's own, None for the model's.
         kernel: name of the sparse kernel; dense itself runs on whichever is fastest.
     """
 
@@ -36,14 +40,21 @@ class Arm:
     mode: Mode
     kernel: str
     density: float | None = None
+    psnr_db: float | None = None
+    dense_first: tuple[float, float] | None = None
+    block: tuple[int, int] | Literal["native"] | None = None
 
     @classmethod
-    def parse(cls, text: str, kernel: str) -> Arm:
-        """Read `method[/preset][=density]`, e.g. `radial/no-warmup=density` or `sparge=0.35`.
+    def parse(cls, text: str, kernel: str, dense_first: tuple[float, float] | None = None) -> Arm:
+        """Read `method[/preset][=density]`, e.g. `radial/no-warmup=density`, `sparge=0.35` or `sparge=30dB`.
+
+        Args:
+            text: the arm.
+            kernel, dense_first: of all arms of the run.
 
         Raises:
             UnknownName: there is no such method, preset or kernel.
-            ValueError: a density is none, or is asked of a method that has no knob.
+            ValueError: a density or a fidelity is none, or is asked of a method that has no knob.
         """
         name, equal, wanted = text.partition("=")
         method, _, preset = name.partition("/")
@@ -55,25 +66,43 @@ class Arm:
             raise ValueError(f"{method} has no knob that changes its density: leave out {equal}{wanted}")
         if method == DENSE.method:
             return DENSE
-        mode: Mode = "equal_density" if equal else "native"
-        return cls(method=method, preset=preset, mode=mode, kernel=kernel, density=_density(text, wanted))
+        mode: Mode = "native" if dense_first is None else "matched"
+        density = psnr_db = None
+        if wanted.endswith("dB"):
+            mode, psnr_db = "equal_fidelity", _number(text, wanted.removesuffix("dB"), below=math.inf)
+        elif equal:
+            mode, density = "equal_density", None if wanted in ("", "density") else _number(text, wanted, below=1)
+        return cls(
+            method=method, preset=preset, mode=mode, kernel=kernel, density=density, psnr_db=psnr_db,
+            dense_first=dense_first,
+        )  # fmt: skip
 
     def __str__(self) -> str:
         preset = "" if self.preset == "default" else f"/{self.preset}"
-        density = "density" if self.density is None else f"{self.density:g}"
-        return f"{self.method}{preset}{f'={density}' if self.mode == 'equal_density' else ''}"
+        wanted = {
+            "equal_density": "=density" if self.density is None else f"={self.density:g}",
+            "equal_fidelity": f"={self.psnr_db:g}dB" if self.psnr_db is not None else "",
+        }.get(self.mode, "")
+        first = "" if self.dense_first is None else f"-dense{self.dense_first[0]:g}x{self.dense_first[1]:g}"
+        block = "" if self.block is None else f"-{self.block_choice}"
+        return f"{self.method}{preset}{wanted}{first}{block}"
+
+    @property
+    def block_choice(self) -> str | None:
+        """The choice of blocks in words: `native` or, say, `64x128`; None for the model's."""
+        return "x".join(map(str, self.block)) if isinstance(self.block, tuple) else self.block
 
 
-def _density(text: str, wanted: str) -> float | None:
-    if wanted in ("", "density"):
-        return None
+def _number(text: str, wanted: str, *, below: float) -> float:
     try:
-        density = float(wanted)
+        number = float(wanted)
     except ValueError:
-        density = math.nan
-    if not 0 < density <= 1:
-        raise ValueError(f"{text}: behind = stands `density`, for CalibAtt's, or a number above 0 and up to 1")
-    return density
+        number = math.nan
+    if not 0 < number <= below or math.isinf(number):
+        raise ValueError(
+            f"{text}: behind = stands `density`, for CalibAtt's, a density above 0 and up to 1, or a PSNR such as 30dB"
+        )
+    return number
 
 
 DENSE = Arm(method="dense", preset="default", mode="native", kernel="fastest")
@@ -137,12 +166,14 @@ class Workload:
         model, resolution: names in the catalogue of models.
         steps: denoising steps; 0 where kernels are measured by themselves.
         device: where it runs.
+        resampled: whether its attention calls have the embedded model's inputs, resampled to this model's size.
     """
 
     model: str
     resolution: str
     steps: int
     device: torch.device
+    resampled: bool = False
 
     @property
     def entry(self) -> ModelEntry:
@@ -156,7 +187,7 @@ class Workload:
 
     def __str__(self) -> str:
         steps = f"-{self.steps}" if self.steps else ""
-        return f"{self.model}-{self.resolution}{steps}"
+        return f"{self.model}-{self.resolution}{steps}{'-resampled' if self.resampled else ''}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,15 +7,17 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from calibatt.bench.cells import DENSE, ORDERS, AnyArm, Arm, BlockArm, Cell, MoveArm, Order, Workload
 from calibatt.bench.console import Console
 from calibatt.bench.masks import PATTERNS, Pattern
 from calibatt.bench.record import Suite
+from calibatt.bench.resampled import check_resampled
 from calibatt.bench.session import BenchSession, Settings
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import look_up
-from calibatt.methods.catalogue import learner
+from calibatt.methods.catalogue import has_blocks, learner
 from calibatt.models.catalogue import MODELS
 from calibatt.models.device import pick_device
 from calibatt.models.generate import read_prompts
@@ -50,20 +52,51 @@ def cells(options: Namespace, suite: Suite) -> list[Cell]:
     """
     if suite == "kernel":
         return _kernel_cells(options)
+    dense_first = _dense_first(options)
     arms = dict.fromkeys(
-        Arm.parse(method, kernel) for kernel in _names(options.kernels) for method in _names(options.methods)
+        arm
+        for kernel in _names(options.kernels)
+        for method in _names(options.methods)
+        for arm in _in_blocks(Arm.parse(method, kernel, dense_first), options.blocks)
     )
     if suite == "calibration":
         # one calibration serves every preset and kernel, and what a preset learns every mode and kernel
         calibrated = [arm for arm in arms if arm.method == "calibatt"][:1]
         learning = [arm for arm in arms if learner(arm.method, preset=arm.preset) is not None]
         arms = dict.fromkeys([*calibrated, *{(arm.method, arm.preset): arm for arm in learning}.values()])
-    # what cannot be loaded has its place in the kernel suite alone
-    workloads = [workload for workload in _workloads(options) if workload.entry.loader is not None]
+    if options.inputs == "resampled":
+        # there are calls, but no videos
+        workloads = _workloads(options) if suite == "attention" else []
+    else:
+        # what cannot be loaded has its place in the kernel suite alone
+        workloads = [workload for workload in _workloads(options) if workload.entry.loader is not None]
     return [Cell(workload=workload, arm=arm) for workload in workloads for arm in arms]
 
 
+def _in_blocks(arm: Arm, choices: str) -> Sequence[Arm]:
+    """The arm in every choice of blocks; once where it has none to choose."""
+    if arm == DENSE or not has_blocks(arm.method):
+        return [arm]
+    chosen: list[Literal["native"] | tuple[int, int]] = []
+    for choice in _names(choices):
+        chosen += ["native"] if choice == "native" else _blocks(choice)
+    return [replace(arm, block=block) for block in chosen] or [arm]
+
+
+def _dense_first(options: Namespace) -> tuple[float, float] | None:
+    """Shares of the steps and of the layers that are dense in every arm; None for each method's own."""
+    given = (options.dense_steps, options.dense_layers)
+    if given == (None, None):
+        return None
+    steps, layers = (0.0 if share is None else share for share in given)
+    if not (0 <= steps <= 1 and 0 <= layers <= 1):
+        raise ValueError("--dense-steps and --dense-layers are shares, from 0 to 1")
+    return steps, layers
+
+
 def _kernel_cells(options: Namespace) -> list[Cell]:
+    if options.inputs == "resampled":
+        return []
     kernels = _names(options.kernels)
     for kernel in kernels:
         look_up(KERNELS, kernel, "kernel")
@@ -102,7 +135,14 @@ def _workloads(options: Namespace) -> list[Workload]:
         entry = look_up(MODELS, model, "model")
         for resolution in _names(options.resolutions) or list(entry.resolutions)[:1]:
             for steps in _steps(options.steps) or [entry.steps_at(resolution)]:
-                workloads.append(Workload(model=model, resolution=resolution, steps=steps, device=device))
+                workloads.append(
+                    Workload(
+                        model=model, resolution=resolution, steps=steps, device=device,
+                        resampled=options.inputs == "resampled",
+                    )
+                )  # fmt: skip
+                if options.inputs == "resampled":
+                    check_resampled(entry.geometry(resolution))
     return workloads
 
 

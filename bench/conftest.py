@@ -30,13 +30,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--methods",
         default="dense,calibatt,radial,sparge,random",
         help="METHOD[/PRESET][=density], see `calibatt methods`; =density turns the method's knob to CalibAtt's "
-        "density, =0.35 to that one; default: %(default)s",
+        "density, =0.35 to that one, =30dB to that PSNR against dense videos; default: %(default)s",
     )
     add("--resolutions", default="", help="see `calibatt models`; default: each model's first")
     add("--steps", default="", help="denoising steps; default: the model's at that resolution")
     add("--kernels", default="flex", help="see `calibatt kernels`; default: %(default)s")
     add("--densities", default="0.25", help="of the kernel suite, 1 for dense; default: %(default)s")
-    add("--blocks", default="", help="of the kernel suite, QUERIESxKEYS in tokens; default: the model's")
+    add(
+        "--blocks",
+        default="",
+        help="QUERIESxKEYS in tokens, and for methods also `native`, each preset's own; default: the model's",
+    )
+    add("--dense-steps", type=float, default=None, help="share of the first steps that are dense in every arm")
+    add(
+        "--dense-layers",
+        type=float,
+        default=None,
+        help="share of the first layers that are dense in every arm; default of both: each method's own",
+    )
+    add(
+        "--inputs",
+        choices=("own", "resampled"),
+        default="own",
+        help="of attention calls: the model's own, or those of the embedded model resampled to the model's size, which "
+        "needs no weights; default: %(default)s",
+    )
     add(
         "--masks",
         default="random",

@@ -37,11 +37,15 @@ class Record:
 
     What was run:
         suite, model, weights, resolution, frames, steps, tokens, heads, head_dim, dtype, compiled: the workload.
+        inputs: where attention's inputs come from, if they are not the model's own.
         guidance: classifier-free guidance scale of a whole generation.
-        method, preset, mode: `native` is the method's own settings, `equal_density` those that give a density:
-            target_density, or CalibAtt's where there is none. In the kernel suite the method is `blocks` and the preset
-            the density that was asked for.
+        method, preset, mode: `native` is the method's own settings; `matched` has the run's dense schedule in place of
+            the method's; `equal_density` has settings that give a density, target_density, or CalibAtt's where there is
+            none; `equal_fidelity` those that give target_psnr_db. In the kernel suite the method is `blocks` and the
+            preset the density that was asked for.
+        dense_steps, dense_layers: shares of the first steps and layers that are dense in every arm of the run.
         kernel, block: the kernel, and tokens of a query and of a key block.
+        block_choice: how the blocks were chosen: `native`, the preset's own, or a size; absent for the model's.
         mask: where a kernel benchmark's mask comes from; `rows` for row reuse, `mixed` for both in one layer.
         baseline: the dense kernel that times are compared with.
         prompts: captions of the samples, in order.
@@ -65,6 +69,7 @@ class Record:
         recall: attention mass kept, mean.
         kernel_error: largest error against fp64 under the same plan; kernel_error_budget is what it may be.
         method_error: relative error of attention outputs against dense ones.
+        checked_heads: heads of which the last four were taken.
         psnr_db, ssim: generated video against the same-seed dense one.
         alignment, alignment_dense: how much of the caption can be read back from the video, 0 to 1.
         mask_agreement: overlap (intersection over union) of the masks of different prompts.
@@ -91,8 +96,13 @@ class Record:
     dtype: str | None = None
     compiled: bool | None = None
     preset: str | None = None
-    mode: Literal["native", "equal_density"] | None = None
+    inputs: str | None = None
+    mode: Literal["native", "matched", "equal_density", "equal_fidelity"] | None = None
     target_density: float | None = None
+    target_psnr_db: float | None = None
+    dense_steps: float | None = None
+    dense_layers: float | None = None
+    block_choice: str | None = None
     block: tuple[int, int] | None = None
     mask: Literal["random", "banded", "captured", "rows", "mixed"] | None = None
     baseline: str | None = None
@@ -114,6 +124,7 @@ class Record:
     kernel_error: float | None = None
     kernel_error_budget: float | None = None
     method_error: float | None = None
+    checked_heads: int | None = None
     psnr_db: Samples | None = None
     ssim: Samples | None = None
     alignment: Samples | None = None
@@ -170,23 +181,31 @@ class Record:
     @property
     def arm(self) -> str:
         """Short name of the arm within its workload, e.g. `radial/default` or `dense`."""
-        density = "density" if self.target_density is None else f"{self.target_density:g}"
-        mode = f" ={density}" if self.mode == "equal_density" else ""
-        return (self.method if self.preset in (None, "default") else f"{self.method}/{self.preset}") + mode
+        name = self.method if self.preset in (None, "default") else f"{self.method}/{self.preset}"
+        if self.mode == "equal_density":
+            name += " =density" if self.target_density is None else f" ={self.target_density:g}"
+        elif self.mode == "equal_fidelity":
+            name += f" ={self.target_psnr_db:g} dB"
+        if self.dense_steps is not None:
+            name += f", {self.dense_steps:.0%} of the steps dense"
+        if self.dense_layers:
+            name += f", {self.dense_layers:.0%} of the layers dense"
+        return name if self.block_choice is None else f"{name}, blocks {self.block_choice}"
 
     @property
     def workload(self) -> tuple[Any, ...]:
         """What the arms that may be compared have in common."""
-        return (self.suite, self.model, self.resolution, self.steps, self.dtype, self.compiled)
+        return (self.suite, self.model, self.inputs, self.resolution, self.steps, self.dtype, self.compiled)
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What is the same measurement in another run, also where it failed there before it knew its blocks."""
         if self.suite == "kernel":
             return (*self.workload, self.method, self.preset, self.kernel, self.block, self.mask)
-        # elsewhere a preset fixes the blocks, and dense runs on whichever kernel is fastest that day
+        # elsewhere a preset or a choice fixes the blocks, and dense runs on whichever kernel is fastest that day
         kernel = None if self.method == "dense" else self.kernel
-        return (*self.workload, self.method, self.preset, self.mode, self.target_density, kernel)
+        wanted = (self.mode, self.target_density, self.target_psnr_db, self.dense_steps, self.dense_layers)
+        return (*self.workload, self.method, self.preset, *wanted, self.block_choice, kernel)
 
     def to_extra_info(self) -> dict[str, Any]:
         """The fields as they stand in the file; what was not measured is absent."""

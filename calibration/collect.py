@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
@@ -16,14 +16,14 @@ from torch import Tensor
 from calibatt.calibration.repetition import anchor_rows, row_similarity
 from calibatt.calibration.schedule import Schedule
 from calibatt.calibration.store import Calibration, Provenance
-from calibatt.calibration.videos import Stopwatch, dense_videos
+from calibatt.calibration.videos import DenseVideos, Stopwatch, Videos
 from calibatt.kernels.base import Attender
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan, block_count
 from calibatt.methods.base import Site
 from calibatt.methods.energy import block_energy
 from calibatt.methods.selection import smallest_set
-from calibatt.models.catalogue import ModelEntry, weights_digest
+from calibatt.models.catalogue import ModelEntry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +160,7 @@ def calibrate(
         prompts: 16 are nearly as good as the paper's 64.
         seed: prompt i starts from noise of seed + i.
         kernel: computes the dense attention.
-        config: how; the paper's settings where None.
+        config: how; the paper's settings where None, and the model's own blocks.
         steps, guidance: the model's defaults where None. A calibration fits generations of this many steps only.
         progress: whether to show a progress bar over prompts × steps on stderr.
 
@@ -168,27 +168,42 @@ def calibrate(
         ValueError: there is no prompt, or one is empty or not in the model's language; an option is out of range.
     """
     config = CalibrationConfig() if config is None else config
-    geometry = entry.geometry(resolution)
-    steps = entry.steps_at(resolution) if steps is None else steps
-    guidance = entry.guidance if guidance is None else guidance
+    config = replace(config, block=config.block or entry.block)
+    videos = DenseVideos(entry, pipe, resolution=resolution, steps=steps, guidance=guidance)
+    return calibrate_on(videos, prompts=prompts, seed=seed, kernel=kernel, config=config, progress=progress)
+
+
+def calibrate_on(
+    videos: Videos,
+    *,
+    prompts: Sequence[str],
+    seed: int,
+    kernel: Attender,
+    config: CalibrationConfig,
+    progress: bool = False,
+) -> Calibration:
+    """The same, on dense videos wherever they come from.
+
+    Raises:
+        ValueError: as `calibrate`, or the config leaves the blocks open.
+    """
+    geometry, steps, layers, block = videos.geometry, videos.steps, videos.layers, config.block
+    if block is None:
+        raise ValueError("a calibration needs to know its blocks: give `block`")
     schedule = config.schedule or Schedule.many_step(geometry.tokens)
-    block = config.block or entry.block
     similarity_prompts = min(config.similarity_prompts or len(prompts), len(prompts))
 
     recorder = Recorder(
         geometry,
         steps=steps,
-        layers=entry.layers,
+        layers=layers,
         videos=len(prompts),
         schedule=schedule,
         block=block,
         anchors=config.anchors,
         similarity_videos=similarity_prompts,
     )
-    seconds = dense_videos(
-        entry, pipe, recorder, kernel, resolution=resolution, prompts=prompts, seed=seed, steps=steps,
-        guidance=guidance, progress=progress,
-    )  # fmt: skip
+    seconds = videos.show(recorder, kernel, prompts=prompts, seed=seed, progress=progress)
 
     threshold = votes_needed(len(prompts), config.rho)
     bits, overlaps = [], []
@@ -198,16 +213,16 @@ def calibrate(
         overlaps.append(agreement(votes, keep, len(prompts)))
         bits.append(BlockMask.from_keep(keep, tokens=geometry.tokens, block_q=block[0], block_k=block[1]).bits)
     return Calibration(
-        bits=torch.stack(bits).view(steps, entry.layers, *bits[0].shape),
+        bits=torch.stack(bits).view(steps, layers, *bits[0].shape),
         similarity=recorder.similarity,
         gamma=config.gamma,
         provenance=Provenance(
-            model=entry.name,
-            weights=weights_digest(pipe),
-            resolution=resolution,
+            model=videos.model,
+            weights=videos.weights(),
+            resolution=videos.resolution,
             geometry=geometry,
             steps=steps,
-            guidance=guidance,
+            guidance=videos.guidance,
             prompts=tuple(prompts),
             seed=seed,
             block=block,

@@ -11,14 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from calibatt.calibration.file import UnusableCalibration, read, write
-from calibatt.calibration.videos import Stopwatch, dense_videos
+from calibatt.calibration.videos import DenseVideos, Stopwatch, Videos
 from calibatt.kernels.base import Attender
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Site
 from calibatt.methods.catalogue import learner as new_learner
 from calibatt.methods.learning import Learner, Learnt
-from calibatt.models.catalogue import ModelEntry, weights_digest
+from calibatt.models.catalogue import ModelEntry
 
 SCHEMA = "calibatt-learnt-1"
 
@@ -91,21 +91,41 @@ def learn(
         UnknownName: there is no such method or preset.
         ValueError: the preset learns nothing; there is no prompt, or one is empty or not in the model's language.
     """
-    learner = new_learner(method, preset=preset, block=block)
+    videos = DenseVideos(entry, pipe, resolution=resolution, steps=steps, guidance=guidance)
+    return learn_from(
+        videos, method=method, preset=preset, prompts=prompts, seed=seed, kernel=kernel, block=block, progress=progress
+    )
+
+
+def learn_from(
+    videos: Videos,
+    *,
+    method: str,
+    preset: str,
+    prompts: Sequence[str],
+    seed: int,
+    kernel: Attender,
+    block: tuple[int, int] | None,
+    progress: bool = False,
+    **settings: Any,
+) -> Learnt:
+    """The same, from dense videos wherever they come from.
+
+    Args:
+        settings: fields of the method's config, in place of the preset's.
+
+    Raises:
+        UnknownName, ValueError: as `learn`, or a setting does not exist.
+    """
+    learner = new_learner(method, preset=preset, block=block, **settings)
     if learner is None:
         raise ValueError(f"{method}/{preset} learns nothing: it can be used as it is")
     watcher = Watcher(learner, kernel)
-    seconds = dense_videos(
-        entry, pipe, watcher, watcher, resolution=resolution, prompts=prompts, seed=seed, steps=steps,
-        guidance=guidance, progress=progress,
-    )  # fmt: skip
-    site = watcher.site
-    assert site is not None
+    seconds = videos.show(watcher, watcher, prompts=prompts, seed=seed, progress=progress)
     return Learnt(
-        method=method, preset=preset, geometry=site.geometry, steps=site.steps, layers=site.layers,
-        tables=learner.tables(), model=entry.name, weights=weights_digest(pipe), prompts=tuple(prompts), seed=seed,
-        guidance=entry.guidance if guidance is None else guidance,
-        cost_ratio=seconds / (seconds - watcher.watch.seconds),
+        method=method, preset=preset, geometry=videos.geometry, steps=videos.steps, layers=videos.layers,
+        tables=learner.tables(), model=videos.model, weights=videos.weights(), prompts=tuple(prompts), seed=seed,
+        guidance=videos.guidance, cost_ratio=seconds / (seconds - watcher.watch.seconds),
     )  # fmt: skip
 
 

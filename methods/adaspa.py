@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -90,6 +90,7 @@ class AdaSpa:
     )
     offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="sparsity", low=0.0, high=1.0)
+    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"search_steps": (0.0, 30 / 50)})
 
     def __init__(self, config: AdaSpaConfig) -> None:
         self.config = config

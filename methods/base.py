@@ -83,11 +83,13 @@ class Knob:
     Args:
         field: name of the field.
         low, high: the range; density rises or falls monotonically along it.
+        over_videos: whether the density of a call depends on the calls before, and shows in whole videos only.
     """
 
     field: str
     low: float
     high: float
+    over_videos: bool = False
 
 
 @runtime_checkable
@@ -117,12 +119,14 @@ class Method(Planner, Protocol):
         presets: named configs, each with its source; "default" is always one of them.
         offline: whether it is built with a PlanSource.
         knob: what to turn for a given density; None where there is nothing to turn.
+        without_dense: settings with which the method itself keeps no step and no layer dense.
     """
 
     name: ClassVar[str]
     presets: ClassVar[Mapping[str, Any]]
     offline: ClassVar[bool]
     knob: ClassVar[Knob | None]
+    without_dense: ClassVar[Mapping[str, Any]]
 
     def refusal(self, geometry: Geometry) -> Unsupported | None:
         """Why the method does not apply to a geometry, or None when it does."""

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,12 +28,10 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan, Skip
 from calibatt.methods.base import Knob, Site
 from calibatt.methods.learning import Learnt
-from calibatt.methods.low import all_blocks, gaps, without_low
+from calibatt.methods.low import LEAST, MOST, all_blocks, gaps, without_low
 
 # λ of the calibration, from 1e-12 to 0.99: 22 of them, as there; evenly in the logarithm, which is ours
 LAMBDAS = tuple(np.geomspace(1e-12, 0.99, 22).tolist())
-# the largest threshold there is: λ of 0.999
-_MOST = math.log2(0.999)
 # shares of blocks between which the fit is made
 _FITTED = (0.1, 0.9)
 
@@ -86,8 +84,8 @@ class Blasst:
         }
     )
     offline: ClassVar[bool] = False
-    # from the least power of two in fp32 on, whose weights are nothing beside 1
-    knob: ClassVar[Knob | None] = Knob(field="threshold", low=-126.0, high=_MOST)
+    knob: ClassVar[Knob | None] = Knob(field="threshold", low=LEAST, high=MOST)
+    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_ends": 0})
 
     def __init__(self, config: BlasstConfig, learnt: Learnt | None = None) -> None:
         self.config = config
@@ -182,4 +180,4 @@ def fitted_threshold(
             f"{fitted.sum()} of {len(LAMBDAS)} thresholds: use a preset with a threshold"
         )
     b, log_a = np.polyfit(shares[fitted], np.log(np.array(LAMBDAS)[fitted] * tokens), 1)
-    return float(min((log_a + b * sparsity - math.log(tokens)) / math.log(2), _MOST))
+    return float(min((log_a + b * sparsity - math.log(tokens)) / math.log(2), MOST))

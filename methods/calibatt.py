@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -42,6 +42,7 @@ class CalibAtt:
     offline: ClassVar[bool] = True
     # density follows from the schedule that was calibrated with
     knob: ClassVar[Knob | None] = None
+    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, config: CalibAttConfig, source: PlanSource) -> None:
         self.config = config

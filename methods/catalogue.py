@@ -107,6 +107,16 @@ def learner(
     return kind.learner(config) if isinstance(kind, Learning) else None
 
 
+def has_blocks(name: str) -> bool:
+    """Whether a method has a size of blocks to choose.
+
+    Raises:
+        UnknownName: there is no such method.
+    """
+    kind = look_up(METHODS, name, "method")
+    return any(field.name == "block" for field in fields(kind.presets["default"]))
+
+
 def _configured(name: str, preset: str, block: tuple[int, int] | None, settings: Mapping[str, Any]) -> tuple[Any, Any]:
     """The method's class and its config."""
     kind: Any = look_up(METHODS, name, "method")

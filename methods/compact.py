@@ -25,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -90,6 +90,7 @@ class Compact:
     )
     offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="recall", low=0.0, high=1.0)
+    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0})
 
     def __init__(self, config: CompactConfig, learnt: Learnt) -> None:
         self.config = config

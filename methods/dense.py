@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -28,6 +28,7 @@ class Dense:
     presets: ClassVar[Mapping[str, DenseConfig]] = MappingProxyType({"default": DenseConfig()})
     offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = None
+    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, config: DenseConfig) -> None:
         self.config = config

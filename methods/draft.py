@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int32
@@ -71,6 +71,7 @@ class Draft:
     )
     offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="sparsity", low=0.0, high=1.0)
+    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_sigma": 1.0, "dense_layers": 0})
 
     def __init__(self, config: DraftConfig) -> None:
         self.config = config

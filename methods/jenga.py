@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, Int32
@@ -107,6 +107,7 @@ class Jenga:
     )
     offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="drop", low=0.0, high=1.0)
+    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"ramp": False})
 
     def __init__(self, config: JengaConfig) -> None:
         self.config = config

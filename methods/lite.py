@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,7 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan, Skip
 from calibatt.methods.base import Branch, Knob, Site
-from calibatt.methods.low import all_blocks, without_low
+from calibatt.methods.low import LEAST, MOST, all_blocks, without_low
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +63,9 @@ class Lite:
         }
     )
     offline: ClassVar[bool] = False
-    # density at a step depends on the steps before: a threshold cannot be solved on single calls
-    knob: ClassVar[Knob | None] = None
+    # density at a step depends on the steps before
+    knob: ClassVar[Knob | None] = Knob(field="threshold", low=LEAST, high=MOST, over_videos=True)
+    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, config: LiteConfig) -> None:
         self.config = config

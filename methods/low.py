@@ -10,6 +10,8 @@ from torch import Tensor
 
 from calibatt.kernels.plan import BlockMask, block_count
 
+# the range of thresholds: from the least power of two in fp32, whose weights are nothing beside 1, to just below 1
+LEAST, MOST = -126.0, math.log2(0.999)
 # scores held at a time: 256 MiB in fp32
 _CHUNK = 2**26
 

@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -101,6 +101,7 @@ class MInference:
     offline: ClassVar[bool] = False
     # 15 · 4096 are all diagonals, 2L − 1, of any sequence up to the searched length
     knob: ClassVar[Knob | None] = Knob(field="scale", low=0.0, high=15.0)
+    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, config: MInferenceConfig) -> None:
         self.config = config

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int32
@@ -67,6 +67,7 @@ class Nabla:
     )
     offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="mass", low=0.0, high=1.0)
+    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, config: NablaConfig) -> None:
         self.config = config

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -61,6 +61,7 @@ class Radial:
     offline: ClassVar[bool] = False
     # from the narrowest band to one as wide as the frame up to 63 frames apart, past any model of the catalogue
     knob: ClassVar[Knob | None] = Knob(field="decay", low=0.0, high=64.0)
+    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0, "dense_layers": 0})
 
     def __init__(self, config: RadialConfig) -> None:
         self.config = config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,7 @@ class RandomMask:
     presets: ClassVar[Mapping[str, RandomMaskConfig]] = MappingProxyType({"default": RandomMaskConfig()})
     offline: ClassVar[bool] = True
     knob: ClassVar[Knob | None] = Knob(field="density", low=0.0, high=1.0)
+    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, config: RandomMaskConfig, source: PlanSource) -> None:
         self.config = config

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -84,6 +84,7 @@ class Scaling:
     )
     offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="density", low=0.0, high=1.0)
+    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0})
 
     def __init__(self, config: ScalingConfig, learnt: Learnt) -> None:
         self.config = config

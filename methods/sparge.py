@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -62,6 +62,7 @@ class Sparge:
     )
     offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="topk", low=0.0, high=1.0)
+    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, config: SpargeConfig) -> None:
         self.config = config

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -112,6 +112,7 @@ class SlidingTile:
     # from a tile that sees itself to a window of 1 that is all of 11 tiles: the 85 columns of CogVideoX 1.5, the most
     # that an axis of the catalogue's models has
     knob: ClassVar[Knob | None] = Knob(field="reach", low=0.0, high=11.0)
+    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0})
 
     def __init__(self, config: SlidingTileConfig, learnt: Learnt | None = None) -> None:
         self.config = config

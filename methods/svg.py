@@ -28,7 +28,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, Int32
@@ -122,6 +122,7 @@ class SparseVideoGen:
     )
     offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="density", low=0.0, high=1.0)
+    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0, "dense_layers": 0.0})
 
     def __init__(self, config: SparseVideoGenConfig, learnt: Learnt | None = None) -> None:
         self.config = config

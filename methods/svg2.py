@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -111,6 +111,7 @@ class Svg2:
     offline: ClassVar[bool] = False
     # the least share bounds density from below
     knob: ClassVar[Knob | None] = Knob(field="mass", low=0.0, high=1.0)
+    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0, "dense_layers": 0.0})
 
     def __init__(self, config: Svg2Config) -> None:
         self.config = config

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -73,6 +73,7 @@ class XAttention:
     )
     offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="threshold", low=0.0, high=1.0)
+    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0})
 
     def __init__(self, config: XAttentionConfig) -> None:
         self.config = config

@@ -24,7 +24,11 @@ _SMALL = 9.5
 _INK = "#222222"
 _FAINT = "#BBBBBB"
 # one marker a mode, so that it can be told without colour
-_MARKERS = {"native": "o", "equal_density": "D", None: "o"}
+_MARKERS = {"native": "o", "matched": "s", "equal_density": "D", "equal_fidelity": "^", None: "o"}
+_MODES = {
+    "native": "own settings", "matched": "the same dense schedule", "equal_density": "at a given density",
+    "equal_fidelity": "at a given fidelity",
+}  # fmt: skip
 # plan, attend, what is left, any other: Okabe and Ito's colours, each with its own hatch
 _PHASES = {"plan": ("#E69F00", "////"), "attend": ("#56B4E9", ""), "other": ("#DDDDDD", "")}
 _MORE_PHASE = ("#CC79A7", "....")
@@ -344,12 +348,15 @@ def _dense_level(axes: Axes, shown: Sequence[Entry]) -> None:
 
 
 def _modes(axes: Axes, shown: Sequence[Entry]) -> None:
-    """What the two markers mean, where both are there."""
-    if len({entry.record.mode == "equal_density" for entry in shown}) < 2:
+    """What the markers mean, where several are there."""
+    there = [mode for mode in _MODES if any(entry.record.mode == mode for entry in shown)]
+    if len(there) < 2:
         return
-    for name, mode in (("own settings", "native"), ("at a given density", "equal_density")):
-        axes.plot([], [], _MARKERS[mode], color=_INK, markersize=8, label=name)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=_SMALL, borderaxespad=0.2)
+    for mode in there:
+        axes.plot([], [], _MARKERS[mode], color=_INK, markersize=8, label=_MODES[mode])
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=len(there), frameon=False, fontsize=_SMALL, borderaxespad=0.2
+    )
 
 
 def _name_points(figure: Figure, axes: Axes, points: Sequence[_Point]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 
-from calibatt.bench.accuracy import PSNR_CAP_DB, judge, psnr_db, recall, ssim
+from calibatt.bench.accuracy import PSNR_CAP_DB, Truth, judge, psnr_db, recall, ssim
 from calibatt.bench.meter import Probe
 from calibatt.kernels import oracle
 from calibatt.kernels.geometry import Geometry
@@ -42,17 +43,29 @@ class Kernel:
         return out
 
 
+def _judged(plan: Plan, kernel: Kernel, probe: Probe, heads: Sequence[int] = (0, 1)) -> Truth:
+    chosen = list(heads)
+    q, k, v = (x[:, chosen] for x in (probe.q, probe.k, probe.v))
+    return judge([plan], kernel, [probe], [oracle.attend(q, k, v, Plan.dense(GEOMETRY).of_heads(chosen))], chosen)
+
+
 def test_a_right_kernel_is_right(probe: Probe, plan: Plan) -> None:
-    assert judge([plan], Kernel(0.0), [probe]).right
+    assert _judged(plan, Kernel(0.0), probe).right
+
+
+def test_heads_that_are_not_checked_are_not_looked_at(probe: Probe, plan: Plan) -> None:
+    # the error is in head 0
+    assert _judged(plan, Kernel(1.0), probe, [1]).right
+    assert not _judged(plan, Kernel(1.0), probe, [0]).right
 
 
 @pytest.mark.parametrize("error", [1e-3, math.nan, math.inf])
 def test_one_wrong_value_is_wrong(probe: Probe, plan: Plan, error: float) -> None:
-    assert not judge([plan], Kernel(error), [probe]).right
+    assert not _judged(plan, Kernel(error), probe).right
 
 
 def test_dense_has_no_method_error_and_full_recall(probe: Probe) -> None:
-    truth = judge([Plan.dense(GEOMETRY)], Kernel(0.0), [probe])
+    truth = _judged(Plan.dense(GEOMETRY), Kernel(0.0), probe)
     assert truth.method_error == 0.0
     assert truth.recall == 1.0
 
@@ -62,7 +75,7 @@ def test_recall_is_the_softmax_mass_of_the_kept_blocks(probe: Probe, plan: Plan)
     assert plan.mask is not None
     tokens = plan.mask.keep()[0].repeat_interleave(32, 0).repeat_interleave(32, 1)
     expected = (weights * tokens).sum(-1).mean(-1)
-    assert recall(probe, plan) == pytest.approx(expected.tolist(), rel=1e-4)
+    assert recall(probe.q[0], probe.k[0], plan) == pytest.approx(expected.tolist(), rel=1e-4)
 
 
 def test_psnr_of_one_level_of_grey_everywhere() -> None:

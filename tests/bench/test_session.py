@@ -30,6 +30,10 @@ def test_arms_are_named_by_method_preset_and_mode() -> None:
     assert str(Arm.parse("sparge", "flex")) == "sparge"
     given = Arm.parse("sparge=0.35", "flex")
     assert (given.preset, given.mode, given.density, str(given)) == ("default", "equal_density", 0.35, "sparge=0.35")
+    near = Arm.parse("sparge/cdf=27.5dB", "flex", (0.1, 0.05))
+    assert (near.mode, near.psnr_db, near.density, near.dense_first) == ("equal_fidelity", 27.5, None, (0.1, 0.05))
+    assert str(near) == "sparge/cdf=27.5dB-dense0.1x0.05"
+    assert Arm.parse("radial", "flex", (0.0, 0.0)).mode == "matched"
     # whatever the sparse kernel is, dense runs on the fastest dense one
     assert Arm.parse("dense", "flex") == DENSE
 
@@ -41,8 +45,10 @@ def test_arms_are_named_by_method_preset_and_mode() -> None:
         ("radial/nowarmup", "did you mean no-warmup"),
         ("dense=density", "no knob"),
         ("calibatt=0.5", "no knob"),
-        ("sparge=1.5", "a number above 0 and up to 1"),
-        ("sparge=half", "a number above 0 and up to 1"),
+        ("sparge=1.5", "a density above 0 and up to 1"),
+        ("sparge=half", "a PSNR such as 30dB"),
+        ("sparge=infdB", "a PSNR such as 30dB"),
+        ("calibatt=30dB", "no knob"),
     ],
 )
 def test_an_arm_that_does_not_exist_is_refused(text: str, message: str) -> None:
@@ -62,6 +68,8 @@ def test_an_arm_that_does_not_exist_is_refused(text: str, message: str) -> None:
         (["--models", "wan2.1-1.3b"], "--prompts"),
         (["--densities", "1.5"], "up to 1"),
         (["--blocks", "64"], "QUERIESxKEYS"),
+        (["--dense-steps", "1.5"], "shares, from 0 to 1"),
+        (["--inputs", "resampled", "--models", "cogvideox-5b"], "without text"),
         (["--masks", "randm"], "did you mean random"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--calibration", "nowhere.safetensors"], "no such file"),

@@ -1,12 +1,12 @@
-"""The solver for a wanted density."""
+"""The solver for what is wanted of a method."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from calibatt.bench.density import TOLERANCE, density_of, solve
 from calibatt.bench.meter import Probe
+from calibatt.bench.solve import DENSITY_TOLERANCE, density_of, solve
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
@@ -43,12 +43,29 @@ def test_the_density_is_reached_whichever_way_the_knob_turns(probes: list[Probe]
     def build(x: float) -> Share:
         return Share(x if rising else 1 - x)
 
-    value = solve(build, Knob(field="share", low=0.1, high=0.9), target, probes, KERNELS["flex"])
+    def density(x: float) -> float:
+        return density_of(build(x), probes, KERNELS["flex"])
+
+    knob = Knob(field="share", low=0.1, high=0.9)
+    value = solve(density, knob, target, tolerance=DENSITY_TOLERANCE, quantity="densities")
     assert isinstance(value, float)
     # 64 blocks a row: the nearest density there is lies at most half a block away
-    assert abs(density_of(build(value), probes, KERNELS["flex"]) - target) <= max(TOLERANCE, 0.5 / 64)
+    assert abs(density(value) - target) <= max(DENSITY_TOLERANCE, 0.5 / 64)
+
+
+def test_any_quantity_is_solved_for_by_the_same_search() -> None:
+    # a PSNR that falls along the knob: 40 dB at 0, 20 dB at 1
+    knob = Knob(field="share", low=0.0, high=1.0)
+    value = solve(lambda x: 40 - 20 * x, knob, 32.5, tolerance=0.25, quantity="PSNRs in dB")
+    # halving meets 0.375 exactly
+    assert value == 0.375
+    answer = solve(lambda x: 40 - 20 * x, knob, 45, tolerance=0.25, quantity="PSNRs in dB")
+    assert answer == Unsupported("its share reaches PSNRs in dB from 20.000 to 40.000, not 45.000")
 
 
 def test_a_density_out_of_reach_is_said_so(probes: list[Probe]) -> None:
-    answer = solve(Share, Knob(field="share", low=0.25, high=0.5), 0.75, probes, KERNELS["flex"])
+    answer = solve(
+        lambda x: density_of(Share(x), probes, KERNELS["flex"]), Knob(field="share", low=0.25, high=0.5), 0.75,
+        tolerance=DENSITY_TOLERANCE, quantity="densities",
+    )  # fmt: skip
     assert answer == Unsupported("its share reaches densities from 0.250 to 0.500, not 0.750")

@@ -1,4 +1,4 @@
-"""Turns a method's knob until it computes a wanted share of attention: one solver for every method."""
+"""Turns a method's knob until it computes a wanted share of attention, or its videos are as near to dense as wanted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from calibatt.kernels.base import Attender, Unsupported
 from calibatt.methods.base import Knob, Planner
 
 # half a percent of dense attention: below what a 95 % interval of a CPU's times tells apart
-TOLERANCE = 0.005
+DENSITY_TOLERANCE = 0.005
+# videos of one arm differ by tens of times as much
+PSNR_TOLERANCE_DB = 0.25
 # halvings after which a range has shrunk a thousandfold
 _HALVINGS = 12
 
@@ -27,31 +29,30 @@ def density_of(method: Planner, probes: Sequence[Probe], kernel: Attender) -> fl
 
 
 def solve(
-    build: Callable[[float], Planner], knob: Knob, target: float, probes: Sequence[Probe], kernel: Attender
+    measure: Callable[[float], float], knob: Knob, target: float, *, tolerance: float, quantity: str
 ) -> float | Unsupported:
-    """The knob's value at which the mean density on the probes comes nearest to the target.
+    """The knob's value at which a quantity comes nearest to a target.
 
     Args:
-        build: the method at a value of its knob.
-        knob: the range to search; density is monotonic along it, with steps where blocks are few.
-        target: wanted density.
-        probes: inputs of real attention calls.
-        kernel: of the arm.
+        measure: the quantity at a value of the knob; monotonic, with steps where blocks are few.
+        knob: the range to search.
+        target: what is wanted.
+        tolerance: near enough.
+        quantity: its name in the plural, for the reason.
 
     Returns:
         The value, or why there is none: the range does not reach the target.
     """
-    ends = {value: density_of(build(value), probes, kernel) for value in (knob.low, knob.high)}
-    least, most = min(ends.values()), max(ends.values())
-    if not least - TOLERANCE <= target <= most + TOLERANCE:
-        return Unsupported(f"its {knob.field} reaches densities from {least:.3f} to {most:.3f}, not {target:.3f}")
-    rising = ends[knob.high] >= ends[knob.low]
+    tried = {value: measure(value) for value in (knob.low, knob.high)}
+    least, most = min(tried.values()), max(tried.values())
+    if not least - tolerance <= target <= most + tolerance:
+        return Unsupported(f"its {knob.field} reaches {quantity} from {least:.3f} to {most:.3f}, not {target:.3f}")
+    rising = tried[knob.high] >= tried[knob.low]
     low, high = knob.low, knob.high
-    tried = dict(ends)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        tried[middle] = density_of(build(middle), probes, kernel)
-        if abs(tried[middle] - target) <= TOLERANCE:
+        tried[middle] = measure(middle)
+        if abs(tried[middle] - target) <= tolerance:
             break
         if (tried[middle] < target) == rising:
             low = middle

@@ -1,0 +1,152 @@
+"""Attention inputs of one model at another one's size: the heads of the first, resampled to the grid of the second.
+
+Kernels and estimates take the same time on any input, but which blocks a method keeps, how unevenly, and whether its
+queries and keys can be pooled, depends on structure, which noise does not have. Where a large model cannot be had, the
+structure of a small one's heads stands in for it; a record of such inputs says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from calibatt.calibration.videos import Videos
+from calibatt.kernels.base import Attender
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import Plan
+from calibatt.methods.base import Planner, Site
+from calibatt.models.catalogue import SHAPES
+
+
+def resample(
+    x: Float[Tensor, "maps tokens channels"], grid: tuple[int, int, int], geometry: Geometry
+) -> Float[Tensor, "1 heads other_tokens head_dim"]:
+    """Channels of every head, read between the tokens of one grid at the places of another (trilinear).
+
+    Heads are the given maps in turns. Channels are repeated up to the head dim; `product_scale` keeps the scores.
+
+    Args:
+        x: queries, keys or values.
+        grid: (frames, rows, columns) of the given tokens.
+        geometry: of the call to make.
+
+    """
+    channels = x.shape[-1]
+    volume = x.transpose(1, 2).unflatten(-1, grid)
+    between = torch.nn.functional.interpolate(volume.float(), geometry.grid, mode="trilinear").to(x.dtype)
+    maps = between.flatten(2).transpose(1, 2)
+    heads = maps[torch.arange(geometry.heads, device=x.device) % len(maps)]
+    repeated = heads.repeat(1, 1, geometry.head_dim // channels)
+    # tokens before heads in memory, as models hand them over
+    return repeated.transpose(0, 1).contiguous().transpose(0, 1)[None]
+
+
+def product_scale(channels: int, head_dim: int) -> float:
+    """Factor of queries and of keys whose channels were repeated, with which attention's scores stay what they were.
+
+    Repeating channels r times makes a product r times as large, the scale 1/√head_dim only √r times as small.
+    """
+    return (channels / head_dim) ** 0.25
+
+
+def check_resampled(geometry: Geometry) -> None:
+    """Refuse a geometry that the embedded model's heads cannot be resampled to.
+
+    Raises:
+        ValueError: the head dim is no multiple of theirs, or there is text, which no grid has.
+    """
+    if geometry.head_dim % SHAPES.head_dim or geometry.text_tokens:
+        raise ValueError(
+            f"--inputs resampled: heads of {SHAPES.head_dim} channels and no text tokens can be resampled to multiples "
+            f"of {SHAPES.head_dim} channels without text, not to {geometry}"
+        )
+
+
+class ResampledVideos:
+    """Dense videos of a small model, of each step of which one attention call at another model's size is shown.
+
+    The heads of all layers of the conditional pass make one call, as that of the only layer.
+
+    Args:
+        videos: of the small model.
+        kernel: computes their attention.
+        model: name of the model whose size is taken.
+        resolution: name of its resolution.
+        geometry: of its calls.
+    """
+
+    layers = 1
+
+    def __init__(self, videos: Videos, kernel: Attender, *, model: str, resolution: str, geometry: Geometry) -> None:
+        self.model = model
+        self.resolution = resolution
+        self.geometry = geometry
+        self.steps = videos.steps
+        self.guidance = videos.guidance
+        self._videos = videos
+        self._kernel = kernel
+
+    def weights(self) -> str:
+        """Digest of the small model's weights."""
+        return self._videos.weights()
+
+    @property
+    def origin(self) -> str:
+        """Where the inputs come from, for the record."""
+        return f"resampled from {self._videos.model}, {self._videos.geometry}"
+
+    def show(
+        self, planner: Planner, attender: Attender, *, prompts: Sequence[str], seed: int, progress: bool = False
+    ) -> float:
+        """As `calibration.videos.Videos` has it."""
+        gatherer = _Gatherer(self.geometry, self._kernel, planner, attender)
+        return self._videos.show(gatherer, gatherer, prompts=prompts, seed=seed, progress=progress)
+
+
+class _Gatherer:
+    """Dense attention of the small model; collects the heads of a step's layers, and shows them as one call."""
+
+    def __init__(self, geometry: Geometry, kernel: Attender, planner: Planner, attender: Attender) -> None:
+        self._geometry = geometry
+        self._kernel = kernel
+        self._planner = planner
+        self._attender = attender
+        self._site: Site | None = None
+        self._layers: list[tuple[Tensor, ...]] = []
+
+    def reset(self) -> None:
+        self._planner.reset()
+
+    def plan(self, q: Tensor, k: Tensor, site: Site) -> Plan:
+        self._site = site
+        return Plan.dense(site.geometry)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        site = self._site
+        assert site is not None
+        if site.branch == "cond":
+            self._layers.append((q[0], k[0], v[0]))
+            if site.layer == site.layers - 1:
+                self._show(site)
+        return self._kernel.attend(q, k, v, plan)
+
+    def _show(self, site: Site) -> None:
+        scale = product_scale(site.geometry.head_dim, self._geometry.head_dim)
+        q, k, v = (
+            resample(torch.cat(parts), site.geometry.grid, self._geometry) for parts in zip(*self._layers, strict=True)
+        )
+        self._layers.clear()
+        q, k = q * scale, k * scale
+        shown = Site(
+            geometry=self._geometry,
+            step=site.step,
+            steps=site.steps,
+            sigma=site.sigma,
+            branch="cond",
+            layer=0,
+            layers=1,
+        )
+        self._attender.attend(q, k, v, self._planner.plan(q[0], k[0], shown))

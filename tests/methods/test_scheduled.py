@@ -1,0 +1,42 @@
+"""One dense schedule for every method."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from calibatt.kernels.geometry import Geometry
+from calibatt.methods.base import Site
+from calibatt.methods.catalogue import METHODS, build
+from calibatt.methods.scheduled import Scheduled
+
+GEOMETRY = Geometry(grid=(2, 16, 16), heads=2, head_dim=16)
+
+
+def site(step: int, layer: int) -> Site:
+    return Site(geometry=GEOMETRY, step=step, steps=10, sigma=0.5, branch="cond", layer=layer, layers=4)
+
+
+def test_the_first_steps_and_layers_are_dense_and_the_method_is_asked_afterwards() -> None:
+    q, k = torch.randn(2, 2, 512, 16, generator=torch.Generator().manual_seed(0))
+    method = Scheduled(build("sparge", block=(64, 64)), steps=0.2, layers=0.25)
+    sparse = {
+        (step, layer)
+        for step in range(10)
+        for layer in range(4)
+        if "masked" in method.plan(q, k, site(step, layer)).kinds
+    }
+    assert sparse == {(step, layer) for step in range(2, 10) for layer in range(1, 4)}
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].without_dense])
+def test_without_its_own_schedule_a_method_is_sparse_from_the_first_call_on(name: str) -> None:
+    q, k = torch.randn(2, 2, 512, 16, generator=torch.Generator().manual_seed(0))
+    kind = METHODS[name]
+    if name in ("svoo", "scaling", "compact"):
+        pytest.skip("learns first: the contract tests run its presets without warm-up")
+    default = build(name, block=(64, 64))
+    bare = build(name, block=(64, 64), **kind.without_dense)
+    noisiest = Site(geometry=GEOMETRY, step=0, steps=10, sigma=1.0, branch="cond", layer=0, layers=4)
+    assert set(default.plan(q, k, noisiest).kinds) == {"dense"} or name in ("svg", "svg2", "xattention", "blasst")
+    assert "masked" in bare.plan(q, k, noisiest).kinds
