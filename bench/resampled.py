@@ -7,6 +7,7 @@ structure of a small one's heads stands in for it; a record of such inputs says 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -49,7 +50,7 @@ def product_scale(channels: int, head_dim: int) -> float:
 
     Repeating channels r times makes a product r times as large, the scale 1/√head_dim only √r times as small.
     """
-    return (channels / head_dim) ** 0.25
+    return math.sqrt(math.sqrt(channels / head_dim))
 
 
 def check_resampled(geometry: Geometry) -> None:

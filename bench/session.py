@@ -13,6 +13,7 @@ from calibatt.bench.cells import DENSE, AnyArm, Arm, Cell, Workload
 from calibatt.bench.console import Console
 from calibatt.bench.record import Record, Suite
 from calibatt.bench.stage import Stage
+from calibatt.models.catalogue import SHAPES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,10 +106,12 @@ def prompts_for(workload: Workload, settings: Settings) -> Sequence[str]:
         ValueError: there are too few.
     """
     needed = settings.calibration_prompts + settings.rounds
+    # the captions of the model whose videos are made
+    captions = SHAPES.captions if workload.resampled else workload.entry.captions
     if settings.prompts is not None:
         prompts: Sequence[str] = settings.prompts
-    elif workload.entry.captions is not None:
-        prompts = workload.entry.captions(needed, 0)
+    elif captions is not None:
+        prompts = captions(needed, 0)
     else:
         raise ValueError(f"{workload.model} has no prompts of its own: give a file of them, one a line, by --prompts")
     if len(prompts) < needed:

@@ -28,7 +28,7 @@ from calibatt.kernels import oracle
 from calibatt.kernels.base import Attender, Kernel, Unsupported, dtype_name
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Planner
+from calibatt.methods.base import Method, Planner
 from calibatt.methods.catalogue import METHODS, build, learner
 from calibatt.methods.learning import Learnt
 from calibatt.methods.scheduled import Scheduled
@@ -224,20 +224,24 @@ class Stage:
         kind = METHODS[arm.method]
         source = self.calibration if kind.offline else self.learnt(arm)
 
-        def at(**knob: float) -> Planner:
+        def at(**knob: float) -> Method | Scheduled:
             settings = {**_settings(arm), **knob}
             method = build(arm.method, preset=arm.preset, source=source, block=self._block(arm), **settings)
             if arm.dense_first is None:
                 return method
             return Scheduled(method, steps=arm.dense_first[0], layers=arm.dense_first[1])
 
-        plain = build(arm.method, preset=arm.preset, source=source, block=self._block(arm), **_settings(arm))
-        refusal = plain.refusal(self.entry.geometry(self.workload.resolution))
+        refusal = at().refusal(self.videos.geometry)
         if refusal is not None:
             return refusal
         if arm.mode in ("native", "matched") or kind.knob is None:
             return at()
         knob, kernel = kind.knob, KERNELS[arm.kernel]
+        try:
+            at(**{knob.field: knob.low})
+        except ValueError as error:
+            # a preset may be set by another field
+            return Unsupported(f"its {knob.field} cannot be turned: {error}")
         if self.workload.resampled and (knob.over_videos or arm.mode == "equal_fidelity"):
             return Unsupported(
                 "what it is to be solved for shows in whole videos, and inputs that are resampled have none"

@@ -78,7 +78,7 @@ class Blasst:
             "oracle": BlasstConfig(threshold=math.log2(0.1), oracle=True),
             # the same at every layer, to compare masks
             "no-warmup": BlasstConfig(threshold=math.log2(0.1), dense_ends=0, oracle=True),
-            # half of the blocks: its README has no gain below 30 to 40 %
+            # half of the blocks: the default of its script's --target-sparsity
             "calibrated": BlasstConfig(sparsity=0.5),
             "calibrated-oracle": BlasstConfig(sparsity=0.5, oracle=True),
         }

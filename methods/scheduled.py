@@ -5,8 +5,10 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from calibatt.kernels.base import Unsupported
+from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Planner, Site
+from calibatt.methods.base import Method, Site
 
 
 class Scheduled:
@@ -19,10 +21,14 @@ class Scheduled:
         steps, layers: shares of the steps and of the layers that are dense, rounded to whole ones.
     """
 
-    def __init__(self, method: Planner, *, steps: float, layers: float) -> None:
+    def __init__(self, method: Method, *, steps: float, layers: float) -> None:
         self._method = method
         self._steps = steps
         self._layers = layers
+
+    def refusal(self, geometry: Geometry) -> Unsupported | None:
+        """The method's own."""
+        return self._method.refusal(geometry)
 
     def plan(
         self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site

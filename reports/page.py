@@ -390,7 +390,7 @@ _COLUMNS: Sequence[tuple[str, str, Callable[[Entry], str]]] = (
     ("sparsity", "share of the block products left out", _sparsity),
     ("recall", "attention mass kept", lambda entry: _percent(entry.record.recall)),
     ("preset", "named settings of the method", lambda entry: entry.record.preset or ""),
-    ("mode", "own settings, or the same dense schedule, density or fidelity for all", lambda e: (e.record.mode or "").replace("_", " ")),
+    ("mode", "own settings, or one schedule, density or fidelity", lambda e: (e.record.mode or "").replace("_", " ")),
     ("kernel", "what computes the chosen blocks", lambda entry: entry.record.kernel),
     ("kernel error", "largest, against fp64, of what is allowed", _kernel_error),
     ("method error", "of attention outputs, against dense", lambda e: _number(e.record.method_error, "{:.3g}")),
