@@ -19,7 +19,7 @@ from calibatt.kernels.plan import Plan
 
 # timings of each dense kernel from which the fastest is chosen
 _ROUNDS = 5
-# A plan that keeps everything goes through torch's own choice in FlexAttention: not a kernel of its own. The math
+# A plan that keeps everything goes through torch's own choice in `flex`: not a kernel of its own. The math
 # backend holds all scores at once and serves as a reference only.
 _NO_BASELINE = ("flex", "sdpa-math")
 

@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt.kernels.base import Task, Unsupported, check, skip_refusal
 from calibatt.kernels.by_kind import attend_by_kind
+from calibatt.kernels.dense import Dense
 from calibatt.kernels.ordered import in_order
 from calibatt.kernels.plan import BlockMask, Plan
 
@@ -88,8 +89,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     if q.is_cuda:
         # the Triton tile must divide the mask's block; 64 keys a tile is what Flex itself takes at head dim 128
         options = {"kernel_options": {"BLOCK_M": min(mask.block_q, 128), "BLOCK_N": min(mask.block_k, 64)}}
-    with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
-        out: Tensor = _compiled()(q, k, v, block_mask=blocks, **options)
+    out = _flex(q, k, v, block_mask=blocks, **options)
     return out if shares == 1 else out.transpose(0, 1).flatten(1, 2)[None]
 
 
@@ -104,6 +104,11 @@ def _shares(q: Tensor, mask: BlockMask) -> int:
     return threads if q.device.type == "cpu" and even else 1
 
 
+def _flex(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
+        return _compiled()(q, k, v, **options)
+
+
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
@@ -116,3 +121,11 @@ def _cpp_compiler() -> str | None:
     """The compiler that torch.compile would use for CPU code."""
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     return next(filter(None, map(shutil.which, candidates)), None)
+
+
+def _dense_objection(task: Task) -> str | None:
+    # on a CPU it would be compiled for every geometry, to take twice as long as torch's tiled kernel
+    return None if task.device.type == "cuda" else f"flex-dense runs on cuda, not on {task.device.type}"
+
+
+FLEX_DENSE = Dense("flex-dense", _flex, _dense_objection)
