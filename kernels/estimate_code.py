@@ -16,7 +16,7 @@ def group_logsums(
 ):  # fmt: skip
     """One tile of queries of one head: log-sum-exps of their scores with each group of keys, and with all keys.
 
-    What belongs to a group is reduced within its tile: no tile waits for the one before, and nothing is computed twice.
+    Those of groups are in powers of two, and infinitely small where a group has no weight.
     """
     tile, head = tl.program_id(0), tl.program_id(1)
     row = tile * TILE_Q + tl.arange(0, TILE_Q)
@@ -37,7 +37,7 @@ def group_logsums(
         most, total, q, queries, k, logsums, head, tile, row, whole, tl.cdiv(tokens, TILE_K), scale, tokens, groups,
         q_token, k_token, TILE_Q, TILE_K, GROUP, CHANNELS, STEP, TMA, True,
     )  # fmt: skip
-    tl.store(lse + head.to(tl.int64) * tokens + row, most + tl.log(total), mask=row < tokens)
+    tl.store(lse + head.to(tl.int64) * tokens + row, most * _LN2 + tl.log(total), mask=row < tokens)
 
 
 @triton.jit
@@ -58,26 +58,21 @@ def _over_tiles(
                 some = _tile(q, head, tile * TILE_Q, channel, tokens, q_token, TILE_Q, STEP, TMA)
                 keys = _tile(k, head, i * TILE_K, channel, tokens, k_token, TILE_K, STEP, TMA)
                 scores = tl.dot(some, keys.T, scores)
-        scores = tl.reshape(scores, [TILE_Q, parts, GROUP])
         if TAIL:
-            place = tl.arange(0, parts)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-            scores = tl.where((i * TILE_K + place < tokens)[None, :, :], scores, float("-inf"))
-        # the scale is not negative, and goes into one multiply-add with the subtraction
-        largest = tl.max(scores, 2) * scale
-        reference = largest
-        if TAIL:
-            # a group past the last key has no largest score, and a sum of 0
-            reference = tl.where(largest == float("-inf"), 0.0, largest)
-        sums = tl.sum(tl.exp2(scores * scale - reference[:, :, None]), 2)
-        found = (reference + tl.log2(sums)) * _LN2
+            scores = tl.where((i * TILE_K + tl.arange(0, TILE_K) < tokens)[None, :], scores, float("-inf"))
+        # the scale is not negative, and goes into one multiply-add with the subtraction; a group so far below the
+        # tile's largest score that its sum is 0 has no weight in all of the attention either
+        here = tl.max(scores, 1) * scale
+        weights = tl.exp2(scores * scale - here[:, None])
+        sums = tl.sum(tl.reshape(weights, [TILE_Q, parts, GROUP]), 2)
         group = i * parts + tl.arange(0, parts)
         tl.store(
-            logsums + group[None, :].to(tl.int64) * tokens + row[:, None], found,
+            logsums + group[None, :].to(tl.int64) * tokens + row[:, None], here[:, None] + tl.log2(sums),
             mask=(row[:, None] < tokens) & (group[None, :] < groups),
         )  # fmt: skip
-        # the first tile has a key, so the largest is finite from then on
-        new_most = tl.maximum(most, tl.max(found, 1))
-        total = total * tl.exp(most - new_most) + tl.sum(tl.exp(found - new_most[:, None]), 1)
+        # every tile has a key, so the largest is finite from the first on
+        new_most = tl.maximum(most, here)
+        total = total * tl.exp2(most - new_most) + tl.sum(sums, 1) * tl.exp2(here - new_most)
         most = new_most
     return most, total
 
@@ -108,14 +103,14 @@ def block_mass(
         place = start + tl.arange(0, ROWS)
         row = block * BLOCK_Q + place
         real = (place < BLOCK_Q) & (row < tokens)
-        total = tl.load(lse + head * tokens + row, mask=real, other=0.0)
+        total = tl.load(lse + head * tokens + row, mask=real, other=0.0) / _LN2
         for part in range(PARTS):
             group = column * PARTS + part
             found = tl.load(
                 logsums + (head * groups + group[:, None]) * tokens + row[None, :],
                 mask=(group < groups)[:, None] & real[None, :], other=float("-inf"),
             )  # fmt: skip
-            sums += tl.sum(tl.exp(found - total[None, :]), 1)
+            sums += tl.sum(tl.exp2(found - total[None, :]), 1)
     tl.store(mass + (head * q_blocks + block) * k_blocks + column, sums, mask=column < k_blocks)
 
 

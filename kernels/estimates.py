@@ -25,8 +25,9 @@ _MOST_KEYS = 128
 _LEAST_KEYS = 8
 # channels multiplied at a time where not all of them fit
 _STEP = 64
-# of one program of `block_mass`: 64 KiB, read once, that are long enough to be loaded at full rate
-_MASS_ROWS, _MASS_COLUMNS = 128, 32
+# log-sum-exps that one program of `block_mass` sums at a time, and queries among them at the most: 16 KiB, of which
+# those of a group lie side by side
+_SUMMED, _MOST_QUERIES = 4096, 128
 # of one program of `cluster_means`: enough loads under way for clusters of some ten to hundred tokens
 _MEAN_ROWS = 32
 
@@ -48,9 +49,9 @@ def mass_shape(capability: tuple[int, int], channels: int) -> Shape:
     way on a multiprocessor: one's exponentials hide behind another's product.
     """
     if capability == (9, 0):
-        return Shape(rows=128, columns=_MOST_KEYS, warps=8, stages=2 if channels <= _MOST_KEYS else 4)
+        return Shape(rows=128, columns=_MOST_KEYS, warps=8, stages=2 if channels <= _MOST_KEYS else 3)
     # shared memory of sm86, sm89 and sm120 has no room for more (CUDA's programming guide)
-    return Shape(rows=64, columns=_MOST_KEYS, warps=4, stages=2)
+    return Shape(rows=64, columns=_MOST_KEYS, warps=4 if channels <= _MOST_KEYS else 8, stages=2)
 
 
 def nearest_shape(capability: tuple[int, int]) -> Shape:
@@ -99,8 +100,8 @@ def block_mass(
     """Attention weights summed over the queries and keys of each block, and the log-sum-exp of each query's scores.
 
     Scores are computed once. Of them stay the log-sum-exps of each query with each group of keys, a block or a part of
-    it, which is a 128th of them at blocks of 128; a second pass subtracts the query's own and sums. Writing and reading
-    these takes a tenth of the time of computing all scores again.
+    it; a second pass subtracts the query's own and sums. At 75,600 tokens, 40 heads and blocks of 128 keys these are
+    7 GB, which an H200 writes and reads in 3 ms; computing all scores again would take it 90.
 
     Args:
         q, k: what attention sees, where `takes_mass` holds.
@@ -108,6 +109,8 @@ def block_mass(
         scale: of the products; not negative.
         lse: log-sum-exp to weigh by in place of their own, returned as it is.
     """
+    import triton
+
     from calibatt.kernels import estimate_code
 
     heads, tokens, channels = q.shape
@@ -126,6 +129,7 @@ def block_mass(
     mass = q.new_empty(heads, q_blocks, k_blocks, dtype=torch.float32)
     at_once = min(heads, max(1, _HELD // (groups * tokens)))
     logsums = q.new_empty(at_once, groups, tokens, dtype=torch.float32)
+    rows = min(_MOST_QUERIES, triton.next_power_of_2(block[0]))
     for first in range(0, heads, at_once):
         some = slice(first, first + at_once)
         queries, keys = q[some], k[some]
@@ -136,9 +140,9 @@ def block_mass(
             *k.stride()[:2], TILE_Q=shape.rows, TILE_K=shape.columns, GROUP=group, CHANNELS=channels, STEP=step,
             TMA=tma, num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
-        estimate_code.block_mass[(q_blocks, block_count(k_blocks, _MASS_COLUMNS), len(sums[some]))](
+        estimate_code.block_mass[(q_blocks, block_count(k_blocks, _SUMMED // rows), len(sums[some]))](
             logsums, given[some], mass[some], tokens, groups, q_blocks, k_blocks, BLOCK_Q=block[0],
-            PARTS=block[1] // group, ROWS=_MASS_ROWS, COLUMNS=_MASS_COLUMNS,
+            PARTS=block[1] // group, ROWS=rows, COLUMNS=_SUMMED // rows,
         )  # fmt: skip
     return mass, sums if lse is None else lse
 

@@ -122,4 +122,5 @@ def antidiagonal_energy(
 
 def _groups(x: Float[Tensor, "heads tokens head_dim"], stride: int) -> Float[Tensor, "heads groups stride head_dim"]:
     """Tokens by group, the last one filled up with zeros."""
-    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % stride)).unflatten(1, (-1, stride))
+    heads, tokens, channels = x.shape
+    return torch.nn.functional.pad(x, (0, 0, 0, -tokens % stride)).reshape(heads, -1, stride, channels)

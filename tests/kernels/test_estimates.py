@@ -1,4 +1,4 @@
-"""Fused estimates against plain torch: in Triton's interpreter, or on a GPU; and compiled for GPUs that are not there."""
+"""Fused estimates against plain torch, in Triton's interpreter or on a GPU; compiled for GPUs that are elsewhere."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ pytestmark = pytest.mark.skipif(
 )
 # the interpreter multiplies bf16 wrongly; what is exact in fp16 is multiplied exactly on both
 DEVICE, DTYPE = "cuda" if torch.cuda.is_available() else "cpu", torch.float16
-# fp32 logarithms of sums, which are some tens here, and exponentials of their differences
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+# fp32 logarithms of sums, which are some tens here, and exponentials of their differences; on a GPU, of scores that
+# tensor cores add with a few bits less
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -72,7 +73,7 @@ def test_the_mass_of_blocks_is_that_of_plain_torch(
     torch.testing.assert_close(mass, expected, **CLOSE)
     torch.testing.assert_close(lse, expected_lse, **CLOSE)
     energy = block_energy(q, k, block_q=block[0], block_k=block[1])
-    torch.testing.assert_close(energy.sum(-1), torch.ones_like(energy[..., 0]))
+    torch.testing.assert_close(energy.sum(-1), torch.ones_like(energy[..., 0]), **CLOSE)
     assert fused == [True, False, True]
 
 
@@ -120,7 +121,7 @@ def test_tokens_put_together_are_products_of_many_channels(stride: int, tokens: 
     q, k = (2 * noise(2, 2, tokens, 64)).transpose(1, 2).contiguous().transpose(1, 2)
     sizes = {"stride": stride, "block_q": 128, "block_k": 128}
     torch.testing.assert_close(
-        antidiagonal_energy(q, k, **sizes), antidiagonal_energy(q.float(), k.float(), **sizes), rtol=1e-4, atol=1e-5
+        antidiagonal_energy(q, k, **sizes), antidiagonal_energy(q.float(), k.float(), **sizes), **CLOSE
     )
     assert fused == [True, False]
 
