@@ -15,8 +15,9 @@ from torch import Tensor
 
 from calibatt.kernels.base import Task, Unsupported, dtype_name, skip_refusal
 from calibatt.kernels.expand import KINDS, kinds_on
-from calibatt.kernels.one_launch import Launch, OneLaunch, tensor_map_fits
+from calibatt.kernels.one_launch import Launch, OneLaunch
 from calibatt.kernels.plan import HeadKind, Plan, block_count
+from calibatt.kernels.tiles import tensor_map_fits
 
 # queries of a warpgroup: the rows of one wgmma
 _ROWS = 64

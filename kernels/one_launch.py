@@ -116,11 +116,3 @@ class OneLaunch(ABC):
         out = torch.empty_like(q)
         self._launch(q, k, v, out, lse, plan)
         return out
-
-
-def tensor_map_fits(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator can copy tiles: addresses and strides are multiples of 16 bytes.
-
-    Source: CUDA's programming guide, on tensor maps.
-    """
-    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])

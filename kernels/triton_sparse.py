@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from calibatt.kernels.base import Task, Unsupported, dtype_name
-from calibatt.kernels.one_launch import Launch, OneLaunch, tensor_map_fits
+from calibatt.kernels.one_launch import Launch, OneLaunch
 from calibatt.kernels.plan import Plan, block_count
+from calibatt.kernels.tiles import compute_capability, descriptor, has_tma, interpreted, tile_of
 
 # queries of a tile at the most: more do not fit the registers
 _MOST_QUERIES = 128
@@ -30,11 +30,11 @@ class Triton(OneLaunch):
         """Why this kernel cannot do the task on this machine, or None when it can."""
         if importlib.util.find_spec("triton") is None:
             return Unsupported("the Triton kernel needs Triton, which is there for Linux: pip install triton")
-        if task.device.type != "cuda" and not _interpreted():
+        if task.device.type != "cuda" and not interpreted():
             return Unsupported(f"the Triton kernel needs a CUDA GPU, not {task.device.type}")
         halves = (torch.bfloat16, torch.float16)
         # the interpreter multiplies bf16 wrongly, and a GPU's tensor cores would round fp32
-        known = (torch.float32, torch.float16) if _interpreted() else halves
+        known = (torch.float32, torch.float16) if interpreted() else halves
         if task.dtype not in known:
             return Unsupported(
                 f"the Triton kernel computes {' and '.join(map(dtype_name, known))}, not {dtype_name(task.dtype)}"
@@ -43,7 +43,7 @@ class Triton(OneLaunch):
             return Unsupported(f"the Triton kernel has head dims 64 and 128, not {task.head_dim}")
         if task.block is not None and any(size % _LEAST_TILE for size in task.block):
             return Unsupported(f"the Triton kernel needs blocks that are multiples of {_LEAST_TILE}: got {task.block}")
-        if task.skips and task.block is not None and any(_tile(size, _MOST_SKIPPED) != size for size in task.block):
+        if task.skips and task.block is not None and any(tile_of(size, _MOST_SKIPPED) != size for size in task.block):
             return Unsupported(
                 f"the Triton kernel leaves out whole tiles, powers of two up to {_MOST_SKIPPED}: got {task.block}"
             )
@@ -55,13 +55,13 @@ class Triton(OneLaunch):
         batch, heads, tokens, head_dim = q.shape
         given = Launch.of(plan, q.device)
         block = given.block_q, given.block_k
-        tma = _has_tma(k, v)
-        tile_q, tile_k, warps, stages = launch_shape(_capability(q.device), block, head_dim, tma=tma)
+        tma = has_tma(k, v)
+        tile_q, tile_k, warps, stages = launch_shape(compute_capability(q.device), block, head_dim, tma=tma)
         if plan.skip is not None:
             # a block is left out as a whole; one of 128 × 128 needs the registers of eight warps
             tile_q, tile_k = block
             warps = 8 if tile_q * tile_k == _MOST_SKIPPED**2 else warps
-        keys, values = (_descriptor(x, tile_k) for x in (k, v)) if tma else (k, v)
+        keys, values = (descriptor(x, tile_k, head_dim) for x in (k, v)) if tma else (k, v)
         triton_code.attend[(block_count(tokens, tile_q), heads, batch)](
             q, keys, values, out, q if lse is None else lse, given.indices, given.counts, given.kinds,
             given.computed, given.served, given.kinds if plan.skip is None else plan.skip.low.bits.view(torch.int32),
@@ -72,11 +72,6 @@ class Triton(OneLaunch):
             REUSE=plan.reuse is not None, WITH_LSE=lse is not None, NOTE=plan.skip is not None,
             LEAVE=plan.skip is not None and plan.skip.leave, TMA=tma, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-
-
-def _tile(block: int, most: int) -> int:
-    """The largest power of two that divides a block, up to a limit: a block is walked in whole tiles."""
-    return min(block & -block, most)
 
 
 def launch_shape(
@@ -97,29 +92,6 @@ def launch_shape(
     """
     if capability == (9, 0):
         most_queries, most_keys = (64, 128 if tma else 64) if head_dim == 64 else (_MOST_QUERIES, 64)
-        return _tile(block[0], most_queries), _tile(block[1], most_keys), 4, 2
-    tile_q, tile_k = _tile(block[0], _MOST_QUERIES), _tile(block[1], 64 if capability == (8, 0) else 32)
+        return tile_of(block[0], most_queries), tile_of(block[1], most_keys), 4, 2
+    tile_q, tile_k = tile_of(block[0], _MOST_QUERIES), tile_of(block[1], 64 if capability == (8, 0) else 32)
     return tile_q, tile_k, 8 if tile_q == _MOST_QUERIES else 4, 3
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    # the interpreter can do what Hopper can
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-
-
-def _has_tma(*tensors: Tensor) -> bool:
-    """Whether tiles can be copied by a tensor memory accelerator: a unit of Hopper and newer, for aligned tensors."""
-    return _capability(tensors[0].device) >= (9, 0) and all(map(tensor_map_fits, tensors))
-
-
-def _descriptor(x: Tensor, tile: int) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tile, x.shape[-1]])
-
-
-def _interpreted() -> bool:
-    """Whether Triton runs its interpreter, which computes on a CPU what a GPU would."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)

@@ -7,7 +7,6 @@ attention, so the mask serves from its own step on. The number of dense steps is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,13 +18,10 @@ from torch import Tensor
 
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, block_count
+from calibatt.kernels.plan import BlockMask, Plan
 from calibatt.methods.base import Branch, Knob, Site
-from calibatt.methods.blocks import block_sums, text_blocks
-from calibatt.methods.energy import products
-
-# attention weights held at a time, 128 MiB in fp32: 384 queries of a 720p Wan video (75,600 tokens)
-_CHUNK = 2**25
+from calibatt.methods.blocks import text_blocks
+from calibatt.methods.energy import block_mass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,42 +159,6 @@ class AdaSpa:
         return _first(order, head_budgets(recall, budget, blocks, good=self.config.good_recall)) | text
 
 
-def block_mass(
-    q: Float[Tensor, "heads tokens head_dim"],
-    k: Float[Tensor, "heads tokens head_dim"],
-    *,
-    block: tuple[int, int],
-    lse: Float[Tensor, "heads tokens"] | None = None,
-) -> tuple[Float[Tensor, "heads q_blocks k_blocks"], Float[Tensor, "heads tokens"]]:
-    """Attention weights summed over the queries and keys of each block, and the log-sum-exp of each query's scores.
-
-    Computed in fp32, some query blocks of one head at a time.
-
-    Args:
-        q, k: what attention sees.
-        block: tokens of a query and of a key block.
-        lse: log-sum-exp to weigh by in place of their own, returned as it is.
-    """
-    heads, tokens, _ = q.shape
-    block_q, block_k = block
-    sums = q.new_empty(heads, tokens, dtype=torch.float32) if lse is None else lse
-    mass = q.new_empty(heads, block_count(tokens, block_q), block_count(tokens, block_k), dtype=torch.float32)
-    at_once = max(1, _CHUNK // (tokens * block_q))
-    for head in range(heads):
-        for first in range(0, mass.shape[1], at_once):
-            rows = slice(first * block_q, (first + at_once) * block_q)
-            scores = _scores(q[head, rows], k[head])
-            # the largest score stands in for a sum that is not known yet, so that no exponential overflows
-            reference = scores.amax(-1) if lse is None else lse[head, rows]
-            weights = block_sums(scores.sub_(reference[:, None]).exp_(), block_k)
-            if lse is None:
-                total = weights.sum(-1)
-                sums[head, rows] = reference + total.log()
-                weights /= total[:, None]
-            mass[head, first : first + at_once] = block_sums(weights.T, block_q).T
-    return mass, sums
-
-
 def head_budgets(recall: Float[Tensor, "heads"], budget: int, blocks: int, *, good: float) -> Int[Tensor, "heads"]:
     """How many blocks each head keeps a row: half as many in the n best heads, as many more in the n worst.
 
@@ -224,10 +184,3 @@ def _first(
     """The blocks that stand first in each row's order, as many as the head's budget."""
     chosen = torch.arange(order.shape[-1], device=order.device) < budgets[:, None, None]
     return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, chosen.expand_as(order))
-
-
-def _scores(
-    q: Float[Tensor, "queries head_dim"], k: Float[Tensor, "tokens head_dim"]
-) -> Float[Tensor, "queries tokens"]:
-    """What softmax is taken of, in fp32."""
-    return products(q, k).mul_(1 / math.sqrt(q.shape[-1]))

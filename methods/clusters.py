@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from calibatt.kernels import estimates
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan, TokenOrder, block_count
 from calibatt.methods.blocks import with_text
@@ -126,9 +127,19 @@ def cluster_order(
     geometry: Geometry, q_labels: Int[Tensor, "heads video_tokens"], k_labels: Int[Tensor, "heads video_tokens"]
 ) -> TokenOrder:
     """The video's tokens cluster by cluster, within a cluster as in the sequence, and the text where it is."""
-    # stable: tokens of a cluster stay in the sequence's order
-    queries, keys = (with_text(geometry, labels.argsort(dim=-1, stable=True)) for labels in (q_labels, k_labels))
+    queries, keys = (with_text(geometry, by_cluster(labels)) for labels in (q_labels, k_labels))
     return TokenOrder(queries=queries, keys=keys)
+
+
+def by_cluster(labels: Int[Tensor, "heads tokens"]) -> Int[Tensor, "heads tokens"]:
+    """Places of the tokens cluster by cluster, within a cluster as they come."""
+    heads, tokens = labels.shape
+    if not labels.is_cuda:
+        return labels.argsort(dim=-1, stable=True)
+    # a GPU sorts long rows one after the other, but all of them at once as numbers that tell heads apart
+    before = tokens * torch.arange(heads, device=labels.device)[:, None]
+    order = (labels + before).flatten().to(torch.int32).argsort(stable=True)
+    return order.view(heads, tokens) - before
 
 
 def cluster_counts(geometry: Geometry, clusters: tuple[int, int]) -> tuple[int, int]:
@@ -187,7 +198,7 @@ def regroup(
 ) -> Grouped:
     """Each token in the cluster j of its head with the largest x · directions[j] + offsets[j].
 
-    Sums are in fp32; those of a cluster are added in any order on a GPU.
+    Sums are in fp32.
 
     Args:
         x: the tokens.
@@ -195,6 +206,11 @@ def regroup(
         directions: of the tokens' type, so that half precision is multiplied on tensor cores.
         offsets: in fp32.
     """
+    if estimates.takes(x):
+        labels = estimates.nearest(x, directions, offsets)
+        sizes = _sizes(labels, centroids.shape[1])
+        means = estimates.cluster_means(x, by_cluster(labels), sizes, centroids)
+        return Grouped(labels=labels, sizes=sizes, centroids=means)
     heads, tokens, channels = x.shape
     clusters = centroids.shape[1]
     labels = torch.empty(heads, tokens, dtype=torch.int64, device=x.device)
@@ -205,9 +221,15 @@ def regroup(
         some = slice(first, first + at_once)
         labels[:, some] = products(x[:, some], directions).add_(offsets[:, None]).argmax(-1)
         sums.index_add_(0, (labels[:, some] + before).flatten(), x[:, some].float().reshape(-1, channels))
-    sizes = torch.zeros_like(labels[:, :1]).repeat(1, clusters).scatter_add_(1, labels, torch.ones_like(labels))
+    sizes = _sizes(labels, clusters)
     means = sums.view_as(centroids) / sizes.clamp(min=1)[:, :, None]
     return Grouped(labels=labels, sizes=sizes, centroids=torch.where(sizes[:, :, None] > 0, means, centroids))
+
+
+def _sizes(labels: Int[Tensor, "heads tokens"], clusters: int) -> Int[Tensor, "heads clusters"]:
+    """Tokens of each cluster."""
+    sizes = torch.zeros(len(labels), clusters, dtype=torch.int64, device=labels.device)
+    return sizes.scatter_add_(1, labels, torch.ones_like(labels))
 
 
 def attention(q: Grouped, k: Grouped) -> Float[Tensor, "heads q_clusters k_clusters"]:

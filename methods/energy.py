@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from calibatt.kernels import estimates
 from calibatt.kernels.plan import block_count, block_sizes
 from calibatt.methods.blocks import block_sums
 
@@ -24,24 +25,55 @@ def block_energy(
 ) -> Float[Tensor, "heads q_blocks k_blocks"]:
     """Softmax mass in each key block, mean over the queries of each query block; every row sums to 1.
 
-    Computed in fp32, some query blocks of one head at a time. A shorter last block is averaged over the queries it has.
+    A shorter last block is averaged over the queries it has. Computed as `block_mass`.
 
     Args:
         q, k: what attention sees.
         block_q, block_k: tokens of a query block and of a key block.
     """
-    heads, tokens, _ = q.shape
-    energy = q.new_empty(heads, block_count(tokens, block_q), block_count(tokens, block_k), dtype=torch.float32)
-    sizes = block_sizes(tokens, block_q, q.device)
+    mass, _ = block_mass(q, k, block=(block_q, block_k))
+    return mass / block_sizes(q.shape[1], block_q, q.device)[:, None]
+
+
+def block_mass(
+    q: Float[Tensor, "heads tokens channels"],
+    k: Float[Tensor, "heads tokens channels"],
+    *,
+    block: tuple[int, int],
+    scale: float | None = None,
+    lse: Float[Tensor, "heads tokens"] | None = None,
+) -> tuple[Float[Tensor, "heads q_blocks k_blocks"], Float[Tensor, "heads tokens"]]:
+    """Attention weights summed over the queries and keys of each block, and the log-sum-exp of each query's scores.
+
+    Computed in fp32: half precision on a GPU by a kernel of its own, else some query blocks of one head at a time.
+
+    Args:
+        q, k: what attention sees.
+        block: tokens of a query and of a key block.
+        scale: of the products, not negative; 1/√channels where None.
+        lse: log-sum-exp to weigh by in place of their own, returned as it is.
+    """
+    heads, tokens, channels = q.shape
+    scale = 1 / math.sqrt(channels) if scale is None else scale
+    if estimates.takes_mass(q, block[1]):
+        return estimates.block_mass(q, k, block=block, scale=scale, lse=lse)
+    block_q, block_k = block
+    sums = q.new_empty(heads, tokens, dtype=torch.float32) if lse is None else lse
+    mass = q.new_empty(heads, block_count(tokens, block_q), block_count(tokens, block_k), dtype=torch.float32)
     at_once = max(1, CHUNK // (tokens * block_q))
     for head in range(heads):
-        for first in range(0, energy.shape[1], at_once):
-            rows = q[head, first * block_q : (first + at_once) * block_q]
-            mass = block_sums(exponentials(rows, k[head]), block_k)
-            mass /= mass.sum(-1, keepdim=True)
-            chunk = slice(first, first + at_once)
-            energy[head, chunk] = block_sums(mass.T, block_q).T / sizes[chunk, None]
-    return energy
+        for first in range(0, mass.shape[1], at_once):
+            rows = slice(first * block_q, (first + at_once) * block_q)
+            scores = products(q[head, rows], k[head]).mul_(scale)
+            # the largest score stands in for a sum that is not known yet, so that no exponential overflows
+            reference = scores.amax(-1) if lse is None else lse[head, rows]
+            weights = block_sums(scores.sub_(reference[:, None]).exp_(), block_k)
+            if lse is None:
+                total = weights.sum(-1)
+                sums[head, rows] = reference + total.log()
+                weights /= total[:, None]
+            mass[head, first : first + at_once] = block_sums(weights.T, block_q).T
+    return mass, sums
 
 
 def products(

@@ -19,16 +19,10 @@ from torch import Tensor
 
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, block_count
+from calibatt.kernels.plan import BlockMask, Plan
 from calibatt.methods.base import Knob, Site
-from calibatt.methods.blocks import block_sums
-from calibatt.methods.energy import products
+from calibatt.methods.energy import block_mass
 from calibatt.methods.selection import smallest_set
-
-# scores held at a time: 256 MiB in fp32, as where CalibAtt is calibrated; enough to keep a GPU busy with one launch
-_CHUNK = 2**26
-# rows of a product that a GPU's fast kernels write: cuBLAS asks for multiples of 16 bytes
-_ALIGNED = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,30 +108,20 @@ def antidiagonal_energy(
 
     A tile is `stride` consecutive queries by as many keys. Its score is the sum of the scores on its antidiagonal,
     divided by the stride; the softmax of a group of queries goes over all groups of keys. In a shorter last group, the
-    tokens that are missing add nothing. Computed in fp32, some query blocks of one head at a time.
+    tokens that are missing add nothing. Computed as `block_mass`, of groups.
 
     Args:
         q, k: what attention sees.
         stride: tokens of a group; both blocks are multiples of it.
         block_q, block_k: tokens of a query block and of a key block.
     """
-    heads, tokens, channels = q.shape
-    rows, columns = block_q // stride, block_k // stride
-    energy = q.new_empty(heads, block_count(tokens, block_q), block_count(tokens, block_k), dtype=torch.float32)
-    groups = block_count(tokens, stride)
-    at_once = max(1, _CHUNK // (rows * groups))
-    for head in range(heads):
-        # with the queries of each group turned round, the product of two groups is the sum along the antidiagonal
-        group_q, group_k = _groups(q[head], stride).flip(1).flatten(1), _groups(k[head], stride).flatten(1)
-        group_k = torch.nn.functional.pad(group_k, (0, 0, 0, -groups % _ALIGNED))
-        for first in range(0, energy.shape[1], at_once):
-            scores = products(group_q[first * rows : (first + at_once) * rows], group_k)[:, :groups]
-            scores *= 1 / (math.sqrt(channels) * stride)
-            mass = block_sums(scores.softmax(-1), columns)
-            energy[head, first : first + at_once] = block_sums(mass.T, rows).T
-    return energy
+    # with the queries of each group turned round, the product of two groups is the sum along the antidiagonal
+    group_q, group_k = _groups(q, stride).flip(2).flatten(2), _groups(k, stride).flatten(2)
+    scale = 1 / (math.sqrt(q.shape[-1]) * stride)
+    return block_mass(group_q, group_k, block=(block_q // stride, block_k // stride), scale=scale)[0]
 
 
-def _groups(x: Float[Tensor, "tokens head_dim"], stride: int) -> Float[Tensor, "groups stride head_dim"]:
+def _groups(x: Float[Tensor, "heads tokens head_dim"], stride: int) -> Float[Tensor, "heads groups stride head_dim"]:
     """Tokens by group, the last one filled up with zeros."""
-    return torch.nn.functional.pad(x, (0, 0, 0, -len(x) % stride)).reshape(-1, stride, x.shape[1])
+    heads, tokens, channels = x.shape
+    return torch.nn.functional.pad(x, (0, 0, 0, -tokens % stride)).reshape(heads, -1, stride, channels)

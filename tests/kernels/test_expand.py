@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calibatt.kernels import triton_sparse
+from calibatt.kernels import tiles
 from calibatt.kernels.expand import block_lists
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan, RowReuse
 
 pytestmark = pytest.mark.skipif(
-    not (triton_sparse._interpreted() or torch.cuda.is_available()), reason="needs Triton's interpreter or a CUDA GPU"
+    not (tiles.interpreted() or torch.cuda.is_available()), reason="needs Triton's interpreter or a CUDA GPU"
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GEOMETRY = Geometry(grid=(8, 5, 25), heads=3, head_dim=64)

@@ -7,25 +7,20 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from calibatt.kernels import oracle, triton_code, triton_sparse
+from calibatt.kernels import oracle, tiles, triton_code, triton_sparse
 from calibatt.kernels.base import Task
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan, RowReuse, block_count
 from calibatt.kernels.triton_sparse import Triton
 
 pytestmark = pytest.mark.skipif(
-    not (triton_sparse._interpreted() or torch.cuda.is_available()), reason="needs Triton's interpreter or a CUDA GPU"
+    not (tiles.interpreted() or torch.cuda.is_available()), reason="needs Triton's interpreter or a CUDA GPU"
 )
 GEOMETRY = Geometry(grid=(2, 7, 9), heads=3, head_dim=64)
 DEVICE, DTYPE = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
@@ -65,7 +60,7 @@ def test_both_ways_to_load_keys_give_attention(monkeypatch: pytest.MonkeyPatch) 
     for tma in (True, False):
         if tma and DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
             continue
-        monkeypatch.setattr(triton_sparse, "_has_tma", answer(tma))
+        monkeypatch.setattr(triton_sparse, "has_tma", answer(tma))
         assert _within_budget(Triton().attend(*inputs, plan), inputs, plan)
     assert False in asked
 
@@ -139,6 +134,8 @@ def test_it_compiles_for_every_gpu_and_keeps_its_tiles_in_registers(
 
 def _compile(target: str, tma: bool, *, everything: bool) -> dict[str, Any]:
     """With row reuse and log-sum-exps, or with neither."""
+    from compiling import compiled_for
+
     capability, head_dim, block = TARGETS[target]
     tile_q, tile_k, warps, stages = triton_sparse.launch_shape(capability, block, head_dim, tma=tma)
     code = triton_code.attend
@@ -151,28 +148,11 @@ def _compile(target: str, tma: bool, *, everything: bool) -> dict[str, Any]:
         ("indices", "counts", "served", "low"), "*i32"
     )
     pointers |= {"lse": "*fp32", "kinds": "*i8", "computed": "*i64"}
-    types = pointers | dict.fromkeys(constants, "constexpr") | {"scale": "fp32", "threshold": "fp32"}
+    types = {**pointers, "scale": "fp32", "threshold": "fp32"}
     if tma:
         types |= dict.fromkeys(("k", "v"), f"tensordesc<bf16[1,1,{tile_k},{head_dim}]>")
-    # pointers and strides are multiples of 16, as torch's are
     aligned = [name for name in code.arg_names if name in pointers or name.endswith(("_batch", "_head", "_token"))]
-    source = ASTSource(
-        code,
-        signature={name: types.get(name, "i32") for name in code.arg_names},
-        constexprs={(code.arg_names.index(name),): value for name, value in constants.items()},
-        attrs={(code.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    options = {"num_warps": warps, "num_stages": stages}
-    made = triton.compile(source, target=GPUTarget("cuda", 10 * capability[0] + capability[1], 32), options=options)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(made.asm["cubin"])
-        usage = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True)
-    return {
-        "shared": made.metadata.shared,
-        "usage": usage.stdout + usage.stderr,
-        "wgmma": "wgmma" in made.asm["ptx"],
-    }
+    return compiled_for(capability, code, types, constants, aligned, warps, stages)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-from calibatt.methods import adaspa
-from calibatt.methods.adaspa import AdaSpa, AdaSpaConfig, block_mass, head_budgets
+from calibatt.methods import energy
+from calibatt.methods.adaspa import AdaSpa, AdaSpaConfig, head_budgets
 from calibatt.methods.base import Site
+from calibatt.methods.energy import block_mass
 
 TOKENS = 4
 # heaviest on one diagonal, and on the other
@@ -90,7 +91,7 @@ def test_the_mass_of_a_block_is_its_share_of_each_query_summed() -> None:
 def test_the_mass_is_that_of_the_whole_softmax(
     chunk: int, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adaspa, "_CHUNK", chunk)
+    monkeypatch.setattr(energy, "CHUNK", chunk)
     q, k = noise(0)
     mass, lse = block_mass(q, k, block=block)
     expected, expected_lse = naive_mass(q, k, block)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-from calibatt.methods import xattention
 from calibatt.methods.base import Site
 from calibatt.methods.xattention import XAttention, antidiagonal_energy
 
@@ -95,16 +94,6 @@ def test_the_estimate_is_the_softmax_of_the_antidiagonal_sums(stride: int, block
     sizes = {"stride": stride, "block_q": block[0], "block_k": block[1]}
     energy = antidiagonal_energy(q, k, **sizes)
     torch.testing.assert_close(energy, by_hand(q, k, **sizes).float())
-
-
-def test_a_few_query_blocks_at_a_time_give_what_all_at_once_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"stride": 4, "block_q": 16, "block_k": 8}
-    q, k = noise(2, 90)
-    whole = antidiagonal_energy(q, k, **sizes)
-    # 90 tokens are 23 groups, and a query block is 4: two blocks at a time, of six, and one where not even it fits
-    for scores in (2 * 4 * 23, 1):
-        monkeypatch.setattr(xattention, "_CHUNK", scores)
-        torch.testing.assert_close(antidiagonal_energy(q, k, **sizes), whole)
 
 
 # a block is kept as long as those before it fall short: 0.4, 0.7, 0.9 and 1 are reached after one to four

@@ -1,0 +1,166 @@
+"""Device code of estimates: attention mass of blocks, and k-means. `kernels/estimates.py` launches it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def group_logsums(
+    q, k, logsums, lse, scale, tokens, groups, q_head, q_token, k_head, k_token,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr, STEP: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head: log-sum-exps of their scores with each group of keys, and with all keys.
+
+    Those of groups are in powers of two, and infinitely small where a group has no weight.
+    """
+    tile, head = tl.program_id(0), tl.program_id(1)
+    row = tile * TILE_Q + tl.arange(0, TILE_Q)
+    if not TMA:
+        q += head.to(tl.int64) * q_head
+        k += head.to(tl.int64) * k_head
+    queries = _tile(q, head, tile * TILE_Q, 0, tokens, q_token, TILE_Q, STEP, TMA)
+    # groups before tokens: a warp stores queries that lie side by side
+    logsums += head.to(tl.int64) * groups * tokens
+    most = tl.full([TILE_Q], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_Q], tl.float32)
+    whole = tokens // TILE_K
+    most, total = _over_tiles(
+        most, total, q, queries, k, logsums, head, tile, row, 0, whole, scale, tokens, groups, q_token, k_token,
+        TILE_Q, TILE_K, GROUP, CHANNELS, STEP, TMA, False,
+    )  # fmt: skip
+    most, total = _over_tiles(
+        most, total, q, queries, k, logsums, head, tile, row, whole, tl.cdiv(tokens, TILE_K), scale, tokens, groups,
+        q_token, k_token, TILE_Q, TILE_K, GROUP, CHANNELS, STEP, TMA, True,
+    )  # fmt: skip
+    tl.store(lse + head.to(tl.int64) * tokens + row, most * _LN2 + tl.log(total), mask=row < tokens)
+
+
+@triton.jit
+def _over_tiles(
+    most, total, q, queries, k, logsums, head, tile, row, first, last, scale, tokens, groups, q_token, k_token,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr, STEP: tl.constexpr,
+    TMA: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Go on with tiles of keys, from the first to before the last."""
+    parts: tl.constexpr = TILE_K // GROUP
+    for i in range(first, last):
+        if CHANNELS == STEP:
+            # what fits is loaded once
+            scores = tl.dot(queries, _tile(k, head, i * TILE_K, 0, tokens, k_token, TILE_K, STEP, TMA).T)
+        else:
+            scores = tl.zeros([TILE_Q, TILE_K], tl.float32)
+            for channel in range(0, CHANNELS, STEP):
+                some = _tile(q, head, tile * TILE_Q, channel, tokens, q_token, TILE_Q, STEP, TMA)
+                keys = _tile(k, head, i * TILE_K, channel, tokens, k_token, TILE_K, STEP, TMA)
+                scores = tl.dot(some, keys.T, scores)
+        if TAIL:
+            scores = tl.where((i * TILE_K + tl.arange(0, TILE_K) < tokens)[None, :], scores, float("-inf"))
+        # the scale is not negative, and goes into one multiply-add with the subtraction; a group so far below the
+        # tile's largest score that its sum is 0 has no weight in all of the attention either
+        here = tl.max(scores, 1) * scale
+        weights = tl.exp2(scores * scale - here[:, None])
+        sums = tl.sum(tl.reshape(weights, [TILE_Q, parts, GROUP]), 2)
+        group = i * parts + tl.arange(0, parts)
+        tl.store(
+            logsums + group[None, :].to(tl.int64) * tokens + row[:, None], here[:, None] + tl.log2(sums),
+            mask=(row[:, None] < tokens) & (group[None, :] < groups),
+        )  # fmt: skip
+        # every tile has a key, so the largest is finite from the first on
+        new_most = tl.maximum(most, here)
+        total = total * tl.exp2(most - new_most) + tl.sum(sums, 1) * tl.exp2(here - new_most)
+        most = new_most
+    return most, total
+
+
+@triton.jit
+def _tile(x, head, start, channel, tokens, token_stride, ROWS: tl.constexpr, STEP: tl.constexpr, TMA: tl.constexpr):
+    """Some channels of some tokens of a head; zeros past the last token."""
+    if TMA:
+        tile = x.load([head, start, channel]).reshape([ROWS, STEP])
+    else:
+        row, column = start + tl.arange(0, ROWS), channel + tl.arange(0, STEP)
+        tile = tl.load(
+            x + row[:, None].to(tl.int64) * token_stride + column[None, :], mask=row[:, None] < tokens, other=0.0
+        )
+    return tile
+
+
+@triton.jit
+def block_mass(
+    logsums, lse, mass, tokens, groups, q_blocks, k_blocks,
+    BLOCK_Q: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One query block of one head, some key blocks of so many groups: exponentials of their log-sum-exps, summed."""
+    block, head = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    sums = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, BLOCK_Q, ROWS):
+        place = start + tl.arange(0, ROWS)
+        row = block * BLOCK_Q + place
+        real = (place < BLOCK_Q) & (row < tokens)
+        total = tl.load(lse + head * tokens + row, mask=real, other=0.0) / _LN2
+        for part in range(PARTS):
+            group = column * PARTS + part
+            found = tl.load(
+                logsums + (head * groups + group[:, None]) * tokens + row[None, :],
+                mask=(group < groups)[:, None] & real[None, :], other=float("-inf"),
+            )  # fmt: skip
+            sums += tl.sum(tl.exp2(found - total[None, :]), 1)
+    tl.store(mass + (head * q_blocks + block) * k_blocks + column, sums, mask=column < k_blocks)
+
+
+@triton.jit
+def nearest(
+    x, directions, offsets, labels, tokens, clusters, x_head, x_token,
+    TILE: tl.constexpr, CLUSTERS: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Some tokens of one head: which cluster has the largest inner product plus offset; of equal ones the first."""
+    head = tl.program_id(1)
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    channel = tl.arange(0, HEAD_DIM)
+    some = tl.load(
+        x + head.to(tl.int64) * x_head + row[:, None].to(tl.int64) * x_token + channel[None, :],
+        mask=row[:, None] < tokens, other=0.0,
+    )  # fmt: skip
+    directions += head * clusters * HEAD_DIM
+    offsets += head * clusters
+    best = tl.full([TILE], float("-inf"), tl.float32)
+    label = tl.zeros([TILE], tl.int32)
+    for start in range(0, clusters, CLUSTERS):
+        cluster = start + tl.arange(0, CLUSTERS)
+        real = cluster < clusters
+        toward = tl.load(directions + cluster[None, :] * HEAD_DIM + channel[:, None], mask=real[None, :], other=0.0)
+        offset = tl.load(offsets + cluster, mask=real, other=float("-inf"))
+        scores = tl.dot(some, toward) + offset[None, :]
+        here = tl.max(scores, 1)
+        first = tl.min(tl.where(scores == here[:, None], cluster[None, :], clusters), 1)
+        label = tl.where(here > best, first, label)
+        best = tl.maximum(best, here)
+    tl.store(labels + head.to(tl.int64) * tokens + row, label.to(tl.int64), mask=row < tokens)
+
+
+@triton.jit
+def cluster_means(
+    x, order, sizes, ends, before, means, clusters, tokens, x_head, x_token, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """One cluster of one head: the mean of its tokens, which lie side by side in the order, or what it was before."""
+    head = tl.program_id(1).to(tl.int64)
+    cluster = head * clusters + tl.program_id(0)
+    channel = tl.arange(0, HEAD_DIM)
+    # ends are counted over all heads, as the order's places are
+    size, end = tl.load(sizes + cluster), tl.load(ends + cluster)
+    sums = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    for start in range(0, size, ROWS):
+        place = end - size + start + tl.arange(0, ROWS)
+        token = tl.load(order + place, mask=place < end, other=0)
+        sums += tl.load(
+            x + head * x_head + token[:, None] * x_token + channel[None, :], mask=(place < end)[:, None], other=0.0
+        ).to(tl.float32)
+    mean = tl.sum(sums, 0) / tl.maximum(size, 1).to(tl.float32)
+    old = tl.load(before + cluster * HEAD_DIM + channel)
+    tl.store(means + cluster * HEAD_DIM + channel, tl.where(size > 0, mean, old))

@@ -1,0 +1,202 @@
+"""What methods estimate by, fused for a GPU: attention mass of blocks, nearest centroids and means of clusters.
+
+Plain torch passes over memory between a product and what is made of it, which costs many times the product. A method
+has the same in torch, for whatever this does not take.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, Int64
+from torch import Tensor
+
+from calibatt.kernels.plan import block_count
+from calibatt.kernels.tiles import compute_capability, descriptor, has_tma, tile_of
+
+# log-sum-exps held at a time, 1 GiB in fp32: six heads of a 720p Wan video (75,600 tokens) and blocks of 128 keys
+_HELD = 2**28
+# keys of a group at the most, which is a tile of them
+_MOST_KEYS = 128
+# and at the least: of fewer, the log-sum-exps would be no fewer than the scores by much
+_LEAST_KEYS = 8
+# channels multiplied at a time where not all of them fit
+_STEP = 64
+# log-sum-exps that one program of `block_mass` sums at a time, and queries among them at the most: 16 KiB, of which
+# those of a group lie side by side
+_SUMMED, _MOST_QUERIES = 4096, 128
+# of one program of `cluster_means`: enough loads under way for clusters of some ten to hundred tokens
+_MEAN_ROWS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """How a product of rows and columns is cut: its tile, the warps of a program, and tiles loaded ahead."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def mass_shape(capability: tuple[int, int], channels: int) -> Shape:
+    """Of queries and keys, by compute capability and channels of the product.
+
+    Tensor cores and exponentials take equally long for one tile at 128 channels, so that several tiles must be under
+    way on a multiprocessor: one's exponentials hide behind another's product.
+    """
+    if capability == (9, 0):
+        return Shape(rows=128, columns=_MOST_KEYS, warps=8, stages=2 if channels <= _MOST_KEYS else 3)
+    # shared memory of sm86, sm89 and sm120 has no room for more (CUDA's programming guide)
+    return Shape(rows=64, columns=_MOST_KEYS, warps=4 if channels <= _MOST_KEYS else 8, stages=2)
+
+
+def nearest_shape(capability: tuple[int, int]) -> Shape:
+    """Of tokens and clusters, by compute capability."""
+    return Shape(rows=128, columns=64, warps=8 if capability == (9, 0) else 4, stages=3 if capability == (9, 0) else 2)
+
+
+def takes(x: Tensor) -> bool:
+    """Whether tokens are of a kind that the device code computes: half precision, of 64 or 128 channels, on a GPU.
+
+    Args:
+        x: tokens, [heads, tokens, head_dim].
+    """
+    return _on_device(x) and x.shape[-1] in (64, 128)
+
+
+def takes_mass(q: Tensor, block_k: int) -> bool:
+    """Whether the device code sums attention of these tokens over key blocks of that size.
+
+    Args:
+        q: queries, [heads, tokens, channels]; of more channels than a head has, in multiples of 64, where tokens are
+            put together.
+        block_k: tokens of a key block.
+    """
+    return _on_device(q) and q.shape[-1] % _STEP == 0 and tile_of(block_k, _MOST_KEYS) >= _LEAST_KEYS
+
+
+def _on_device(x: Tensor) -> bool:
+    return (
+        x.is_cuda
+        and x.dtype in (torch.bfloat16, torch.float16)
+        # older tensor cores have no bf16
+        and compute_capability(x.device) >= (8, 0)
+        and importlib.util.find_spec("triton") is not None
+    )
+
+
+def block_mass(
+    q: Float[Tensor, "heads tokens channels"],
+    k: Float[Tensor, "heads tokens channels"],
+    *,
+    block: tuple[int, int],
+    scale: float,
+    lse: Float[Tensor, "heads tokens"] | None = None,
+) -> tuple[Float[Tensor, "heads q_blocks k_blocks"], Float[Tensor, "heads tokens"]]:
+    """Attention weights summed over the queries and keys of each block, and the log-sum-exp of each query's scores.
+
+    Scores are computed once. Of them stay the log-sum-exps of each query with each group of keys, a block or a part of
+    it; a second pass subtracts the query's own and sums. At 75,600 tokens, 40 heads and blocks of 128 keys these are
+    7 GB, which an H200 writes and reads in 3 ms; computing all scores again would take it 90.
+
+    Args:
+        q, k: what attention sees, where `takes_mass` holds.
+        block: tokens of a query and of a key block.
+        scale: of the products; not negative.
+        lse: log-sum-exp to weigh by in place of their own, returned as it is.
+    """
+    import triton
+
+    from calibatt.kernels import estimate_code
+
+    heads, tokens, channels = q.shape
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    shape = mass_shape(compute_capability(q.device), channels)
+    group = tile_of(block[1], _MOST_KEYS)
+    groups, q_blocks, k_blocks = (
+        block_count(tokens, group),
+        block_count(tokens, block[0]),
+        block_count(tokens, block[1]),
+    )
+    step = channels if channels in (64, 128) else _STEP
+    tma = has_tma(q, k)
+    sums = q.new_empty(heads, tokens, dtype=torch.float32)
+    given = sums if lse is None else lse.contiguous()
+    mass = q.new_empty(heads, q_blocks, k_blocks, dtype=torch.float32)
+    at_once = min(heads, max(1, _HELD // (groups * tokens)))
+    logsums = q.new_empty(at_once, groups, tokens, dtype=torch.float32)
+    rows = min(_MOST_QUERIES, triton.next_power_of_2(block[0]))
+    for first in range(0, heads, at_once):
+        some = slice(first, first + at_once)
+        queries, keys = q[some], k[some]
+        if tma:
+            queries, keys = descriptor(queries, shape.rows, step), descriptor(keys, shape.columns, step)
+        estimate_code.group_logsums[(block_count(tokens, shape.rows), len(sums[some]))](
+            queries, keys, logsums, sums[some], scale * math.log2(math.e), tokens, groups, *q.stride()[:2],
+            *k.stride()[:2], TILE_Q=shape.rows, TILE_K=shape.columns, GROUP=group, CHANNELS=channels, STEP=step,
+            TMA=tma, num_warps=shape.warps, num_stages=shape.stages,
+        )  # fmt: skip
+        estimate_code.block_mass[(q_blocks, block_count(k_blocks, _SUMMED // rows), len(sums[some]))](
+            logsums, given[some], mass[some], tokens, groups, q_blocks, k_blocks, BLOCK_Q=block[0],
+            PARTS=block[1] // group, ROWS=rows, COLUMNS=_SUMMED // rows,
+        )  # fmt: skip
+    return mass, sums if lse is None else lse
+
+
+def nearest(
+    x: Float[Tensor, "heads tokens head_dim"],
+    directions: Float[Tensor, "heads clusters head_dim"],
+    offsets: Float[Tensor, "heads clusters"],
+) -> Int64[Tensor, "heads tokens"]:
+    """The cluster j of each token with the largest x · directions[j] + offsets[j], of equal ones the first.
+
+    Args:
+        x: the tokens, where `takes` holds.
+        directions: of the tokens' type.
+        offsets: in fp32.
+    """
+    from calibatt.kernels import estimate_code
+
+    heads, tokens, head_dim = x.shape
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    shape = nearest_shape(compute_capability(x.device))
+    labels = torch.empty(heads, tokens, dtype=torch.int64, device=x.device)
+    estimate_code.nearest[(block_count(tokens, shape.rows), heads)](
+        x, directions.contiguous(), offsets.contiguous(), labels, tokens, directions.shape[1], *x.stride()[:2],
+        TILE=shape.rows, CLUSTERS=shape.columns, HEAD_DIM=head_dim, num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip
+    return labels
+
+
+def cluster_means(
+    x: Float[Tensor, "heads tokens head_dim"],
+    order: Int64[Tensor, "heads tokens"],
+    sizes: Int[Tensor, "heads clusters"],
+    before: Float[Tensor, "heads clusters head_dim"],
+) -> Float[Tensor, "heads clusters head_dim"]:
+    """The mean token of each cluster in fp32, always added in the same order.
+
+    Tokens come cluster by cluster: each is read once. As products of ones and zeros with the tokens, on tensor cores,
+    the sums would cost as much as finding the nearest centroids; added to memory as they come, by atomics, they cost
+    more, and no two runs would give the same.
+
+    Args:
+        x: the tokens, where `takes` holds.
+        order: the tokens cluster by cluster.
+        sizes: tokens of each cluster.
+        before: in fp32, what clusters without tokens get.
+    """
+    from calibatt.kernels import estimate_code
+
+    heads, clusters, head_dim = before.shape
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    means = torch.empty_like(before, memory_format=torch.contiguous_format)
+    estimate_code.cluster_means[(clusters, heads)](
+        x, order.contiguous(), sizes.contiguous(), sizes.flatten().cumsum(0), before.contiguous(), means, clusters,
+        x.shape[1], *x.stride()[:2], ROWS=_MEAN_ROWS, HEAD_DIM=head_dim,
+    )  # fmt: skip
+    return means
