@@ -164,3 +164,29 @@ def cluster_means(
     mean = tl.sum(sums, 0) / tl.maximum(size, 1).to(tl.float32)
     old = tl.load(before + cluster * HEAD_DIM + channel)
     tl.store(means + cluster * HEAD_DIM + channel, tl.where(size > 0, mean, old))
+
+
+@triton.jit
+def alike_blocks(
+    x, centre, means, alike, tokens, blocks, x_head, x_token, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """One block of one head: the mean of its tokens less the centre, and the squared length of their mean direction."""
+    block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, HEAD_DIM)
+    middle = tl.load(centre + head * HEAD_DIM + channel)
+    sums = tl.zeros([HEAD_DIM], tl.float32)
+    directions = tl.zeros([HEAD_DIM], tl.float32)
+    for start in range(0, BLOCK, ROWS):
+        place = start + tl.arange(0, ROWS)
+        row = block * BLOCK + place
+        real = ((place < BLOCK) & (row < tokens))[:, None]
+        some = tl.load(x + head * x_head + row[:, None].to(tl.int64) * x_token + channel[None, :], mask=real, other=0.0)
+        some = tl.where(real, some.to(tl.float32) - middle[None, :], 0.0)
+        length = tl.maximum(tl.sqrt(tl.sum(some * some, 1)), 1e-12)
+        sums += tl.sum(some, 0)
+        directions += tl.sum(some / length[:, None], 0)
+    size = tl.minimum(BLOCK, tokens - block * BLOCK).to(tl.float32)
+    tl.store(means + (head * blocks + block) * HEAD_DIM + channel, sums / size)
+    directions /= size
+    tl.store(alike + head * blocks + block, tl.sum(directions * directions, 0))

@@ -1,4 +1,4 @@
-"""What methods estimate by, fused for a GPU: attention mass of blocks, nearest centroids and means of clusters.
+"""What methods estimate by, fused for a GPU: mass and likeness of blocks, nearest centroids, means of clusters.
 
 Plain torch passes over memory between a product and what is made of it, which costs many times the product. A method
 has the same in torch, for whatever this does not take.
@@ -28,8 +28,8 @@ _STEP = 64
 # log-sum-exps that one program of `block_mass` sums at a time, and queries among them at the most: 16 KiB, of which
 # those of a group lie side by side
 _SUMMED, _MOST_QUERIES = 4096, 128
-# of one program of `cluster_means`: enough loads under way for clusters of some ten to hundred tokens
-_MEAN_ROWS = 32
+# tokens that `cluster_means` and `alike_blocks` load at a time: enough loads under way for clusters of some ten to hundred tokens
+_MEAN_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,3 +200,28 @@ def cluster_means(
         x.shape[1], *x.stride()[:2], ROWS=_MEAN_ROWS, HEAD_DIM=head_dim,
     )  # fmt: skip
     return means
+
+
+def alike_blocks(
+    x: Float[Tensor, "heads tokens head_dim"], block: int, centre: Float[Tensor, "heads head_dim"]
+) -> tuple[Float[Tensor, "heads blocks head_dim"], Float[Tensor, "heads blocks"]]:
+    """The mean token of each block, and how alike its tokens are: the mean cosine over all pairs, each with itself too.
+
+    The mean cosine over all pairs is the squared length of the mean unit vector, so each token is read once.
+
+    Args:
+        x: the tokens, where `takes` holds.
+        block: tokens of a block; a shorter last one counts its own.
+        centre: in fp32, taken off every token before.
+    """
+    from calibatt.kernels import estimate_code
+
+    heads, tokens, head_dim = x.shape
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    means = x.new_empty(heads, block_count(tokens, block), head_dim, dtype=torch.float32)
+    alike = torch.empty_like(means[..., 0], memory_format=torch.contiguous_format)
+    estimate_code.alike_blocks[(means.shape[1], heads)](
+        x, centre.contiguous(), means, alike, tokens, means.shape[1], *x.stride()[:2], BLOCK=block, ROWS=_MEAN_ROWS,
+        HEAD_DIM=head_dim,
+    )  # fmt: skip
+    return means, alike

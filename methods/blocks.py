@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
+from calibatt.kernels import estimates
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import block_count, block_sizes
 
@@ -18,6 +19,29 @@ def pooled(x: Float[Tensor, "heads tokens head_dim"], block: int) -> Float[Tenso
     if not rest:
         return means
     return torch.cat((means, x[:, -rest:].mean(1, keepdim=True, dtype=torch.float32)), dim=1)
+
+
+def alike_blocks(
+    x: Float[Tensor, "heads tokens head_dim"], block: int, centre: Float[Tensor, "heads head_dim"]
+) -> tuple[Float[Tensor, "heads blocks head_dim"], Float[Tensor, "heads blocks"]]:
+    """Mean token of each block, and how alike its tokens are: the mean cosine over all pairs, each with itself too.
+
+    Args:
+        x: the tokens.
+        block: tokens of a block; a shorter last one counts its own.
+        centre: in fp32, taken off every token before.
+    """
+    if estimates.takes(x):
+        return estimates.alike_blocks(x, block, centre)
+    heads, tokens, channels = x.shape
+    sizes = block_sizes(tokens, block, x.device).to(torch.float32)[None, :, None]
+    centred = torch.nn.functional.pad(
+        x.float() - centre[:, None], (0, 0, 0, block_count(tokens, block) * block - tokens)
+    )
+    blocks = centred.view(heads, -1, block, channels)
+    # the mean cosine over all pairs is the squared length of the mean unit vector
+    units = torch.nn.functional.normalize(blocks, dim=-1)
+    return blocks.sum(2) / sizes, (units.sum(2) / sizes).square().sum(-1)
 
 
 def block_sums(x: Float[Tensor, "rows tokens"], block: int) -> Float[Tensor, "rows blocks"]:

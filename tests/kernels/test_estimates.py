@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from calibatt.kernels import estimates, tiles
+from calibatt.methods.blocks import alike_blocks
 from calibatt.methods.clusters import Grouped, by_cluster, kmeans, regroup
 from calibatt.methods.energy import block_energy, block_mass
 from calibatt.methods.xattention import antidiagonal_energy
@@ -75,6 +76,22 @@ def test_the_mass_of_blocks_is_that_of_plain_torch(
     energy = block_energy(q, k, block_q=block[0], block_k=block[1])
     torch.testing.assert_close(energy.sum(-1), torch.ones_like(energy[..., 0]), **CLOSE)
     assert fused == [True, False, True]
+
+
+@pytest.mark.parametrize(("tokens", "block"), [(256, 64), (300, 128), (63, 128), (301, 80)])
+def test_means_and_likeness_of_blocks_are_those_of_plain_torch(tokens: int, block: int, fused: list[bool]) -> None:
+    x = as_models_have_it(noise(2, tokens, 64)) + 1
+    # equal tokens are as alike as can be, and zeros have no direction
+    x[1, :block] = x[1, :1]
+    x[0, 0] = 0
+    centre = torch.zeros(2, 64, device=DEVICE)
+    for middle in (centre, x.float().mean(1)):
+        means, alike = alike_blocks(x, block, middle)
+        assert fused.pop()
+        expected, expected_alike = alike_blocks(x.float(), block, middle)
+        torch.testing.assert_close(means, expected, **CLOSE)
+        torch.testing.assert_close(alike, expected_alike, **CLOSE)
+    assert alike_blocks(x, block, centre)[1][1, 0].item() == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("tma", [True, False])
