@@ -19,12 +19,10 @@ from calibatt.kernels.tiles import compute_capability, descriptor, has_tma, tile
 
 # log-sum-exps held at a time, 1 GiB in fp32: six heads of a 720p Wan video (75,600 tokens) and blocks of 128 keys
 _HELD = 2**28
-# keys of a group at the most, which is a tile of them
-_MOST_KEYS = 128
-# and at the least: of fewer, the log-sum-exps would be no fewer than the scores by much
+# keys of a group at the least: of fewer, the log-sum-exps would be no fewer than the scores by much
 _LEAST_KEYS = 8
-# channels multiplied at a time where not all of them fit
-_STEP = 64
+# heads' channels, which fit all at once; of more, so many are multiplied at a time
+_HEAD_DIMS, _STEP = (64, 128), 64
 # log-sum-exps that one program of `block_mass` sums at a time, and queries among them at the most: 16 KiB, of which
 # those of a group lie side by side
 _SUMMED, _MOST_QUERIES = 4096, 128
@@ -48,10 +46,11 @@ def mass_shape(capability: tuple[int, int], channels: int) -> Shape:
     Tensor cores and exponentials take equally long for one tile at 128 channels, so that several tiles must be under
     way on a multiprocessor: one's exponentials hide behind another's product.
     """
+    narrow = channels in _HEAD_DIMS
     if capability == (9, 0):
-        return Shape(rows=128, columns=_MOST_KEYS, warps=8, stages=2 if channels <= _MOST_KEYS else 3)
+        return Shape(rows=128, columns=128, warps=8, stages=2 if narrow else 3)
     # shared memory of sm86, sm89 and sm120 has no room for more (CUDA's programming guide)
-    return Shape(rows=64, columns=_MOST_KEYS, warps=4 if channels <= _MOST_KEYS else 8, stages=2)
+    return Shape(rows=64, columns=128, warps=4 if narrow else 8, stages=2)
 
 
 def nearest_shape(capability: tuple[int, int]) -> Shape:
@@ -65,7 +64,7 @@ def takes(x: Tensor) -> bool:
     Args:
         x: tokens, [heads, tokens, head_dim].
     """
-    return _on_device(x) and x.shape[-1] in (64, 128)
+    return _on_device(x) and x.shape[-1] in _HEAD_DIMS
 
 
 def takes_mass(q: Tensor, block_k: int) -> bool:
@@ -76,7 +75,7 @@ def takes_mass(q: Tensor, block_k: int) -> bool:
             put together.
         block_k: tokens of a key block.
     """
-    return _on_device(q) and q.shape[-1] % _STEP == 0 and tile_of(block_k, _MOST_KEYS) >= _LEAST_KEYS
+    return _on_device(q) and q.shape[-1] % _STEP == 0 and block_k % _LEAST_KEYS == 0
 
 
 def _on_device(x: Tensor) -> bool:
@@ -116,13 +115,13 @@ def block_mass(
     heads, tokens, channels = q.shape
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     shape = mass_shape(compute_capability(q.device), channels)
-    group = tile_of(block[1], _MOST_KEYS)
+    group = tile_of(block[1], shape.columns)
     groups, q_blocks, k_blocks = (
         block_count(tokens, group),
         block_count(tokens, block[0]),
         block_count(tokens, block[1]),
     )
-    step = channels if channels in (64, 128) else _STEP
+    step = channels if channels in _HEAD_DIMS else _STEP
     tma = has_tma(q, k)
     sums = q.new_empty(heads, tokens, dtype=torch.float32)
     given = sums if lse is None else lse.contiguous()

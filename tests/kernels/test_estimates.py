@@ -239,7 +239,7 @@ def _compile_mass(capability: tuple[int, int], channels: int, group: int, **chan
     from calibatt.kernels import estimate_code
 
     shape = replace(estimates.mass_shape(capability, channels), **change)
-    step = min(channels, 64) if channels > 128 else channels
+    step = channels if channels <= 128 else estimates._STEP
     tma = capability >= (9, 0)
     types = dict.fromkeys(("q", "k"), "*bf16") | {"logsums": "*fp32", "lse": "*fp32", "scale": "fp32"}
     if tma:
