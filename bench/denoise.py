@@ -28,6 +28,8 @@ from calibatt.methods.base import Site
 # videos and masks that go into the report's pictures
 _SHOWN_VIDEOS = 3
 _SHOWN_MASKS = 4
+# tokens of a cell of a picture where blocks differ in size: the sizes that methods take otherwise
+_CELL = (64, 64)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -159,7 +161,11 @@ def _save_artifact(stage: Stage, course: _Course, prompts: Sequence[str], folder
 
 
 def _some_masks(plans: Sequence[tuple[Site, Plan]]) -> tuple[list[tuple[int, int, int]], list[np.ndarray[Any, Any]]]:
-    """A few masked heads, spread evenly over all of them: where each stands (step, layer, head), and its blocks."""
+    """A few masked heads, spread evenly over all of them: where each stands (step, layer, head), and its picture.
+
+    A cell of it is what the tokens in the middle of a block see. Where blocks differ in size, cells are of one size all
+    the same: a picture to scale, whose mean is near the density.
+    """
     heads = [
         (site, plan, head)
         for site, plan in plans
@@ -171,5 +177,9 @@ def _some_masks(plans: Sequence[tuple[Site, Plan]]) -> tuple[list[tuple[int, int
     masks = []
     for _, plan, head in chosen:
         assert plan.mask is not None
-        masks.append(plan.mask.keep()[head if plan.mask.heads > 1 else 0].cpu().numpy())
+        tokens = torch.arange(plan.tokens, device=plan.mask.bits.device)
+        queries, keys = (
+            torch.stack([part[len(part) // 2] for part in tokens.split(size)]) for size in plan.mask.block or _CELL
+        )
+        masks.append(plan.mask.seen(head, queries)[:, keys].cpu().numpy())
     return [(site.step, site.layer, head) for site, _, head in chosen], masks
