@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from calibatt.bench.accuracy import eight_bit, psnr_db, ssim
@@ -160,7 +161,7 @@ def _save_artifact(stage: Stage, course: _Course, prompts: Sequence[str], folder
     return f"{folder.name}/{name}.npz"
 
 
-def _some_masks(plans: Sequence[tuple[Site, Plan]]) -> tuple[list[tuple[int, int, int]], list[np.ndarray[Any, Any]]]:
+def _some_masks(plans: Sequence[tuple[Site, Plan]]) -> tuple[list[tuple[int, int, int]], list[NDArray[np.bool_]]]:
     """A few masked heads, spread evenly over all of them: where each stands (step, layer, head), and its picture.
 
     A cell of it is what the tokens in the middle of a block see. Where blocks differ in size, cells are of one size all
