@@ -15,7 +15,7 @@ from calibatt.kernels import oracle
 from calibatt.kernels.base import Attender
 from calibatt.kernels.permute import permute
 from calibatt.kernels.plan import Plan
-from calibatt.methods.energy import block_energy
+from calibatt.methods.energy import CHUNK, exponentials
 
 # identical videos have no finite PSNR; 8-bit frames that differ in one pixel by one level stay below this
 PSNR_CAP_DB = 120.0
@@ -114,12 +114,15 @@ def recall(
     """Attention mass in the kept blocks, for each head that computes all its queries."""
     kept = [1.0 for kind in plan.kinds if kind == "dense"]
     if plan.mask is not None:
-        mask = plan.mask
         if plan.order is not None:
             q, k = permute((q[None],), plan.order.queries)[0][0], permute((k[None],), plan.order.keys)[0][0]
-        energy = block_energy(q, k, block_q=mask.block_q, block_k=mask.block_k)
-        mass = (energy * mask.keep()).sum(-1).mean(-1)
-        kept += mass[plan.heads_of("masked")].tolist()
+        for head in plan.heads_of("masked"):
+            mass = 0.0
+            for rows in torch.arange(plan.tokens, device=q.device).split(max(1, CHUNK // plan.tokens)):
+                weights = exponentials(q[head, rows], k[head])
+                seen = plan.mask.seen(head, rows)
+                mass += ((weights * seen).sum(-1) / weights.sum(-1)).sum().item()
+            kept.append(mass / plan.tokens)
     return kept
 
 

@@ -39,7 +39,7 @@ class Ready:
 
     @property
     def block(self) -> tuple[int, int] | None:
-        """Tokens of a query and of a key block, where the arm has blocks."""
+        """Tokens of a query and of a key block, where the arm has blocks of one size."""
         return block_of(self.plans)
 
 
@@ -87,8 +87,8 @@ def guarded(work: Callable[[], _T]) -> _T | Failure:
 
 
 def block_of(plans: tuple[Plan, ...]) -> tuple[int, int] | None:
-    """Block size of the first plan that has a mask."""
-    return next(((p.mask.block_q, p.mask.block_k) for p in plans if p.mask is not None), None)
+    """Block size of the first plan that has a mask; None where its blocks differ in size."""
+    return next((plan.mask.block for plan in plans if plan.mask is not None), None)
 
 
 def facts(stage: Stage, suite: Suite, arm: Arm) -> dict[str, Any]:

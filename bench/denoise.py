@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from calibatt.bench.accuracy import eight_bit, psnr_db, ssim
@@ -28,6 +29,8 @@ from calibatt.methods.base import Site
 # videos and masks that go into the report's pictures
 _SHOWN_VIDEOS = 3
 _SHOWN_MASKS = 4
+# tokens of a cell of a picture where blocks differ in size: the sizes that methods take otherwise
+_CELL = (64, 64)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -158,8 +161,12 @@ def _save_artifact(stage: Stage, course: _Course, prompts: Sequence[str], folder
     return f"{folder.name}/{name}.npz"
 
 
-def _some_masks(plans: Sequence[tuple[Site, Plan]]) -> tuple[list[tuple[int, int, int]], list[np.ndarray[Any, Any]]]:
-    """A few masked heads, spread evenly over all of them: where each stands (step, layer, head), and its blocks."""
+def _some_masks(plans: Sequence[tuple[Site, Plan]]) -> tuple[list[tuple[int, int, int]], list[NDArray[np.bool_]]]:
+    """A few masked heads, spread evenly over all of them: where each stands (step, layer, head), and its picture.
+
+    A cell of it is what the tokens in the middle of a block see. Where blocks differ in size, cells are of one size all
+    the same: a picture to scale, whose mean is near the density.
+    """
     heads = [
         (site, plan, head)
         for site, plan in plans
@@ -171,5 +178,9 @@ def _some_masks(plans: Sequence[tuple[Site, Plan]]) -> tuple[list[tuple[int, int
     masks = []
     for _, plan, head in chosen:
         assert plan.mask is not None
-        masks.append(plan.mask.keep()[head if plan.mask.heads > 1 else 0].cpu().numpy())
+        tokens = torch.arange(plan.tokens, device=plan.mask.bits.device)
+        queries, keys = (
+            torch.stack([part[len(part) // 2] for part in tokens.split(size)]) for size in plan.mask.block or _CELL
+        )
+        masks.append(plan.mask.seen(head, queries)[:, keys].cpu().numpy())
     return [(site.step, site.layer, head) for site, _, head in chosen], masks

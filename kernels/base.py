@@ -26,7 +26,8 @@ class Task:
     Args:
         device, dtype: of q, k and v.
         head_dim: channels of one head.
-        block: tokens of a query block and of a key block; None where no head has a mask.
+        block: tokens of a query block and of a key block; None where no head has a mask, or blocks differ in size.
+        variable: whether blocks differ in size (`plan.VariableBlockMask`).
         reuses: whether heads reuse rows.
         skips: whether the kernel is to note low blocks, or leave them out, by itself (`plan.Skip`).
     """
@@ -35,15 +36,17 @@ class Task:
     dtype: torch.dtype
     head_dim: int
     block: tuple[int, int] | None = None
+    variable: bool = False
     reuses: bool = False
     skips: bool = False
 
     @classmethod
     def of(cls, q: Tensor, plan: Plan) -> Task:
         """What a plan on these inputs asks for."""
-        block = None if plan.mask is None else (plan.mask.block_q, plan.mask.block_k)
+        block = None if plan.mask is None else plan.mask.block
         return cls(
-            device=q.device, dtype=q.dtype, head_dim=q.shape[-1], block=block, reuses=plan.reuse is not None,
+            device=q.device, dtype=q.dtype, head_dim=q.shape[-1], block=block,
+            variable=plan.mask is not None and block is None, reuses=plan.reuse is not None,
             skips=plan.skip is not None,
         )  # fmt: skip
 
@@ -52,6 +55,13 @@ def skip_refusal(name: str) -> Unsupported:
     """What kernels say that leave nothing out by themselves."""
     return Unsupported(
         f"{name} leaves no blocks out by itself: the Triton kernel does, and a preset named oracle needs no such kernel"
+    )
+
+
+def variable_refusal(name: str) -> Unsupported:
+    """What kernels say whose blocks have one size."""
+    return Unsupported(
+        f"{name} has blocks of one size: the Triton kernel has variable ones, other presets cover them by fixed blocks"
     )
 
 
@@ -120,10 +130,6 @@ def check(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
         )
     if plan.skip is not None and q.shape[0] != 1:
         raise ValueError(f"a plan whose low blocks are noted is for one sample: q has {q.shape[0]}")
-    parts = [] if plan.mask is None else [plan.mask.bits]
-    parts += [] if plan.reuse is None else [plan.reuse.source]
-    parts += [] if plan.order is None else [plan.order.queries, plan.order.keys]
-    parts += [] if plan.skip is None else [plan.skip.low.bits]
-    for part in parts:
+    for part in plan.tensors():
         if part.device != q.device:
             raise ValueError(f"the plan is on {part.device}, q on {q.device}: move it with .to()")

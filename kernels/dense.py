@@ -32,7 +32,7 @@ class Dense:
 
     def refusal(self, task: Task) -> Unsupported | None:
         """Why this kernel cannot do the task on this machine, or None when it can."""
-        if task.block is not None or task.reuses:
+        if task.block is not None or task.variable or task.reuses:
             return Unsupported(f"{self.name} is a dense kernel and would compute every block: choose a sparse one")
         objection = self._objection(task)
         return None if objection is None else Unsupported(objection)

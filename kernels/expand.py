@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int8, Int32
 from torch import Tensor
 
-from calibatt.kernels.plan import HeadKind, Plan
+from calibatt.kernels.plan import BlockMask, HeadKind, Plan, VariableBlockMask, block_count
 
 # as the device code counts them
 KINDS: tuple[HeadKind, ...] = ("masked", "dense", "reused")
@@ -21,7 +21,7 @@ def block_lists(
     """Kept key blocks of every query block, ascending, and how many; what lies behind a row's count is not written.
 
     Args:
-        plan: one with a mask.
+        plan: one with a mask of blocks of one size.
         every_head: whether dense heads get all blocks and reused heads none; otherwise their rows are not written.
     """
     import triton
@@ -29,7 +29,7 @@ def block_lists(
     from calibatt.kernels import triton_code
 
     mask = plan.mask
-    assert mask is not None
+    assert isinstance(mask, BlockMask)
     kinds = kinds_on(plan.kinds, mask.bits.device)
     indices = torch.empty((len(kinds), mask.q_blocks, mask.k_blocks), dtype=torch.int32, device=mask.bits.device)
     counts = torch.empty((len(kinds), mask.q_blocks), dtype=torch.int32, device=mask.bits.device)
@@ -39,6 +39,46 @@ def block_lists(
         BLOCKS=triton.next_power_of_2(mask.k_blocks), EVERY_HEAD=every_head,
     )  # fmt: skip
     return indices, counts
+
+
+def query_tiles(mask: VariableBlockMask, tile: int) -> Int32[Tensor, "mask_heads most 3"]:
+    """Tiles of queries, none of more than one block: the block, the first query, and the one behind the last.
+
+    As many as there can be, so that the host need not wait for how many there are; the last ones may be empty.
+    """
+    most = mask.tokens // tile + mask.q_blocks
+    # a block more, without tokens: tiles past the last one are of that
+    sizes = torch.nn.functional.pad(mask.q_sizes, (0, 1))
+    each = (sizes + tile - 1) // tile
+    ends, behind = sizes.cumsum(-1), each.cumsum(-1)
+    number = torch.arange(most, device=sizes.device).expand(mask.heads, -1).contiguous()
+    block = torch.searchsorted(behind, number, right=True).clamp(max=mask.q_blocks)
+    first = (ends - sizes - tile * (behind - each)).gather(1, block) + tile * number
+    return torch.stack((block, first, torch.minimum(first + tile, ends.gather(1, block))), -1).to(torch.int32)
+
+
+def key_tiles(
+    mask: VariableBlockMask, tile: int
+) -> tuple[Int32[Tensor, "mask_heads q_blocks most"], Int32[Tensor, "mask_heads q_blocks 2"]]:
+    """Tiles of keys of every query block, and how many of them are whole, and how many there are.
+
+    What lies behind is not written. Kept blocks that lie side by side are one range, cut into tiles; whole tiles come
+    first, as `triton_code.expand_variable` lists them.
+    """
+    import triton
+
+    from calibatt.kernels import triton_code
+
+    # every other block at the most ends a range
+    most = mask.tokens // tile + block_count(mask.k_blocks, 2)
+    words = mask.bits.view(torch.int32)
+    tiles, counts = (words.new_empty((mask.heads, mask.q_blocks, count)) for count in (most, 2))
+    starts = torch.nn.functional.pad(mask.k_sizes.cumsum(-1, dtype=torch.int32), (1, 0))
+    triton_code.expand_variable[(mask.q_blocks, mask.heads)](
+        words, starts, tiles, counts, mask.k_blocks, words.shape[2], most,
+        BLOCKS=triton.next_power_of_2(mask.k_blocks), TILE=tile,
+    )  # fmt: skip
+    return tiles, counts
 
 
 @functools.lru_cache(maxsize=256)

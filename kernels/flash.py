@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.base import Task, Unsupported, check, check_accepted, dtype_name, skip_refusal
+from calibatt.kernels.base import Task, Unsupported, check, check_accepted, dtype_name, skip_refusal, variable_refusal
 from calibatt.kernels.by_kind import attend_by_kind
 from calibatt.kernels.dense import Dense
 from calibatt.kernels.expand import block_lists
 from calibatt.kernels.ordered import in_order
-from calibatt.kernels.plan import Plan
+from calibatt.kernels.plan import BlockMask, Plan
 
 _HEAD_DIMS = (64, 128)
 _HALVES = (torch.bfloat16, torch.float16)
@@ -95,6 +95,8 @@ class Flash4:
         objection = _objection("FlashAttention-4", "flash_attn.cute", "fa4", (8, 0), (12, 1), _HALVES, task)
         if objection is None and task.block is not None:
             objection = _block_objection(torch.cuda.get_device_capability(task.device), task.block)
+        if objection is None and task.variable:
+            return variable_refusal("FlashAttention-4")
         if objection is None and task.skips:
             return skip_refusal("FlashAttention-4")
         return None if objection is None else Unsupported(objection)
@@ -136,7 +138,7 @@ def _fa4_dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _fa4_masked(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-    assert plan.mask is not None
+    assert isinstance(plan.mask, BlockMask)
     indices, counts = block_lists(plan, every_head=True)
     return _operators()[1](q, k, v, indices, counts, plan.mask.block_q, plan.mask.block_k)
 

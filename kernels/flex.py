@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from calibatt.kernels.base import Task, Unsupported, check, skip_refusal
+from calibatt.kernels.base import Task, Unsupported, check, check_accepted, skip_refusal, variable_refusal
 from calibatt.kernels.by_kind import attend_by_kind
 from calibatt.kernels.dense import Dense
 from calibatt.kernels.ordered import in_order
@@ -41,6 +41,8 @@ class Flex:
             return Unsupported(f"FlexAttention runs on cpu and cuda, not on {task.device.type}")
         if task.block is not None and any(size % 16 for size in task.block):
             return Unsupported(f"FlexAttention needs blocks that are multiples of 16: got {task.block}")
+        if task.variable:
+            return variable_refusal("FlexAttention")
         if task.skips:
             return skip_refusal("FlexAttention")
         return None
@@ -56,11 +58,10 @@ class Flex:
         """Attention under a plan; a row with no block gives zeros.
 
         Raises:
-            ValueError: inputs and plan do not belong together, or the plan leaves blocks to the kernel.
+            ValueError: inputs and plan do not belong together, or the kernel does not have the plan's blocks.
         """
         check(q, k, v, plan)
-        if plan.skip is not None:
-            raise ValueError(skip_refusal("FlexAttention").reason)
+        check_accepted(self, q, plan)
         return attend_by_kind(q, k, v, plan, masked=_launch, dense=scaled_dot_product_attention)
 
 
@@ -68,7 +69,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     from torch.nn.attention.flex_attention import BlockMask as FlexMask
 
     mask = plan.launch_mask()
-    assert mask is not None
+    assert isinstance(mask, BlockMask)
     shares = _shares(q, mask)
     if shares > 1:
         # queries in the place of the batch, all of them with the same keys

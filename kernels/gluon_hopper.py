@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int, Int32
 from torch import Tensor
 
-from calibatt.kernels.base import Task, Unsupported, dtype_name, skip_refusal
+from calibatt.kernels.base import Task, Unsupported, dtype_name, skip_refusal, variable_refusal
 from calibatt.kernels.expand import KINDS, kinds_on
 from calibatt.kernels.one_launch import Launch, OneLaunch
 from calibatt.kernels.plan import HeadKind, Plan, block_count
@@ -52,6 +52,8 @@ class Gluon(OneLaunch):
             return Unsupported(f"the Gluon kernel has head dims 64 and 128, not {task.head_dim}")
         if task.block is not None and any(size % _ROWS for size in task.block):
             return Unsupported(f"the Gluon kernel needs blocks that are multiples of {_ROWS}: got {task.block}")
+        if task.variable:
+            return variable_refusal("the Gluon kernel")
         if task.skips:
             return skip_refusal("the Gluon kernel")
         return None

@@ -13,7 +13,7 @@ from torch import Tensor
 from calibatt.kernels.base import Task, Unsupported, check, check_accepted
 from calibatt.kernels.expand import block_lists, kinds_on
 from calibatt.kernels.ordered import attend_ordered
-from calibatt.kernels.plan import Plan, block_count
+from calibatt.kernels.plan import BlockMask, Plan, block_count
 
 # tokens of a block where a plan has none
 _BLOCK = 128
@@ -47,7 +47,7 @@ class Launch:
     def of(cls, plan: Plan, device: torch.device) -> Launch:
         """Lists are made of the mask's bits here, on its device."""
         kinds = kinds_on(plan.kinds, device)
-        block_q, block_k = (_BLOCK, _BLOCK) if plan.mask is None else (plan.mask.block_q, plan.mask.block_k)
+        block_q, block_k = plan.mask.block if isinstance(plan.mask, BlockMask) else (_BLOCK, _BLOCK)
         indices, counts = (kinds, kinds) if plan.mask is None else block_lists(plan)
         computed, served = (kinds, kinds) if plan.reuse is None else (plan.reuse.computed, plan.reuse.served)
         return cls(

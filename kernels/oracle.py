@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from calibatt.kernels.base import check
@@ -13,17 +13,6 @@ from calibatt.kernels.plan import Plan
 
 # query rows computed at a time, so that 118,800 tokens fit in memory
 _CHUNK = 1024
-
-
-def token_mask(plan: Plan, head: int, rows: slice) -> Bool[Tensor, "rows tokens"]:
-    """Which keys each of the given queries of one masked head attends to, token by token."""
-    if plan.mask is None:
-        raise ValueError("the plan has no mask")
-    mask = plan.mask
-    keep = mask.keep()[head if mask.heads > 1 else 0]
-    queries = torch.arange(plan.tokens, device=keep.device)[rows] // mask.block_q
-    keys = torch.arange(plan.tokens, device=keep.device) // mask.block_k
-    return keep[queries][:, keys]
 
 
 def attend(
@@ -53,7 +42,8 @@ def attend(
             rows = slice(start, min(start + _CHUNK, plan.tokens))
             scores = q[:, head, rows] @ k[:, head].transpose(-1, -2) / math.sqrt(q.shape[-1])
             if kind == "masked":
-                keep = token_mask(plan, head, rows)
+                assert plan.mask is not None
+                keep = plan.mask.seen(head, torch.arange(rows.start, rows.stop, device=q.device))
                 # the softmax of a row without keys is 0 / 0, and defined as zeros; any other NaN came with the inputs
                 weights = torch.softmax(scores.masked_fill(~keep, -math.inf), dim=-1)
                 weights = weights.masked_fill(~keep.any(-1, keepdim=True), 0.0)

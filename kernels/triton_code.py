@@ -33,6 +33,53 @@ def expand(
 
 
 @triton.jit
+def expand_variable(
+    words, starts, tiles, counts, k_blocks, row_words, listed_most, BLOCKS: tl.constexpr, TILE: tl.constexpr
+):
+    """Bits to tiles of keys: for one query block of one head, whole tiles, then those that end before they are full.
+
+    A whole tile is listed as its first key times TILE, another one as that plus how many keys it has. Kept blocks that
+    lie side by side are one range, whose tiles are whole but for the last.
+    """
+    row, head = tl.program_id(0), tl.program_id(1)
+    here = (head * tl.num_programs(0) + row).to(tl.int64)
+    words, starts = words + here * row_words, starts + head * (k_blocks + 1)
+    block = tl.arange(0, BLOCKS)
+    kept = _kept(words, starts, block, k_blocks)
+    first = kept & ~_kept(words, starts, block - 1, k_blocks)
+    last = kept & ~_kept(words, starts, block + 1, k_blocks)
+    # starts never fall: the largest first one so far is that of the range a block is in
+    begin = tl.load(starts + block, mask=first, other=0)
+    begin = tl.associative_scan(begin, 0, _larger)
+    length = tl.load(starts + block + 1, mask=last, other=0) - tl.where(last, begin, 0)
+    whole, rest = length // TILE, length % TILE
+    part = (rest > 0).to(tl.int32)
+    place = tl.cumsum(whole, 0) - whole
+    all_whole = tl.sum(whole, 0)
+    tiles += here * listed_most
+    for turn in range(tl.max(whole, 0)):
+        tl.store(tiles + place + turn, (begin + turn * TILE) * TILE, mask=turn < whole)
+    place = all_whole + tl.cumsum(part, 0) - part
+    tl.store(tiles + place, (begin + whole * TILE) * TILE + rest, mask=part == 1)
+    tl.store(counts + 2 * here, all_whole)
+    tl.store(counts + 2 * here + 1, all_whole + tl.sum(part, 0))
+
+
+@triton.jit
+def _kept(words, starts, block, k_blocks):
+    """Whether blocks are kept; empty ones count as kept, so that they part no range."""
+    there = (block >= 0) & (block < k_blocks)
+    bit = (tl.load(words + block // 32, mask=there, other=0) >> (block % 32)) & 1
+    empty = tl.load(starts + block + 1, mask=there, other=1) == tl.load(starts + block, mask=there, other=0)
+    return (bit == 1) | empty
+
+
+@triton.jit
+def _larger(x, y):
+    return tl.maximum(x, y)
+
+
+@triton.jit
 def move_rows(
     x_0, x_1, x_2, y_0, y_1, y_2, order, order_head, order_token, tokens,
     x_batch, x_head, x_token, x_channel, y_batch, y_head, y_token, y_channel,
@@ -117,8 +164,7 @@ def attend(
         NOTE, LEAVE, TMA, True,
     )  # fmt: skip
 
-    # a query without keys has a sum of 0, an output of zeros and an LSE of -inf
-    mean = (mean / tl.where(total == 0.0, 1.0, total)[:, None]).to(out.dtype.element_ty)
+    mean = _divided(mean, total).to(out.dtype.element_ty)
     logsum = most * _LN2 + tl.log(total)
     turns = 1
     if REUSE:
@@ -139,6 +185,73 @@ def attend(
 
 
 @triton.jit
+def attend_variable(
+    q, k, v, out, lse, query_tiles, key_tiles, counts, scale, tokens, q_blocks, listed_most, heads, mask_step,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD_DIM: tl.constexpr, WITH_LSE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one block of one head: online softmax over tiles of keys that `expand_variable` lists."""
+    tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    # a mask that all heads share has lists of one
+    mask_head = head * mask_step
+    given = query_tiles + 3 * (mask_head * tl.num_programs(0) + tile)
+    list_row = (mask_head * q_blocks + tl.load(given)).to(tl.int64)
+    first, behind = tl.load(given + 1), tl.load(given + 2)
+    token = first + tl.arange(0, TILE_Q)
+    real = token < behind
+    channel = tl.arange(0, HEAD_DIM)
+    queries = tl.load(
+        q + batch * q_batch + head * q_head + token[:, None].to(tl.int64) * q_token + channel[None, :],
+        mask=real[:, None], other=0.0,
+    )  # fmt: skip
+    # the launch has as many tiles as there can be; those past the last query have no list
+    whole = tl.load(counts + 2 * list_row, mask=first < behind, other=0)
+    count = tl.load(counts + 2 * list_row + 1, mask=first < behind, other=0)
+
+    if TMA:
+        k_here, v_here = k, v
+    else:
+        k_here = k + batch * k_batch + head * k_head
+        v_here = v + batch * v_batch + head * v_head
+    most = tl.full([TILE_Q], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_Q], tl.float32)
+    mean = tl.zeros([TILE_Q, HEAD_DIM], tl.float32)
+    most, total, mean = _over_tiles(
+        most, total, mean, queries, k_here, v_here, key_tiles + list_row * listed_most, 0, whole, scale, k_token,
+        v_token, batch.to(tl.int32), head, TILE_K, HEAD_DIM, TMA, False,
+    )  # fmt: skip
+    most, total, mean = _over_tiles(
+        most, total, mean, queries, k_here, v_here, key_tiles + list_row * listed_most, whole, count, scale, k_token,
+        v_token, batch.to(tl.int32), head, TILE_K, HEAD_DIM, TMA, True,
+    )  # fmt: skip
+
+    tl.store(
+        out + batch * out_batch + head * out_head + token[:, None].to(tl.int64) * out_token + channel[None, :],
+        _divided(mean, total).to(out.dtype.element_ty), mask=real[:, None],
+    )  # fmt: skip
+    if WITH_LSE:
+        tl.store(lse + (batch * heads + head) * tokens + token, most * _LN2 + tl.log(total), mask=real)
+
+
+@triton.jit
+def _over_tiles(
+    most, total, mean, queries, k, v, tiles, first, last, scale, k_token, v_token, batch, head,
+    TILE_K: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Go on with listed tiles of keys, from the first to before the last."""
+    for i in range(first, last):
+        listed = tl.load(tiles + i)
+        start = listed // TILE_K
+        end = start + listed % TILE_K
+        scores = _scores(queries, k, start, end, scale, k_token, batch, head, TILE_K, HEAD_DIM, TMA, TAIL)
+        new_most = tl.maximum(most, tl.max(scores, 1))
+        values = _values(v, start, end, v_token, batch, head, TILE_K, HEAD_DIM, TMA, TAIL)
+        total, mean = _add(scores, values, most, new_most, total, mean)
+        most = new_most
+    return most, total, mean
+
+
+@triton.jit
 def _over_keys(
     most, total, mean, queries, real, k, v, blocks, low_row, threshold, masked, first, last, tokens, scale,
     k_token, v_token, batch, head,
@@ -147,34 +260,15 @@ def _over_keys(
 ):  # fmt: skip
     """Go on with tiles of keys, from the first to before the last; the softmax is kept in powers of two."""
     parts: tl.constexpr = BLOCK_K // TILE_K
-    column, channel = tl.arange(0, TILE_K), tl.arange(0, HEAD_DIM)
     for i in range(first, last):
         block = i // parts
         block = tl.where(masked, tl.load(blocks + block, mask=masked, other=0), block)
         start = block * BLOCK_K + (i % parts) * TILE_K
-        key = start + column
-        if TMA:
-            keys = k.load([batch, head, start, 0]).reshape([TILE_K, HEAD_DIM]).T
-        elif TAIL:
-            keys = tl.load(
-                k + key[None, :].to(tl.int64) * k_token + channel[:, None], mask=key[None, :] < tokens, other=0.0
-            )
-        else:
-            keys = tl.load(k + key[None, :].to(tl.int64) * k_token + channel[:, None])
-        scores = tl.dot(queries, keys) * scale
-        if TAIL:
-            scores = tl.where(key[None, :] < tokens, scores, float("-inf"))
+        scores = _scores(queries, k, start, tokens, scale, k_token, batch, head, TILE_K, HEAD_DIM, TMA, TAIL)
         here = tl.max(scores, 1)
         # the first tile of a block has at least one real key, so the maximum is finite from then on
         new_most = tl.maximum(most, here)
-        if TMA:
-            values = v.load([batch, head, start, 0]).reshape([TILE_K, HEAD_DIM])
-        elif TAIL:
-            values = tl.load(
-                v + key[:, None].to(tl.int64) * v_token + channel[None, :], mask=key[:, None] < tokens, other=0.0
-            )
-        else:
-            values = tl.load(v + key[:, None].to(tl.int64) * v_token + channel[None, :])
+        values = _values(v, start, tokens, v_token, batch, head, TILE_K, HEAD_DIM, TMA, TAIL)
         matters = True
         if NOTE:
             # rows past the last query have scores too, of zeros
@@ -188,6 +282,47 @@ def _over_keys(
         # a block that does not matter does not raise any maximum
         most = new_most
     return most, total, mean
+
+
+@triton.jit
+def _scores(
+    queries, k, start, end, scale, k_token, batch, head,
+    TILE_K: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Scores with one tile of keys, as powers of two; -inf from the end on, where the tile is a tail."""
+    key, channel = start + tl.arange(0, TILE_K), tl.arange(0, HEAD_DIM)
+    if TMA:
+        keys = k.load([batch, head, start, 0]).reshape([TILE_K, HEAD_DIM]).T
+    elif TAIL:
+        keys = tl.load(k + key[None, :].to(tl.int64) * k_token + channel[:, None], mask=key[None, :] < end, other=0.0)
+    else:
+        keys = tl.load(k + key[None, :].to(tl.int64) * k_token + channel[:, None])
+    scores = tl.dot(queries, keys) * scale
+    if TAIL:
+        scores = tl.where(key[None, :] < end, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def _values(
+    v, start, end, v_token, batch, head,
+    TILE_K: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """One tile of values; those from the end on are of no weight."""
+    key, channel = start + tl.arange(0, TILE_K), tl.arange(0, HEAD_DIM)
+    if TMA:
+        values = v.load([batch, head, start, 0]).reshape([TILE_K, HEAD_DIM])
+    elif TAIL:
+        values = tl.load(v + key[:, None].to(tl.int64) * v_token + channel[None, :], mask=key[:, None] < end, other=0.0)
+    else:
+        values = tl.load(v + key[:, None].to(tl.int64) * v_token + channel[None, :])
+    return values
+
+
+@triton.jit
+def _divided(mean, total):
+    """The output; a query without keys has a sum of 0, an output of zeros and an LSE of -inf."""
+    return mean / tl.where(total == 0.0, 1.0, total)[:, None]
 
 
 @triton.jit

@@ -9,20 +9,27 @@ import torch
 from torch import Tensor
 
 from calibatt.kernels.base import Task, Unsupported, dtype_name
+from calibatt.kernels.expand import key_tiles, query_tiles
 from calibatt.kernels.one_launch import Launch, OneLaunch
-from calibatt.kernels.plan import Plan, block_count
+from calibatt.kernels.plan import Plan, VariableBlockMask, block_count
 from calibatt.kernels.tiles import compute_capability, descriptor, has_tma, interpreted, tile_of
 
 # queries of a tile at the most: more do not fit the registers
 _MOST_QUERIES = 128
 # tokens of a block that may be left out, which is one tile
 _MOST_SKIPPED = 128
+# Blocks that differ in size are cut into tiles as if they were of this one. k-means leaves 250 queries and 76 keys in a
+# cluster of Wan's 75,600 tokens: two tiles of queries a cluster, and a tile of keys that most ranges of clusters fill
+_VARIABLE = (128, 64)
 # tl.dot multiplies tiles of at least 16 × 16
 _LEAST_TILE = 16
 
 
 class Triton(OneLaunch):
-    """For any NVIDIA GPU: masked heads walk their lists, dense ones all keys, reused ones compute a few rows."""
+    """For any NVIDIA GPU: masked heads walk their lists, dense ones all keys, reused ones compute a few rows.
+
+    Blocks that differ in size (`plan.VariableBlockMask`) have device code of their own.
+    """
 
     name = "triton"
 
@@ -52,6 +59,9 @@ class Triton(OneLaunch):
     def _launch(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, plan: Plan) -> None:
         from calibatt.kernels import triton_code
 
+        if isinstance(plan.mask, VariableBlockMask):
+            _launch_variable(q, k, v, out, lse, plan)
+            return
         batch, heads, tokens, head_dim = q.shape
         given = Launch.of(plan, q.device)
         block = given.block_q, given.block_k
@@ -72,6 +82,25 @@ class Triton(OneLaunch):
             REUSE=plan.reuse is not None, WITH_LSE=lse is not None, NOTE=plan.skip is not None,
             LEAVE=plan.skip is not None and plan.skip.leave, TMA=tma, num_warps=warps, num_stages=stages,
         )  # fmt: skip
+
+
+def _launch_variable(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, plan: Plan) -> None:
+    from calibatt.kernels import triton_code
+
+    mask = plan.launch_mask()
+    assert isinstance(mask, VariableBlockMask)
+    batch, heads, tokens, head_dim = q.shape
+    tma = has_tma(k, v)
+    tile_q, tile_k, warps, stages = launch_shape(compute_capability(q.device), _VARIABLE, head_dim, tma=tma)
+    queries, (listed, counts) = query_tiles(mask, tile_q), key_tiles(mask, tile_k)
+    keys, values = (descriptor(x, tile_k, head_dim) for x in (k, v)) if tma else (k, v)
+    triton_code.attend_variable[(queries.shape[1], heads, batch)](
+        q, keys, values, out, q if lse is None else lse, queries, listed, counts,
+        math.log2(math.e) / math.sqrt(head_dim), tokens, mask.q_blocks, listed.shape[2], heads, int(mask.heads > 1),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        TILE_Q=tile_q, TILE_K=tile_k, HEAD_DIM=head_dim, WITH_LSE=lse is not None, TMA=tma, num_warps=warps,
+        num_stages=stages,
+    )  # fmt: skip
 
 
 def launch_shape(

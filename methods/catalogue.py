@@ -71,8 +71,8 @@ def build(
     Args:
         name, preset: as `calibatt methods` lists them.
         source: the calibration of an offline method, or what a preset's own learner learnt.
-        block: tokens of a query and of a key block, in place of the preset's; a method without blocks of its own
-            ignores it.
+        block: tokens of a query and of a key block, in place of the preset's; a method without blocks of its own, or a
+            preset without, ignores it.
         settings: fields of the method's config, in place of the preset's.
 
     Raises:
@@ -125,5 +125,5 @@ def _configured(name: str, preset: str, block: tuple[int, int] | None, settings:
     unknown = [setting for setting in settings if setting not in known]
     if unknown:
         raise ValueError(f"{name} has no setting {', '.join(unknown)}: it has {', '.join(known) or 'none'}")
-    blocks = {"block": block} if block is not None and "block" in known else {}
+    blocks = {"block": block} if block is not None and getattr(config, "block", None) is not None else {}
     return kind, replace(config, **blocks, **settings)

@@ -1,8 +1,7 @@
-"""What methods share that put alike tokens into clusters: k-means, the choice of clusters, blocks that cover it.
+"""What methods share that put alike tokens into clusters: k-means, the choice of clusters, and their plan.
 
-A mask of clusters is exact in a kernel that walks clusters of any size, as FlashInfer's for variable blocks. `Clusters`
-is that mask, and all that such a kernel needs. Kernels of fixed blocks compute every block with a pair of tokens of
-kept clusters, which is more.
+Clusters are blocks that differ in size, which the Triton kernel computes as they are. Kernels of fixed blocks compute
+every block with a pair of tokens of kept clusters, which is more.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from calibatt.kernels import estimates
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, TokenOrder, block_count
+from calibatt.kernels.plan import Plan, TokenOrder, VariableBlockMask
 from calibatt.methods.blocks import with_text
 from calibatt.methods.energy import products
 
@@ -44,83 +43,34 @@ class Grouped:
     centroids: Float[Tensor, "heads clusters head_dim"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Clusters:
-    """A mask of clusters: which clusters of keys each cluster of queries sees, head by head.
+def cluster_plan(
+    geometry: Geometry,
+    order: TokenOrder,
+    q_sizes: Int[Tensor, "heads q_clusters"],
+    k_sizes: Int[Tensor, "heads k_clusters"],
+    keep: Bool[Tensor, "heads q_clusters k_clusters"],
+    block: tuple[int, int] | None,
+) -> Plan:
+    """The plan of the video's clusters, and of all text as one more cluster, which sees and is seen by all.
 
     Args:
-        order: the tokens cluster by cluster.
-        q_sizes, k_sizes: tokens of each cluster, in that order; a cluster may be empty.
-        keep: the pairs to compute.
+        geometry: layout of the tokens.
+        order: of all tokens, as `cluster_order` makes it.
+        q_sizes, k_sizes: tokens of the video's clusters, in that order; a cluster may be empty.
+        keep: the pairs of clusters to compute.
+        block: tokens of a query and of a key block that the clusters are covered by; None for the clusters themselves.
 
     Raises:
         ValueError: the parts differ in their heads or clusters.
     """
-
-    order: TokenOrder
-    q_sizes: Int[Tensor, "heads q_clusters"]
-    k_sizes: Int[Tensor, "heads k_clusters"]
-    keep: Bool[Tensor, "heads q_clusters k_clusters"]
-
-    def __post_init__(self) -> None:
-        expected = (*self.q_sizes.shape, self.k_sizes.shape[-1])
-        heads = {len(self.q_sizes), len(self.k_sizes), len(self.order.queries), len(self.order.keys)}
-        if tuple(self.keep.shape) != expected or len(heads) > 1:
-            raise ValueError(
-                f"{expected} clusters are kept or not by {list(self.keep.shape)}, in orders of {heads} heads"
-            )
-
-    @classmethod
-    def of_video(
-        cls,
-        geometry: Geometry,
-        order: TokenOrder,
-        q_sizes: Int[Tensor, "heads q_clusters"],
-        k_sizes: Int[Tensor, "heads k_clusters"],
-        keep: Bool[Tensor, "heads q_clusters k_clusters"],
-    ) -> Clusters:
-        """A mask of the video's clusters, and all text as one more cluster, which sees and is seen by all.
-
-        Args:
-            geometry: layout of the tokens.
-            order: of all tokens, as `cluster_order` makes it.
-            q_sizes, k_sizes, keep: of the video alone.
-        """
-        if geometry.text_tokens:
-            # text stands before the first cluster or behind the last
-            sides = (1, 0) if geometry.text_side == "first" else (0, 1)
-            pad = torch.nn.functional.pad
-            q_sizes, k_sizes = (pad(sizes, sides, value=geometry.text_tokens) for sizes in (q_sizes, k_sizes))
-            keep = pad(keep, (*sides, *sides), value=True)
-        return cls(order=order, q_sizes=q_sizes, k_sizes=k_sizes, keep=keep)
-
-    def density(self) -> Float[Tensor, "heads"]:
-        """Kept fraction of each head's query-key products, before any covering by blocks."""
-        kept = torch.einsum("hq,hqk,hk->h", self.q_sizes.double(), self.keep.double(), self.k_sizes.double())
-        return kept / self.order.tokens**2
-
-    def cover(self, block: tuple[int, int]) -> BlockMask:
-        """The blocks, of tokens in this order, that hold any pair of tokens of kept clusters.
-
-        Args:
-            block: tokens of a query and of a key block.
-        """
-        block_q, block_k = block
-        tokens = self.order.tokens
-        # a cluster without tokens is in no block, though it stands between others that are
-        keep = self.keep & (self.q_sizes > 0)[:, :, None] & (self.k_sizes > 0)[:, None]
-        # clusters lie side by side: those of a block are a range, and kept pairs of two ranges are counted by
-        # differences of running sums, with no need of blocks × clusters × blocks products
-        counts = torch.nn.functional.pad(keep.cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32), (1, 0, 1, 0))
-        first, last = _held(self.q_sizes, tokens, block_q)
-        rows = counts.take_along_dim(last[:, :, None], 1) - counts.take_along_dim(first[:, :, None], 1)
-        first, last = _held(self.k_sizes, tokens, block_k)
-        pairs = rows.take_along_dim(last[:, None], 2) - rows.take_along_dim(first[:, None], 2)
-        return BlockMask.from_keep(pairs > 0, tokens=tokens, block_q=block_q, block_k=block_k)
-
-    def plan(self, block: tuple[int, int]) -> Plan:
-        """The plan of fixed blocks that covers the clusters."""
-        return Plan.masked(self.cover(block), len(self.keep), order=self.order)
+    if geometry.text_tokens:
+        # text stands before the first cluster or behind the last
+        sides = (1, 0) if geometry.text_side == "first" else (0, 1)
+        pad = torch.nn.functional.pad
+        q_sizes, k_sizes = (pad(sizes, sides, value=geometry.text_tokens) for sizes in (q_sizes, k_sizes))
+        keep = pad(keep, (*sides, *sides), value=True)
+    mask = VariableBlockMask.from_keep(keep, q_sizes=q_sizes, k_sizes=k_sizes, tokens=geometry.tokens)
+    return Plan.masked(mask if block is None else mask.cover(block), geometry.heads, order=order)
 
 
 def cluster_order(
@@ -264,8 +214,9 @@ def choose(
 def in_line(q: Grouped, k: Grouped) -> tuple[Grouped, Grouped]:
     """The same clusters in another order: those with like attention side by side.
 
-    It is of no matter to a mask of clusters; but a fixed block holds the ends of several, and is computed for any of
-    them, so the more alike neighbours are, the fewer blocks cover the mask. Clusters stand along the second singular
+    It is of no matter to the mask. But a fixed block holds the ends of several clusters, and is computed for any of
+    them, so the more alike neighbours are, the fewer blocks cover the mask; and a kernel of variable blocks walks kept
+    neighbours as one range, whose tiles are full but for the last. Clusters stand along the second singular
     vectors of the attention between them, normalised by its sums over rows and columns, as in spectral co-clustering
     (Dhillon, 2001); the first ones, which are known, tell nothing apart.
     """
@@ -290,15 +241,3 @@ def _renumbered(grouped: Grouped, place: Float[Tensor, "heads clusters"]) -> Gro
         sizes=grouped.sizes.gather(1, order),
         centroids=grouped.centroids.take_along_dim(order[:, :, None], 1),
     )
-
-
-def _held(
-    sizes: Int[Tensor, "heads clusters"], tokens: int, block: int
-) -> tuple[Int[Tensor, "heads blocks"], Int[Tensor, "heads blocks"]]:
-    """The first cluster with a token in each block, and the one behind the last; empty ones may stand between."""
-    ends = sizes.cumsum(-1)
-    starts = torch.arange(0, tokens, block, device=sizes.device).expand(len(sizes), -1).contiguous()
-    assert starts.shape[1] == block_count(tokens, block)
-    last = (starts + block).clamp(max=tokens) - 1
-    # a token at place i is in the first cluster that ends behind it
-    return torch.searchsorted(ends, starts, right=True), torch.searchsorted(ends, last, right=True) + 1

@@ -93,7 +93,7 @@ class Lite:
         last = self._last.get(key)
         if isinstance(last, Plan):
             # by now the kernel has noted what was low
-            assert last.mask is not None
+            assert isinstance(last.mask, BlockMask)
             assert last.skip is not None
             last = last.mask.without(last.skip.low)
         return last if last is not None and last.tokens == tokens else all_blocks(tokens, self.config.block, device)

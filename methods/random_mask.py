@@ -64,11 +64,7 @@ class RandomMask:
         # a head that reuses rows, or is dense, has one density for all rows
         wanted = model.density() if self.config.density is None else torch.full((heads,), self.config.density)
         counts = (wanted[:, None] * columns).round().long().clamp(min=1).expand(heads, rows).clone()
-        if (
-            self.config.density is None
-            and model.mask is not None
-            and (model.mask.block_q, model.mask.block_k) == self.config.block
-        ):
+        if self.config.density is None and model.mask is not None and model.mask.block == self.config.block:
             masked = model.heads_of("masked")
             counts[masked] = model.mask.keep().sum(-1).cpu().expand(heads, rows)[masked]
         generator = site.generator(self.config.seed, q.device)

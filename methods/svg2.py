@@ -2,8 +2,9 @@
 
 Follows github.com/svg-project/Sparse-VideoGen (svg/kmeans_utils.py, scripts/wan/wan_t2v_720p_sap.sh). What differs:
 
-- There a kernel walks clusters of any size. Here `Clusters` is that mask, and the plan computes all blocks of fixed
-  size that hold any of it, which is more. For that to be little more, clusters are put in another order (`in_line`).
+- There a kernel walks clusters of any size. So it does here in the presets named `clusters`; in the others the plan
+  computes all blocks of fixed size that hold any of the mask, which is more, and what all kernels have. For that to be
+  little more, clusters are put in another order (`in_line`).
 - There both branches of guidance share one cache of centroids in Wan, so that each branch starts from the other's. Here
   each has its own.
 - Short videos have fewer clusters, as `cluster_counts` says; there every video has as many.
@@ -29,11 +30,11 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Branch, Knob, Site
 from calibatt.methods.clusters import (
-    Clusters,
     attention,
     choose,
     cluster_counts,
     cluster_order,
+    cluster_plan,
     in_line,
     kmeans,
     random_tokens,
@@ -53,7 +54,7 @@ class Svg2Config:
         first_iterations: turns of k-means in the first sparse step, from tokens by lot.
         iterations: turns in every later step, from the centroids of the last.
         tolerance: k-means ends early when no centroid moves as far as this.
-        block: tokens of a query and of a key block.
+        block: tokens of a query and of a key block that clusters are covered by; None computes just the clusters.
         seed: of the lots.
 
     Raises:
@@ -71,7 +72,7 @@ class Svg2Config:
     # batch_kmeans_Euclid
     tolerance: float = 1e-4
     # the original has none; of the usual sizes, the one that covers clusters most closely
-    block: tuple[int, int] = (64, 64)
+    block: tuple[int, int] | None = (64, 64)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -106,6 +107,9 @@ class Svg2:
             "paper": Svg2Config(clusters=(100, 500), dense_steps=0.3, dense_layers=0.03),
             # the script's at every step and layer, to compare masks rather than dense schedules
             "no-warmup": Svg2Config(clusters=(300, 1000), dense_steps=0.0, dense_layers=0.0),
+            # the script's clusters as they are, for kernels of blocks that differ in size
+            "clusters": Svg2Config(clusters=(300, 1000), dense_steps=0.2, dense_layers=0.03, block=None),
+            "clusters-no-warmup": Svg2Config(clusters=(300, 1000), dense_steps=0.0, dense_layers=0.0, block=None),
         }
     )
     offline: ClassVar[bool] = False
@@ -124,16 +128,10 @@ class Svg2:
     def plan(
         self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
     ) -> Plan:
-        """Blocks that cover the clusters of this call, or dense in the first steps and layers."""
-        if site.in_warmup(self.config.dense_steps, self.config.dense_layers, whole=math.floor):
-            return Plan.dense(site.geometry)
-        return self.clusters(q, k, site).plan(self.config.block)
-
-    def clusters(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
-    ) -> Clusters:
-        """The mask of clusters itself; the centroids are kept for the next call."""
+        """The clusters of this call or blocks that cover them, or dense in the first steps and layers."""
         geometry, config = site.geometry, self.config
+        if site.in_warmup(config.dense_steps, config.dense_layers, whole=math.floor):
+            return Plan.dense(geometry)
         video = slice(geometry.video_start, geometry.video_start + geometry.video_tokens)
         q, k = q[:, video], k[:, video]
         place = (site.branch, site.layer, site.sample)
@@ -157,12 +155,13 @@ class Svg2:
             geometry=geometry, step=site.step, queries=queries.centroids, keys=keys.centroids
         )
         least = torch.full((geometry.heads,), int(config.least_share * keys.sizes.shape[1]), device=q.device)
-        return Clusters.of_video(
+        return cluster_plan(
             geometry,
             cluster_order(geometry, queries.labels, keys.labels),
             queries.sizes,
             keys.sizes,
             choose(attention(queries, keys), mass=config.mass, least=least),
+            config.block,
         )
 
     def reset(self) -> None:

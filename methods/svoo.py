@@ -31,12 +31,12 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan, TokenOrder
 from calibatt.methods.base import Branch, Knob, Site
 from calibatt.methods.clusters import (
-    Clusters,
     Grouped,
     attention,
     choose,
     cluster_counts,
     cluster_order,
+    cluster_plan,
     in_line,
     random_tokens,
     regroup,
@@ -65,7 +65,7 @@ class SvooConfig:
         coverage: share of a query's attention that its heaviest keys are counted up to.
         deviations: standard deviations over videos that are added to the mean share.
         rows: queries of each call that are learnt from.
-        block: tokens of a query and of a key block.
+        block: tokens of a query and of a key block that clusters are covered by; None computes just the clusters.
         seed: of all lots.
 
     Raises:
@@ -89,7 +89,7 @@ class SvooConfig:
     # at the worst, where queries need all keys or none, a share of 0.15 has a standard error of 0.03 by so many
     rows: int = 128
     # the original has none; of the usual sizes, the one that covers clusters most closely
-    block: tuple[int, int] = (64, 64)
+    block: tuple[int, int] | None = (64, 64)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -124,6 +124,9 @@ class Svoo:
             "script": SvooConfig(dense_steps=0.2, dense_layers=0.03, bounds=(0.03, 0.10), reuse=20 / 50),
             # the default at every step and layer, to compare masks rather than dense schedules
             "no-warmup": SvooConfig(dense_steps=0.0, dense_layers=0.0),
+            # clusters as they are, for kernels of blocks that differ in size
+            "clusters": SvooConfig(dense_steps=0.2, dense_layers=0.03, block=None),
+            "clusters-no-warmup": SvooConfig(dense_steps=0.0, dense_layers=0.0, block=None),
         }
     )
     offline: ClassVar[bool] = False
@@ -148,7 +151,7 @@ class Svoo:
     def plan(
         self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
     ) -> Plan:
-        """Blocks that cover the clusters of this call, or dense in the first steps and layers.
+        """The clusters of this call or blocks that cover them, or dense in the first steps and layers.
 
         Raises:
             ValueError: the table was learnt from other videos.
@@ -156,16 +159,6 @@ class Svoo:
         self._learnt.check(site)
         if site.in_warmup(self.config.dense_steps, self.config.dense_layers, whole=math.floor):
             return Plan.dense(site.geometry)
-        return self.clusters(q, k, site).plan(self.config.block)
-
-    def clusters(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
-    ) -> Clusters:
-        """The mask of clusters itself.
-
-        Raises:
-            ValueError: the table was learnt from other videos.
-        """
         first = math.floor(self.config.dense_steps * site.steps)
         every = max(1, round(self.config.reuse * site.steps))
         due = first + (site.step - first) // every * every
@@ -184,7 +177,7 @@ class Svoo:
             self._coclusters[place] = last
         counts = (self._shares(site) * last.k_sizes.shape[1]).long().to(q.device)
         keep = choose(last.weights, mass=self.config.mass, least=counts)
-        return Clusters.of_video(site.geometry, last.order, last.q_sizes, last.k_sizes, keep)
+        return cluster_plan(site.geometry, last.order, last.q_sizes, last.k_sizes, keep, self.config.block)
 
     def reset(self) -> None:
         """Forget all clusters; the table stays."""

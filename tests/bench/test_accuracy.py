@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from calibatt.bench.accuracy import PSNR_CAP_DB, Truth, judge, psnr_db, recall, ssim
+from calibatt.bench.arms import block_of
 from calibatt.bench.meter import Probe
 from calibatt.kernels import oracle
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan
+from calibatt.kernels.plan import BlockMask, Plan, TokenOrder, VariableBlockMask
 from calibatt.methods.base import Site
 
 GEOMETRY = Geometry(grid=(2, 6, 8), heads=2, head_dim=16)
@@ -76,6 +77,30 @@ def test_recall_is_the_softmax_mass_of_the_kept_blocks(probe: Probe, plan: Plan)
     tokens = plan.mask.keep()[0].repeat_interleave(32, 0).repeat_interleave(32, 1)
     expected = (weights * tokens).sum(-1).mean(-1)
     assert recall(probe.q[0], probe.k[0], plan) == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_recall_of_variable_blocks_is_the_mass_of_the_pairs_they_keep(
+    probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    orders = torch.rand((2, 2, 96), generator=generator).argsort(-1).to(torch.int32)
+    order = TokenOrder(queries=orders[0], keys=orders[1])
+    q_sizes, k_sizes = torch.tensor([[90, 0, 6], [1, 31, 64]]), torch.tensor([[40, 56], [96, 0]])
+    keep = torch.tensor([[[1, 0], [0, 0], [1, 1]], [[1, 0], [0, 1], [1, 0]]], dtype=torch.bool)
+    mask = VariableBlockMask.from_keep(keep, q_sizes=q_sizes, k_sizes=k_sizes, tokens=96)
+    weights = (probe.q @ probe.k.transpose(-1, -2) / 4).softmax(-1)[0]
+    expected = []
+    for head in range(2):
+        tokens = keep[head].repeat_interleave(q_sizes[head], 0).repeat_interleave(k_sizes[head], 1)
+        own = weights[head][order.queries[head].long()][:, order.keys[head].long()]
+        expected.append((own * tokens).sum(-1).mean().item())
+    plan = Plan.masked(mask, 2, order)
+    assert recall(probe.q[0], probe.k[0], plan) == pytest.approx(expected, rel=1e-4)
+    # some rows at a time
+    monkeypatch.setattr("calibatt.bench.accuracy.CHUNK", 7 * 96)
+    assert recall(probe.q[0], probe.k[0], plan) == pytest.approx(expected, rel=1e-4)
+    assert block_of((Plan.dense(GEOMETRY), plan)) is None
+    assert block_of((Plan.dense(GEOMETRY), Plan.masked(mask.cover((32, 16)), 2))) == (32, 16)
 
 
 def test_psnr_of_one_level_of_grey_everywhere() -> None:

@@ -19,7 +19,15 @@ from calibatt.kernels import oracle
 from calibatt.kernels.base import Kernel, Task
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, HeadKind, Plan, RowReuse, TokenOrder, block_count
+from calibatt.kernels.plan import (
+    BlockMask,
+    HeadKind,
+    Plan,
+    RowReuse,
+    TokenOrder,
+    VariableBlockMask,
+    block_count,
+)
 from calibatt.methods.base import Method, Site
 from calibatt.methods.catalogue import METHODS, build
 from calibatt.methods.catalogue import learner as build_learner
@@ -182,11 +190,9 @@ def assert_exact(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> No
 
 
 def same(one: Plan, other: Plan) -> bool:
-    if (one.tokens, one.kinds) != (other.tokens, other.kinds):
-        return False
-    if one.mask is not None and not torch.equal(one.mask.keep(), other.mask.keep()):  # type: ignore[union-attr]
-        return False
-    return one.reuse is None or torch.equal(one.reuse.source, other.reuse.source)  # type: ignore[union-attr]
+    parts = one.tensors(), other.tensors()
+    alike = (one.tokens, one.kinds, len(parts[0])) == (other.tokens, other.kinds, len(parts[1]))
+    return alike and all(map(torch.equal, *parts))
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -244,6 +250,67 @@ def test_a_kernel_mixes_the_kinds_of_heads(
 ) -> None:
     plan = kinds_plan(geometry, kinds).to(place[0])
     q, k, v = inputs(geometry, place)
+    assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
+
+
+def _parted(tokens: int, blocks: int, heads: int = HEADS) -> Tensor:
+    """Sizes of so many blocks by lot, some of them empty or of one token."""
+    generator = torch.Generator().manual_seed(blocks)
+    ends = torch.randint(0, tokens + 1, (heads, blocks - 1), generator=generator).sort(-1).values
+    ends[:, 1], ends[:, 2] = ends[:, 0], ends[:, 0] + 1
+    ends = torch.cat((ends, torch.full((heads, 1), tokens)), 1).clamp(max=tokens).sort(-1).values
+    return ends.diff(dim=-1, prepend=torch.zeros(heads, 1, dtype=ends.dtype))
+
+
+def variable_plan(keep: Tensor, tokens: int, kinds: tuple[HeadKind, ...], *, order: bool = False) -> Plan:
+    """Blocks of any size, of tokens in an order by lot where one is asked for."""
+    heads, rows, columns = keep.shape
+    q_sizes, k_sizes = (
+        _parted(tokens, count, heads) if count > 1 else torch.full((heads, 1), tokens) for count in (rows, columns)
+    )
+    lots = torch.rand((2, len(kinds), tokens), generator=torch.Generator().manual_seed(0)).argsort(-1).int()
+    return Plan(
+        tokens=tokens,
+        kinds=kinds,
+        mask=VariableBlockMask.from_keep(keep, q_sizes=q_sizes, k_sizes=k_sizes, tokens=tokens),
+        order=TokenOrder(queries=lots[0], keys=lots[1]) if order else None,
+    )
+
+
+@pytest.mark.parametrize("geometry", [SMALL, LARGE], ids=["63", "1000"])
+@pytest.mark.parametrize("adversary", [*ADVERSARIES, "some-blocks", "one-block-in-all"])
+def test_a_kernel_computes_variable_blocks_as_they_are(
+    kernel: Kernel, adversary: str, geometry: Geometry, place: Place
+) -> None:
+    rows, columns = (6, 9) if geometry is SMALL else (9, 21)
+    if adversary == "one-block-in-all":
+        keep = torch.ones(HEADS, 1, 1, dtype=torch.bool)
+    elif adversary == "some-blocks":
+        keep = torch.rand((HEADS, rows, columns), generator=torch.Generator().manual_seed(0)) < 0.4
+    else:
+        keep = ADVERSARIES[adversary](rows, columns)
+    plan = variable_plan(keep, geometry.tokens, ("masked",) * HEADS).to(place[0])
+    q, k, v = inputs(geometry, place)
+    out = run(kernel, q, k, v, plan)
+    assert_exact(out, q, k, v, plan)
+    assert plan.mask is not None
+    tokens = torch.arange(geometry.tokens, device=q.device)
+    seen = torch.stack([plan.mask.seen(head, tokens).any(-1) for head in range(HEADS)])
+    assert not out[0][~seen].any()
+
+
+@pytest.mark.parametrize("scale", [1, 50], ids=["", "large-logits"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kinds", [("masked",) * 3, ("masked", "dense", "masked")], ids="-".join)
+def test_a_kernel_takes_variable_blocks_of_tokens_that_lie_apart_beside_dense_heads(
+    kernel: Kernel, kinds: tuple[HeadKind, ...], batch: int, scale: int, place: Place
+) -> None:
+    keep = torch.rand((HEADS, 6, 9), generator=torch.Generator().manual_seed(1)) < 0.4
+    keep[:, 2] = False
+    plan = variable_plan(keep, SMALL.tokens, kinds, order=True).to(place[0])
+    samples = [inputs(SMALL, place, seed) for seed in range(batch)]
+    q, k, v = (torch.cat(parts) for parts in zip(*samples, strict=True))
+    q = scale * q
     assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
 
 
@@ -397,7 +464,7 @@ def test_what_can_be_sparse_is_sparse_late_in_a_long_video(name: str, preset: st
     method = made(name, preset, LARGE)
     q, k, _ = inputs(LARGE)
     plan = method.plan(q[0], k[0], site(LARGE))
-    if plan.skip is not None and plan.mask is not None:
+    if plan.skip is not None and isinstance(plan.mask, BlockMask):
         # what a kernel would note and leave out by itself
         kept = without_low(q[0], k[0], plan.mask, plan.skip.threshold)
         plan.skip.low.bits.copy_(plan.mask.without(kept).bits)
@@ -414,7 +481,9 @@ def test_no_query_is_left_without_a_key(name: str, preset: str, where: str) -> N
     geometry = GEOMETRIES[where]
     q, k, _ = inputs(geometry)
     plan = made(name, preset, geometry).plan(q[0], k[0], site(geometry))
-    assert plan.mask is None or bool(plan.mask.keep().any(-1).all())
+    if plan.mask is not None:
+        # an empty block has no key
+        assert bool((plan.mask.keep() & (plan.mask.sizes()[1] > 0)[:, None]).any(-1).all())
 
 
 Call = tuple[int, dict[str, Any]]

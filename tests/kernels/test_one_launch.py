@@ -65,7 +65,8 @@ def test_the_log_sum_exp_is_that_of_the_keys_a_query_sees(case: Case) -> None:
     assert (out.double() - exact).abs().max() <= oracle.error_budget(q, k, v, plan, exact)
     scores = q.double() @ k.double().mT / math.sqrt(GEOMETRY.head_dim)
     assert plan.reuse is not None
-    seen = oracle.token_mask(plan, 0, slice(0, GEOMETRY.tokens))
+    assert plan.mask is not None
+    seen = plan.mask.seen(0, torch.arange(GEOMETRY.tokens, device=q.device))
     expected = torch.stack(
         (
             scores[0, 0].masked_fill(~seen, -math.inf).logsumexp(-1),

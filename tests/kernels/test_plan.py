@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, RowReuse, TokenOrder, block_count, block_sizes
+from calibatt.kernels.plan import (
+    BlockMask,
+    Plan,
+    RowReuse,
+    Skip,
+    TokenOrder,
+    VariableBlockMask,
+    block_count,
+    block_sizes,
+)
 
 # tokens, block_q, block_k: tidy; a shorter last block; exactly one 32-bit word of key blocks; one more; one block
 SHAPES = [(1024, 64, 64), (1000, 64, 48), (512, 128, 16), (513, 128, 16), (63, 128, 128)]
@@ -172,6 +181,14 @@ def test_one_launch_keeps_all_of_dense_heads_and_nothing_of_reused_ones(mask_hea
     assert own.int().tolist() == [[0, 1, 0, 0]] * 4
 
 
+def test_dense_heads_keep_every_variable_block() -> None:
+    mask = variable(VARIABLE["uneven"])
+    launched = Plan(tokens=50, kinds=("masked", "dense"), mask=mask).launch_mask()
+    assert isinstance(launched, VariableBlockMask)
+    assert torch.equal(launched.keep()[0], mask.keep()[0])
+    assert launched.density().tolist() == [pytest.approx(mask.density()[0].item()), 1.0]
+
+
 def test_a_wholly_masked_plan_is_launched_as_it_is_and_one_without_a_mask_not_at_all() -> None:
     mask = masked(torch.ones(1, 4, 4, dtype=torch.bool))
     assert Plan.masked(mask, 5).launch_mask() is mask
@@ -222,3 +239,98 @@ def test_the_order_of_some_heads_is_theirs() -> None:
     assert chosen.queries.tolist() == [[5, 4, 3, 2, 1, 0]]
     assert plan.nbytes() == 2 * 6 * 4
     assert plan.unordered().order is None
+
+
+# --- blocks of variable size ------------------------------------------------------------------------------------------
+
+# tokens of query blocks and of key blocks, of two heads
+VARIABLE = {
+    "one": ([[50], [50]], [[50], [50]]),
+    "uneven": ([[1, 30, 19], [20, 20, 10]], [[7, 9, 1, 33], [25, 1, 1, 23]]),
+    "empty-ones": ([[0, 25, 0, 25, 0], [50, 0, 0, 0, 0]], [[0, 0, 10, 40, 0], [0, 0, 0, 0, 50]]),
+    "single-tokens": ([[1] * 50] * 2, [[1] * 50] * 2),
+}
+
+
+def variable(sizes: tuple[list[list[int]], list[list[int]]], share: float = 0.2) -> VariableBlockMask:
+    q_sizes, k_sizes = map(torch.tensor, sizes)
+    keep = torch.rand((*q_sizes.shape, k_sizes.shape[1]), generator=torch.Generator().manual_seed(1)) < share
+    return VariableBlockMask.from_keep(keep, q_sizes=q_sizes, k_sizes=k_sizes, tokens=50)
+
+
+def of_tokens(mask: VariableBlockMask) -> torch.Tensor:
+    """[heads, tokens, tokens], written out."""
+    return torch.stack(
+        [
+            keep.repeat_interleave(q_sizes, 0).repeat_interleave(k_sizes, 1)
+            for keep, q_sizes, k_sizes in zip(mask.keep(), mask.q_sizes, mask.k_sizes, strict=True)
+        ]
+    )
+
+
+def test_variable_blocks_by_hand() -> None:
+    # 6 queries in blocks of 1, 0 and 5, 6 keys in blocks of 2, 3, 0 and 1
+    keep = torch.tensor([[[1, 0, 0, 1], [1, 1, 1, 1], [0, 1, 1, 0]]], dtype=torch.bool)
+    sizes = torch.tensor([[1, 0, 5]]), torch.tensor([[2, 3, 0, 1]])
+    mask = VariableBlockMask.from_keep(keep, q_sizes=sizes[0], k_sizes=sizes[1], tokens=6)
+    assert torch.equal(mask.keep(), keep)
+    assert mask.bits[0, :, 0].tolist() == [1 + 8, 15, 2 + 4]
+    assert mask.density().tolist() == [pytest.approx((1 * 3 + 5 * 3) / 36)]
+    assert mask.seen(0, torch.tensor([5, 0])).int().tolist() == [[0, 0, 1, 1, 1, 0], [1, 1, 0, 0, 0, 1]]
+    assert (mask.heads, mask.q_blocks, mask.k_blocks, mask.block) == (1, 3, 4, None)
+    # 3 rows of one 32-bit word, and 3 + 4 sizes
+    plan = Plan.masked(mask, 2)
+    assert plan.nbytes() == 3 * 4 + (3 + 4) * 4
+    assert plan.realised() is plan
+    assert plan.density().tolist() == [pytest.approx(0.5)] * 2
+
+
+@pytest.mark.parametrize("sizes", VARIABLE)
+def test_tokens_see_those_of_the_blocks_that_theirs_keeps(sizes: str) -> None:
+    mask = variable(VARIABLE[sizes])
+    tokens = of_tokens(mask)
+    assert all(torch.equal(mask.seen(head, torch.arange(50)), tokens[head]) for head in range(2))
+    torch.testing.assert_close(mask.density(), tokens.double().mean((1, 2)))
+
+
+@pytest.mark.parametrize("share", [0.2, 1.0])
+@pytest.mark.parametrize("block", [(16, 8), (8, 16), (50, 50), (64, 1)])
+@pytest.mark.parametrize("sizes", VARIABLE)
+def test_the_cover_is_of_the_blocks_that_hold_a_kept_pair_of_tokens(
+    sizes: str, block: tuple[int, int], share: float
+) -> None:
+    mask = variable(VARIABLE[sizes], share)
+    rows = [part.any(1) for part in of_tokens(mask).split(block[0], 1)]
+    expected = torch.stack([torch.stack([part.any(-1) for part in row.split(block[1], 1)], 1) for row in rows], 1)
+    cover = mask.cover(block)
+    assert cover.block == block
+    assert torch.equal(cover.keep(), expected)
+
+
+def test_some_heads_of_variable_blocks_have_their_own_sizes() -> None:
+    mask = variable(VARIABLE["uneven"])
+    some = Plan(tokens=50, kinds=("masked", "masked"), mask=mask).of_heads([1]).mask
+    assert isinstance(some, VariableBlockMask)
+    assert torch.equal(some.keep(), mask.keep()[1:])
+    assert (some.q_sizes.tolist(), some.k_sizes.tolist()) == ([[20, 20, 10]], [[25, 1, 1, 23]])
+
+
+def test_sizes_of_other_heads_or_blocks_are_refused() -> None:
+    mask = variable(VARIABLE["uneven"])
+    # the check of shapes refuses some before the mask can
+    refused = pytest.raises((ValueError, TypeError), match=r"sizes|heads|blocks")
+    with refused:
+        VariableBlockMask.from_keep(mask.keep()[:, 1:], q_sizes=mask.q_sizes, k_sizes=mask.k_sizes, tokens=50)
+    with refused:
+        VariableBlockMask.from_keep(mask.keep()[:1], q_sizes=mask.q_sizes[:1], k_sizes=mask.k_sizes, tokens=50)
+    with refused:
+        VariableBlockMask(bits=mask.bits, tokens=50, q_sizes=mask.q_sizes[:1], k_sizes=mask.k_sizes)
+
+
+def test_variable_blocks_stand_beside_neither_row_reuse_nor_what_a_kernel_skips() -> None:
+    mask = variable(VARIABLE["uneven"])
+    every = torch.arange(50)
+    with pytest.raises(ValueError, match="neither beside row reuse"):
+        Plan(tokens=50, kinds=("masked", "reused"), mask=mask, reuse=RowReuse(computed=every, source=every))
+    with pytest.raises(ValueError, match="neither beside row reuse"):
+        Plan.masked(mask, 2, skip=Skip.of(mask.cover((16, 16)), 2, threshold=-1.0, leave=False))

@@ -11,7 +11,7 @@ from torch import Tensor
 from calibatt.kernels.base import Kernel, Task, check
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, RowReuse, Skip
+from calibatt.kernels.plan import BlockMask, Plan, RowReuse, Skip, VariableBlockMask
 
 GEOMETRY = Geometry(grid=(1, 8, 8), heads=2, head_dim=16)
 
@@ -140,3 +140,30 @@ def test_a_dense_kernel_refuses_heads_that_reuse_rows() -> None:
     plan = Plan(tokens=64, kinds=("reused", "dense"), reuse=RowReuse.of_anchor_rows(GEOMETRY, (1, 5)))
     assert KERNELS["sdpa-flash"].refusal(Task.of(inputs()[0], plan)) is not None
     assert KERNELS["flex"].refusal(Task.of(inputs()[0], plan)) is None
+
+
+def test_blocks_that_differ_in_size_are_refused_by_every_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    # as on a GPU that has them all
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("calibatt.kernels.flash._installed", lambda package: True)
+    monkeypatch.setattr("calibatt.kernels.gluon_hopper._triton_version", lambda: (3, 6))
+    given = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 128}
+    for name, kernel in KERNELS.items():
+        refusal = kernel.refusal(Task(**given, variable=True))
+        if name == "triton" and refusal is not None:
+            # its interpreter has other types
+            assert "computes" in refusal.reason
+            continue
+        assert (refusal is None) == (name == "triton")
+        assert refusal is None or "blocks of one size" in refusal.reason or "is a dense kernel" in refusal.reason
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "triton"])
+def test_no_kernel_computes_another_mask_in_place_of_variable_blocks(name: str) -> None:
+    sizes = torch.tensor([[20, 44]])
+    keep = torch.eye(2, dtype=torch.bool)[None]
+    plan = Plan.masked(VariableBlockMask.from_keep(keep, q_sizes=sizes, k_sizes=sizes, tokens=64), 2)
+    assert Task.of(inputs()[0], plan).variable
+    assert not Task.of(inputs()[0], Plan.masked(half_mask(), 2)).variable
+    with pytest.raises(ValueError, match=r"blocks of one size|dense plans only|not on cpu|not cpu"):
+        KERNELS[name].attend(*inputs(), plan)

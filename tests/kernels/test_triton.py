@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -16,7 +17,7 @@ from torch import Tensor
 from calibatt.kernels import oracle, tiles, triton_code, triton_sparse
 from calibatt.kernels.base import Task
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, RowReuse, block_count
+from calibatt.kernels.plan import BlockMask, Plan, RowReuse, TokenOrder, VariableBlockMask, block_count
 from calibatt.kernels.triton_sparse import Triton
 
 pytestmark = pytest.mark.skipif(
@@ -51,7 +52,7 @@ def _within_budget(out: Tensor, inputs: list[Tensor], plan: Plan) -> bool:
 
 
 def test_both_ways_to_load_keys_give_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, plan = _inputs(), _mixed()
+    inputs = _inputs()
     asked: list[bool] = []
 
     def answer(tma: bool) -> Any:
@@ -61,7 +62,8 @@ def test_both_ways_to_load_keys_give_attention(monkeypatch: pytest.MonkeyPatch) 
         if tma and DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
             continue
         monkeypatch.setattr(triton_sparse, "has_tma", answer(tma))
-        assert _within_budget(Triton().attend(*inputs, plan), inputs, plan)
+        for plan in (_mixed(), _variable()):
+            assert _within_budget(Triton().attend(*inputs, plan), inputs, plan)
     assert False in asked
 
 
@@ -69,6 +71,50 @@ def test_both_ways_to_load_keys_give_attention(monkeypatch: pytest.MonkeyPatch) 
 def test_blocks_that_are_no_power_of_two_are_walked_in_tiles(block: tuple[int, int]) -> None:
     inputs, plan = _inputs(), Plan.masked(_mask(*block), 3)
     assert _within_budget(Triton().attend(*inputs, plan), inputs, plan)
+
+
+def _variable() -> Plan:
+    """Blocks that differ in size, in an order by lot; the second of queries is empty, the third keeps nothing."""
+    generator = torch.Generator().manual_seed(2)
+    keep = torch.rand((3, 4, 9), generator=generator) < 0.4
+    keep[:, 2] = False
+    q_sizes, k_sizes = torch.tensor([[40, 0, 5, 81]] * 3), torch.tensor([[1, 0, 30, 17, 2, 65, 0, 1, 10]] * 3)
+    mask = VariableBlockMask.from_keep(keep, q_sizes=q_sizes, k_sizes=k_sizes, tokens=GEOMETRY.tokens)
+    lots = torch.rand((2, 3, GEOMETRY.tokens), generator=generator).argsort(-1).int()
+    order = TokenOrder(queries=lots[0], keys=lots[1])
+    return Plan(tokens=GEOMETRY.tokens, kinds=("masked", "dense", "masked"), mask=mask, order=order).to(DEVICE)
+
+
+def test_variable_blocks_have_log_sum_exps_in_the_sequences_order() -> None:
+    q, k, v = _inputs()
+    plan = _variable()
+    out, lse = Triton().attend_with_lse(q, k, v, plan)
+    assert _within_budget(out, [q, k, v], plan)
+    scores = q.double() @ k.double().mT / math.sqrt(GEOMETRY.head_dim)
+    assert plan.mask is not None
+    assert plan.order is not None
+    for head, kind in enumerate(plan.kinds):
+        own = scores[0, head]
+        if kind == "masked":
+            seen = torch.zeros_like(own, dtype=torch.bool)
+            queries, keys = plan.order.queries[head].long(), plan.order.keys[head].long()
+            seen[queries[:, None], keys] = plan.mask.seen(head, torch.arange(GEOMETRY.tokens, device=DEVICE))
+            assert bool(lse[0, head][queries[40:45]].isneginf().all())
+            own = own.masked_fill(~seen, -math.inf)
+        torch.testing.assert_close(lse[0, head].double(), own.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_variable_blocks_are_written_nowhere_but_in_the_output() -> None:
+    q, k, v = _inputs()
+    plan = _variable().unordered()
+    room, tokens = 128, GEOMETRY.tokens
+    around = q.new_full((1, 3, tokens + 2 * room, GEOMETRY.head_dim), 7.0)
+    sums_around = q.new_full((3 * tokens + 2 * room,), 7.0, dtype=torch.float32)
+    out, lse = around[:, :, room : room + tokens], sums_around[room:-room].view(1, 3, tokens)
+    Triton()._launch(q, k, v, out, lse, plan)
+    assert torch.equal(out, Triton().attend(q, k, v, plan))
+    assert bool((around[:, :, :room] == 7).all() and (around[:, :, room + tokens :] == 7).all())
+    assert bool((sums_around[:room] == 7).all() and (sums_around[-room:] == 7).all())
 
 
 @pytest.mark.parametrize("change", [{"head_dim": 96}, {"dtype": torch.float64}, {"block": (24, 16)}])
@@ -99,9 +145,10 @@ TARGETS = {
 }
 # bytes of shared memory that a block of threads may have: CUDA's programming guide, table of compute capabilities
 SHARED = {(8, 0): 163 * 1024, (8, 6): 99 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024, (12, 0): 99 * 1024}
-# bytes of a thread that may spill, by what is compiled: two tiles on a multiprocessor leave no room for 30 to 50 of
-# their registers, and were a seventh faster on an H200 than one tile with room
-STACK = {"sm90-all": 120, "sm90-plain": 200}
+# bytes of a thread that may spill, by what is compiled: two tiles on a multiprocessor leave no room for 30 to 60 of
+# their registers, and were a seventh faster on an H200 than one tile with room. Of variable blocks, what spills is
+# outside the loop over whole tiles.
+STACK = {"sm90-all": 120, "sm90-plain": 200, "sm90-variable": 232}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +161,7 @@ def compiled() -> dict[str, dict[str, Any]]:
     return told
 
 
-@pytest.mark.parametrize("what", ["plain", "all"])
+@pytest.mark.parametrize("what", ["plain", "all", "variable"])
 @pytest.mark.parametrize("way", ["pointers", "tma"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_it_compiles_for_every_gpu_and_keeps_its_tiles_in_registers(
@@ -132,21 +179,23 @@ def test_it_compiles_for_every_gpu_and_keeps_its_tiles_in_registers(
     assert told["wgmma"] == (capability == (9, 0))
 
 
-def _compile(target: str, tma: bool, *, everything: bool) -> dict[str, Any]:
-    """With row reuse and log-sum-exps, or with neither."""
+def _compile(target: str, tma: bool, what: str) -> dict[str, Any]:
+    """`all` has row reuse and log-sum-exps, `plain` neither, `variable` is the code of blocks that differ in size."""
     from compiling import compiled_for
 
     capability, head_dim, block = TARGETS[target]
+    if what == "variable":
+        code, block = triton_code.attend_variable, triton_sparse._VARIABLE
+    else:
+        code = triton_code.attend
     tile_q, tile_k, warps, stages = triton_sparse.launch_shape(capability, block, head_dim, tma=tma)
-    code = triton_code.attend
-    constants = {
-        "BLOCK_Q": block[0], "BLOCK_K": block[1], "TILE_Q": tile_q, "TILE_K": tile_k,
-        "HEAD_DIM": head_dim, "REUSE": everything, "WITH_LSE": everything, "NOTE": False,
-        "LEAVE": False, "TMA": tma,
-    }  # fmt: skip
-    pointers = dict.fromkeys(("q", "k", "v", "out"), "*bf16") | dict.fromkeys(
-        ("indices", "counts", "served", "low"), "*i32"
-    )
+    constants = {"TILE_Q": tile_q, "TILE_K": tile_k, "HEAD_DIM": head_dim, "WITH_LSE": what != "plain", "TMA": tma}
+    if what != "variable":
+        constants |= {
+            "BLOCK_Q": block[0], "BLOCK_K": block[1], "REUSE": what == "all", "NOTE": False, "LEAVE": False,
+        }  # fmt: skip
+    lists = ("indices", "counts", "served", "low", "query_tiles", "key_tiles")
+    pointers = dict.fromkeys(("q", "k", "v", "out"), "*bf16") | dict.fromkeys(lists, "*i32")
     pointers |= {"lse": "*fp32", "kinds": "*i8", "computed": "*i64"}
     types = {**pointers, "scale": "fp32", "threshold": "fp32"}
     if tma:
@@ -157,13 +206,12 @@ def _compile(target: str, tma: bool, *, everything: bool) -> dict[str, Any]:
 
 if __name__ == "__main__":
     ways = {"pointers": False, "tma": True}
-    whats = {"plain": False, "all": True}
     wanted = [
         (target, way, what)
         for target in TARGETS
         for way in ways
         if way != "tma" or TARGETS[target][0] >= (9, 0)
-        for what in whats
+        for what in ("plain", "all", "variable")
     ]
-    told = {"-".join(one): _compile(one[0], ways[one[1]], everything=whats[one[2]]) for one in wanted}
+    told = {"-".join(one): _compile(one[0], ways[one[1]], one[2]) for one in wanted}
     print(json.dumps(told))

@@ -1,4 +1,4 @@
-"""Clusters: k-means against a plain loop, the choice of clusters, and blocks that cover a mask of any sizes."""
+"""Clusters: k-means against a plain loop, the choice of clusters, their plan and their order."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import TokenOrder
+from calibatt.kernels.plan import BlockMask
 from calibatt.methods import clusters
 from calibatt.methods.clusters import (
-    Clusters,
     Grouped,
     attention,
     choose,
     cluster_counts,
     cluster_order,
+    cluster_plan,
     in_line,
     kmeans,
     random_tokens,
@@ -33,30 +33,6 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 def groups(labels: Tensor, centroids: Tensor) -> Grouped:
     sizes = torch.stack([row.bincount(minlength=centroids.shape[1]) for row in labels])
     return Grouped(labels=labels, sizes=sizes, centroids=centroids)
-
-
-def token_mask(mask: Clusters) -> Tensor:
-    """[heads, tokens, tokens], in the order of clusters."""
-    return torch.stack(
-        [
-            keep.repeat_interleave(q_sizes, 0).repeat_interleave(k_sizes, 1)
-            for keep, q_sizes, k_sizes in zip(mask.keep, mask.q_sizes, mask.k_sizes, strict=True)
-        ]
-    )
-
-
-def covering_blocks(mask: Clusters, block: tuple[int, int]) -> Tensor:
-    """Block by block, from the mask of tokens."""
-    rows = [part.any(1) for part in token_mask(mask).split(block[0], 1)]
-    return torch.stack([torch.stack([part.any(-1) for part in row.split(block[1], 1)], 1) for row in rows], 1)
-
-
-def random_clusters(sizes: tuple[list[list[int]], list[list[int]]], share: float = 0.2) -> Clusters:
-    q_sizes, k_sizes = map(torch.tensor, sizes)
-    keep = torch.rand((*q_sizes.shape, k_sizes.shape[1]), generator=torch.Generator().manual_seed(1)) < share
-    tokens = int(q_sizes[0].sum())
-    order = torch.arange(tokens, dtype=torch.int32).repeat(len(q_sizes), 1)
-    return Clusters(order=TokenOrder(queries=order, keys=order.clone()), q_sizes=q_sizes, k_sizes=k_sizes, keep=keep)
 
 
 # --- k-means ---------------------------------------------------------------------------------------------------------
@@ -181,29 +157,7 @@ def test_each_head_keeps_its_own_least() -> None:
     assert kept[:, 0].int().tolist() == kept[:, 1].int().tolist() == [[0, 1, 0, 0], [0, 1, 0, 1], [1, 1, 1, 1]]
 
 
-# --- covering --------------------------------------------------------------------------------------------------------
-
-SIZES = {
-    "one": ([[50], [50]], [[50], [50]]),
-    "uneven": ([[1, 30, 19], [20, 20, 10]], [[7, 9, 1, 33], [25, 1, 1, 23]]),
-    "empty-ones": ([[0, 25, 0, 25, 0], [50, 0, 0, 0, 0]], [[0, 0, 10, 40, 0], [0, 0, 0, 0, 50]]),
-    "single-tokens": ([[1] * 50] * 2, [[1] * 50] * 2),
-}
-
-
-@pytest.mark.parametrize("share", [0.2, 1.0])
-@pytest.mark.parametrize("block", [(16, 8), (8, 16), (50, 50), (64, 1)])
-@pytest.mark.parametrize("sizes", SIZES)
-def test_blocks_that_hold_a_kept_pair_of_tokens_are_kept_and_no_others(
-    sizes: str, block: tuple[int, int], share: float
-) -> None:
-    mask = random_clusters(SIZES[sizes], share)
-    assert torch.equal(mask.cover(block).keep(), covering_blocks(mask, block))
-
-
-def test_the_density_of_clusters_is_counted_in_tokens() -> None:
-    mask = random_clusters(SIZES["uneven"])
-    torch.testing.assert_close(mask.density(), token_mask(mask).double().mean((1, 2)))
+# --- plan -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("side", "queries"), [("first", [0, 1, 3, 5, 2, 4]), ("last", [1, 3, 0, 2, 4, 5])])
@@ -213,23 +167,21 @@ def test_text_is_a_cluster_that_stays_where_it_is_and_sees_and_is_seen_by_all(si
     order = cluster_order(geometry, labels, 1 - labels)
     assert order.queries.tolist() == [queries]
     two = torch.tensor([[2, 2]])
-    mask = Clusters.of_video(geometry, order, two, two, torch.eye(2, dtype=torch.bool)[None])
-    # a block a cluster
+    plan = cluster_plan(geometry, order, two, two, torch.eye(2, dtype=torch.bool)[None], None)
     text = 0 if side == "first" else 2
     expected = torch.eye(3, dtype=torch.bool)
     expected[text] = expected[:, text] = True
-    assert torch.equal(mask.cover((2, 2)).keep()[0], expected)
+    assert plan.mask is not None
+    assert torch.equal(plan.mask.keep()[0], expected)
+    assert [sizes.tolist() for sizes in plan.mask.sizes()] == [[[2, 2, 2]]] * 2
+    # a block a cluster
+    covered = cluster_plan(geometry, order, two, two, torch.eye(2, dtype=torch.bool)[None], (2, 2)).mask
+    assert isinstance(covered, BlockMask)
+    assert torch.equal(covered.keep()[0], expected)
     # the tokens of the video's first cluster of queries and of keys: those labelled 0, and those labelled 1
     start = geometry.video_start
     assert order.queries[0, start : start + 2].tolist() == [start + 1, start + 3]
     assert order.keys[0, start : start + 2].tolist() == [start, start + 2]
-
-
-def test_an_order_for_other_heads_is_refused() -> None:
-    mask = random_clusters(SIZES["uneven"])
-    shared = TokenOrder.of_all(mask.order.queries[:1])
-    with pytest.raises(ValueError, match=r"orders of \{1, 2\} heads"):
-        Clusters(order=shared, q_sizes=mask.q_sizes, k_sizes=mask.k_sizes, keep=mask.keep)
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
@@ -256,8 +208,8 @@ def test_clusters_in_line_are_covered_by_fewer_blocks() -> None:
 
     def covered(q: Grouped, k: Grouped) -> float:
         keep = choose(attention(q, k), mass=0.9, least=LEAST)
-        mask = Clusters.of_video(geometry, cluster_order(geometry, q.labels, k.labels), q.sizes, k.sizes, keep)
-        return mask.cover((16, 16)).density().item()
+        order = cluster_order(geometry, q.labels, k.labels)
+        return cluster_plan(geometry, order, q.sizes, k.sizes, keep, (16, 16)).density().item()
 
     q, k = groups(labels, centroids), groups(labels, centroids)
     assert covered(*in_line(q, k)) < 0.6 * covered(q, k)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import Plan
+from calibatt.kernels.plan import Plan, VariableBlockMask
 from calibatt.methods import clusters
 from calibatt.methods.base import Site
+from calibatt.methods.catalogue import build
 from calibatt.methods.clusters import Grouped
 from calibatt.methods.svg2 import Svg2
 
@@ -67,10 +68,13 @@ def test_the_first_call_takes_more_turns_than_later_ones(turns: list[Tensor]) ->
 def test_a_later_call_starts_from_the_last_calls_centroids(turns: list[Tensor]) -> None:
     method = made(first_iterations=200)
     q, k = noise()
-    order = method.clusters(q, k, site(step=20)).order
+    first = method.plan(q, k, site(step=20)).order
     turns.clear()
     # k-means had come to an end on these tokens: it starts there, and the first turn shows that it may end
-    assert torch.equal(method.clusters(q, k, site(step=21)).order.queries, order.queries)
+    later = method.plan(q, k, site(step=21)).order
+    assert first is not None
+    assert later is not None
+    assert torch.equal(later.queries, first.queries)
     assert len(turns) == 2
 
 
@@ -138,8 +142,8 @@ def test_queries_see_the_clusters_that_point_their_way_wherever_their_tokens_lie
 def test_the_least_share_is_kept_whatever_the_mass() -> None:
     q, k = noise()
     for share, count in ((0.0, 1), (0.1, 1), (0.25, 4), (1.0, 16)):
-        mask = made(mass=0.0, least_share=share).clusters(q, k, site())
-        assert mask.keep.sum(-1).unique().tolist() == [count]
+        kept = keep(made(mass=0.0, least_share=share, block=None).plan(q, k, site()))
+        assert kept.sum(-1).unique().tolist() == [count]
 
 
 def test_more_mass_keeps_all_that_less_keeps() -> None:
@@ -149,6 +153,17 @@ def test_more_mass_keeps_all_that_less_keeps() -> None:
         assert not (last & ~kept).any()
         last = kept
     assert last.all()
+
+
+def test_without_a_block_the_plan_is_of_the_clusters_that_blocks_cover() -> None:
+    q, k = noise()
+    covering = made(mass=0.3).plan(q, k, site())
+    # a block that the caller wishes for is not one of clusters
+    own = build("svg2", preset="clusters-no-warmup", block=(32, 16), clusters=(8, 16), mass=0.3).plan(q, k, site())
+    assert isinstance(own.mask, VariableBlockMask)
+    assert torch.equal(keep(covering), own.mask.cover((32, 16)).keep())
+    assert keep(own).shape == (2, 8, 16)
+    assert (own.density() < covering.density()).all()
 
 
 @pytest.mark.parametrize("wrong", [{"mass": 1.1}, {"least_share": -0.1}, {"dense_steps": 2.0}, {"iterations": 0}])

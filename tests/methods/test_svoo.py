@@ -140,20 +140,22 @@ def test_each_head_keeps_its_learnt_share_within_bounds() -> None:
     table = torch.full((STEPS, LAYERS, 2), 0.5)
     table[4, 1] = torch.tensor([0.3, 0.01])
     table[5, 1] = torch.tensor([0.9, math.nan])
-    method = made(table, mass=0.0, bounds=(0.1, 0.4))
+    method = made(table, mass=0.0, bounds=(0.1, 0.4), block=None)
     # of 20 clusters; where nothing was learnt, the upper bound
     for step, expected in ((4, [6, 2]), (5, [8, 8])):
-        kept = method.clusters(*noise(), site(step=step)).keep.sum(-1)
-        assert [row.unique().tolist() for row in kept] == [[count] for count in expected]
+        mask = method.plan(*noise(), site(step=step)).mask
+        assert mask is not None
+        assert [row.unique().tolist() for row in mask.keep().sum(-1)] == [[count] for count in expected]
 
 
 def test_the_mass_keeps_more_than_the_share_where_attention_is_even() -> None:
     q, k = noise()
     # queries so short that all keys weigh alike: 0.9 of all, whatever the share
-    mask = made(mass=0.9).clusters(0.001 * q, k, site())
-    held = torch.einsum("hqk,hk->hq", mask.keep.double(), mask.k_sizes.double()) / GEOMETRY.tokens
+    mask = made(mass=0.9, block=None).plan(0.001 * q, k, site()).mask
+    assert mask is not None
+    held = torch.einsum("hqk,hk->hq", mask.keep().double(), mask.sizes()[1].double()) / GEOMETRY.tokens
     assert held.min() >= 0.9
-    assert mask.keep.float().mean() > 0.5
+    assert mask.keep().float().mean() > 0.5
 
 
 @pytest.mark.parametrize("elsewhere", [{"grid": (16, 5, 16)}, {"text_tokens": 3}])
@@ -229,13 +231,17 @@ def test_clusters_are_kept_for_a_share_of_the_schedule(made_at: list[int]) -> No
 def test_kept_clusters_hold_at_later_steps_with_the_shares_of_those() -> None:
     table = torch.full((STEPS, LAYERS, 2), 0.1)
     table[5] = 0.3
-    method = made(table, mass=0.0, bounds=(0.0, 1.0), reuse=1.0)
-    first = method.clusters(*noise(seed=1), site(step=4))
-    later = method.clusters(*noise(seed=2), site(step=5))
+    method = made(table, mass=0.0, bounds=(0.0, 1.0), reuse=1.0, block=None)
+    first, later = (method.plan(*noise(seed=step), site(step=step)) for step in (4, 5))
+    assert first.order is not None
+    assert later.order is not None
     assert torch.equal(later.order.queries, first.order.queries)
     assert torch.equal(later.order.keys, first.order.keys)
-    assert (first.keep.sum(-1).unique().tolist(), later.keep.sum(-1).unique().tolist()) == ([2], [6])
-    assert not (first.keep & ~later.keep).any()
+    assert first.mask is not None
+    assert later.mask is not None
+    fewer, more = first.mask.keep(), later.mask.keep()
+    assert (fewer.sum(-1).unique().tolist(), more.sum(-1).unique().tolist()) == ([2], [6])
+    assert not (fewer & ~more).any()
 
 
 @pytest.mark.parametrize("elsewhere", [{"branch": "uncond"}, {"sample": 1}, {"layer": 2}, {"step": 3}])
