@@ -75,7 +75,7 @@ def cells(options: Namespace, suite: Suite) -> list[Cell]:
 
 def _in_blocks(arm: Arm, choices: str) -> Sequence[Arm]:
     """The arm in every choice of blocks; once where it has none to choose."""
-    if arm == DENSE or not has_blocks(arm.method):
+    if arm == DENSE or not has_blocks(arm.method, preset=arm.preset):
         return [arm]
     chosen: list[Literal["native"] | tuple[int, int]] = []
     for choice in _names(choices):

@@ -107,14 +107,14 @@ def learner(
     return kind.learner(config) if isinstance(kind, Learning) else None
 
 
-def has_blocks(name: str) -> bool:
-    """Whether a method has a size of blocks to choose.
+def has_blocks(name: str, *, preset: str) -> bool:
+    """Whether a preset of a method has a size of blocks to choose.
 
     Raises:
-        UnknownName: there is no such method.
+        UnknownName: there is no such method or preset.
     """
-    kind = look_up(METHODS, name, "method")
-    return any(field.name == "block" for field in fields(kind.presets["default"]))
+    _, config = _configured(name, preset, None, {})
+    return getattr(config, "block", None) is not None
 
 
 def _configured(name: str, preset: str, block: tuple[int, int] | None, settings: Mapping[str, Any]) -> tuple[Any, Any]:
