@@ -16,11 +16,14 @@ from calibatt.bench.timer import timed
 
 # a layer's attention takes milliseconds: enough rounds for an interval of a few percent
 ROUNDS = 20
+# at a large model's size it takes a hundred times as long, and varies less
+_RESAMPLED_ROUNDS = 10
 
 
 def measure(stage: Stage, arms: Sequence[Arm]) -> dict[Arm, Record]:
     """Time one attention call, planning included, as the mean over the stage's probes; paired with dense."""
     records: dict[Arm, Record] = {}
+    rounds = _RESAMPLED_ROUNDS if stage.workload.resampled else ROUNDS
     meters: dict[Arm, tuple[Ready, Meter]] = {}
     for arm in arms:
         stage.log(f"{stage.workload}: checking {arm}")
@@ -29,12 +32,12 @@ def measure(stage: Stage, arms: Sequence[Arm]) -> dict[Arm, Record]:
             meters[arm] = (one, Meter(one.method, one.kernel, stage.workload.device))
         else:
             records[arm] = failed(stage, "attention", arm, one)
-    stage.log(f"{stage.workload}: timing attention, {ROUNDS} rounds of {len(meters)} arms")
+    stage.log(f"{stage.workload}: timing attention, {rounds} rounds of {len(meters)} arms")
     seconds: dict[Arm, list[float]] = {arm: [] for arm in meters}
     phases: dict[Arm, dict[str, list[float]]] = {arm: {} for arm in meters}
     calls = len(stage.probes)
     # the first round warms up
-    for round_, arm in in_turns(list(meters), ROUNDS + 1):
+    for round_, arm in in_turns(list(meters), rounds + 1):
         meter = meters[arm][1]
         total, _ = timed(stage.workload.device, partial(_all_probes, stage, meter))
         parts = meter.timer.collect_s()

@@ -170,7 +170,10 @@ _MACHINE: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 
 
 def _workload(record: Record) -> str:
-    parts = (record.suite, record.model, record.resolution, record.steps and f"{record.steps} steps", record.dtype)
+    parts = (
+        record.suite, record.model, record.inputs, record.resolution, record.steps and f"{record.steps} steps",
+        record.dtype,
+    )  # fmt: skip
     return " ".join(str(part) for part in parts if part)
 
 

@@ -261,7 +261,7 @@ def _png(figure: Figure) -> bytes:
 
 def _title(record: Record) -> str:
     parts = [record.suite, record.model, record.resolution, record.steps and f"{record.steps} steps", record.dtype]
-    parts.append("compiled" if record.compiled else None)
+    parts += ["compiled" if record.compiled else None, record.inputs and "inputs resampled"]
     return " · ".join(str(part) for part in parts if part)
 
 
@@ -307,7 +307,18 @@ _YES_NO = {"True": "yes", "False": "no"}
 def _workload_facts(records: Sequence[Record]) -> list[tuple[str, str]]:
     """What all arms have in common; where they do not, every value."""
     facts = []
-    for name in ("weights", "frames", "tokens", "heads", "head_dim", "dtype", "steps", "guidance", "compiled"):
+    for name in (
+        "weights",
+        "inputs",
+        "frames",
+        "tokens",
+        "heads",
+        "head_dim",
+        "dtype",
+        "steps",
+        "guidance",
+        "compiled",
+    ):
         found = (getattr(record, name) for record in records)
         values = dict.fromkeys(_YES_NO.get(str(value), str(value)) for value in found if value is not None)
         if values:
