@@ -115,8 +115,12 @@ def _generate(arguments: argparse.Namespace) -> int:
             )
         source = (load_learnt if learns else Calibration.load)(arguments.calibration).to(device)
     method = build(kind.name, preset=arguments.preset, source=source, block=entry.block)
-    block = None if kind.name == "dense" else entry.block
-    task = Task(device=device, dtype=working_dtype(device), head_dim=entry.head_dim, block=block)
+    # blocks of a preset that has no size for them differ
+    variable = getattr(kind.presets[arguments.preset], "block", entry.block) is None
+    block = None if kind.name == "dense" or variable else entry.block
+    task = Task(
+        device=device, dtype=working_dtype(device), head_dim=entry.head_dim, block=block, variable=variable
+    )  # fmt: skip
     for refusal in (method.refusal(entry.geometry(resolution)), kernel.refusal(task)):
         if refusal is not None:
             raise ValueError(refusal.reason)

@@ -589,7 +589,8 @@ def _bit_weights(device: torch.device) -> UInt8[Tensor, "8"]:
 def _packed(keep: Bool[Tensor, "mask_heads q_blocks k_blocks"]) -> UInt8[Tensor, "mask_heads q_blocks row_bytes"]:
     padded = torch.zeros(*keep.shape[:2], _row_bytes(keep.shape[2]) * 8, dtype=torch.uint8, device=keep.device)
     padded[..., : keep.shape[2]] = keep
-    return (padded.unflatten(-1, (-1, 8)) * _bit_weights(keep.device)).sum(-1, dtype=torch.uint8)
+    bits: Tensor = padded.unflatten(-1, (-1, 8)) * _bit_weights(keep.device)
+    return bits.sum(-1, dtype=torch.uint8)
 
 
 def _unpacked(

@@ -35,6 +35,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             "calibatt calibrate --method sta --preset searched --model shapes",
         ),
         (["--method", "radial", "--kernel", "sdpa-flash"], "choose a sparse one"),
+        (["--method", "svg2", "--preset", "clusters", "--kernel", "flex"], "FlexAttention has blocks of one size"),
         (["--steps", "0"], "whole number from 1 up"),
         (["--device", "tpu"], "this machine has"),
         (["--out", "video.avi"], "ends in .mp4 or .gif"),
