@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from calibatt.kernels.base import Task, Unsupported, check, skip_refusal
+from calibatt.kernels.base import Task, Unsupported, check, triton_only
 from calibatt.kernels.by_kind import attend_by_kind
 from calibatt.kernels.ordered import in_order
 from calibatt.kernels.plan import BlockMask, Plan
@@ -40,9 +40,7 @@ class Flex:
             return Unsupported(f"FlexAttention runs on cpu and cuda, not on {task.device.type}")
         if task.block is not None and any(size % 16 for size in task.block):
             return Unsupported(f"FlexAttention needs blocks that are multiples of 16: got {task.block}")
-        if task.skips:
-            return skip_refusal("FlexAttention")
-        return None
+        return triton_only("FlexAttention", task)
 
     @in_order
     def attend(
@@ -55,11 +53,11 @@ class Flex:
         """Attention under a plan; a row with no block gives zeros.
 
         Raises:
-            ValueError: inputs and plan do not belong together, or the plan leaves blocks to the kernel.
+            ValueError: inputs and plan do not belong together, or the plan leaves blocks to the kernel or has INT8.
         """
         check(q, k, v, plan)
-        if plan.skip is not None:
-            raise ValueError(skip_refusal("FlexAttention").reason)
+        if (refusal := triton_only("FlexAttention", Task.of(q, plan))) is not None:
+            raise ValueError(refusal.reason)
         return attend_by_kind(q, k, v, plan, masked=_launch, dense=scaled_dot_product_attention)
 
 

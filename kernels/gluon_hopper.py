@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int, Int32
 from torch import Tensor
 
-from calibatt.kernels.base import Task, Unsupported, dtype_name, skip_refusal
+from calibatt.kernels.base import Task, Unsupported, dtype_name, triton_only
 from calibatt.kernels.expand import KINDS, kinds_on
 from calibatt.kernels.one_launch import Launch, OneLaunch, tensor_map_fits
 from calibatt.kernels.plan import HeadKind, Plan, block_count
@@ -51,9 +51,7 @@ class Gluon(OneLaunch):
             return Unsupported(f"the Gluon kernel has head dims 64 and 128, not {task.head_dim}")
         if task.block is not None and any(size % _ROWS for size in task.block):
             return Unsupported(f"the Gluon kernel needs blocks that are multiples of {_ROWS}: got {task.block}")
-        if task.skips:
-            return skip_refusal("the Gluon kernel")
-        return None
+        return triton_only("the Gluon kernel", task)
 
     def _launch(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, plan: Plan) -> None:
         from calibatt.kernels import gluon_code

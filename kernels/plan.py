@@ -300,6 +300,8 @@ class Plan:
         reuse: what the reused heads compute.
         order: in which the mask's blocks hold the tokens; None for the sequence's own.
         skip: what the kernel notes and leaves out of the mask by itself; None for nothing. Every head is masked then.
+        int8: how many queries, and how many keys, side by side, have one scale where they are multiplied in INT8
+            (`kernels/int8.py`); None where they are multiplied as they are.
 
     Raises:
         ValueError: a part is missing, or belongs to another sequence or number of heads.
@@ -311,6 +313,7 @@ class Plan:
     reuse: RowReuse | None = None
     order: TokenOrder | None = None
     skip: Skip | None = None
+    int8: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if ("masked" in self.kinds) != (self.mask is not None) or ("reused" in self.kinds) != (self.reuse is not None):
@@ -374,7 +377,7 @@ class Plan:
         skip = self.skip and replace(self.skip, low=replace(self.skip.low, bits=self.skip.low.bits[chosen]))
         order = self.order and self.order.each(lambda order: order if len(order) == 1 else order[chosen])
         reuse = self.reuse if "reused" in kinds else None
-        return Plan(tokens=self.tokens, kinds=kinds, mask=mask, reuse=reuse, order=order, skip=skip)
+        return replace(self, kinds=kinds, mask=mask, reuse=reuse, order=order, skip=skip)
 
     def heads_of(self, kind: HeadKind) -> list[int]:
         """Indices of the heads of one kind."""

@@ -61,12 +61,12 @@ def move_rows(
 
 @triton.jit
 def attend(
-    q, k, v, out, lse, indices, counts, kinds, computed, served, low,
+    q, k, v, q_scales, k_scales, out, lse, indices, counts, kinds, computed, served, low,
     scale, tokens, computed_count, served_most, q_blocks, k_blocks, heads, threshold,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     HEAD_DIM: tl.constexpr, REUSE: tl.constexpr, WITH_LSE: tl.constexpr, NOTE: tl.constexpr, LEAVE: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr, INT8: tl.constexpr, SCALE_Q: tl.constexpr, SCALE_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head: online softmax over the keys that the head's kind gives it."""
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -88,6 +88,13 @@ def attend(
         mask=real[:, None], other=0.0,
     )  # fmt: skip
 
+    scales = k_scales
+    if INT8:
+        here = batch * heads + head
+        of_rows = q_scales + here * tl.cdiv(tokens, SCALE_Q) + row // SCALE_Q
+        scale = scale * tl.load(of_rows, mask=real, other=0.0)[:, None]
+        scales = k_scales + here * tl.cdiv(tokens, SCALE_K)
+
     list_row = head * q_blocks + tile * TILE_Q // BLOCK_Q
     count = tl.where(masked, tl.load(counts + list_row, mask=masked, other=0), k_blocks)
     # a reused head has fewer tiles than the launch
@@ -108,13 +115,13 @@ def attend(
     low_row = low + list_row * tl.cdiv(k_blocks, 32)
     most, total, mean = _over_keys(
         most, total, mean, queries, real, k_here, v_here, indices + list_row * k_blocks, low_row, threshold, masked, 0,
-        inner, tokens, scale, k_token, v_token, batch.to(tl.int32), head, BLOCK_K, TILE_K, HEAD_DIM, NOTE, LEAVE, TMA,
-        False,
+        inner, tokens, scale, scales, k_token, v_token, batch.to(tl.int32), head, BLOCK_K, TILE_K, HEAD_DIM, NOTE,
+        LEAVE, TMA, INT8, SCALE_K, False,
     )  # fmt: skip
     most, total, mean = _over_keys(
         most, total, mean, queries, real, k_here, v_here, indices + list_row * k_blocks, low_row, threshold, masked,
-        inner, count * parts, tokens, scale, k_token, v_token, batch.to(tl.int32), head, BLOCK_K, TILE_K, HEAD_DIM,
-        NOTE, LEAVE, TMA, True,
+        inner, count * parts, tokens, scale, scales, k_token, v_token, batch.to(tl.int32), head, BLOCK_K, TILE_K,
+        HEAD_DIM, NOTE, LEAVE, TMA, INT8, SCALE_K, True,
     )  # fmt: skip
 
     # a query without keys has a sum of 0, an output of zeros and an LSE of -inf
@@ -140,10 +147,10 @@ def attend(
 
 @triton.jit
 def _over_keys(
-    most, total, mean, queries, real, k, v, blocks, low_row, threshold, masked, first, last, tokens, scale,
+    most, total, mean, queries, real, k, v, blocks, low_row, threshold, masked, first, last, tokens, scale, scales,
     k_token, v_token, batch, head,
     BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, HEAD_DIM: tl.constexpr, NOTE: tl.constexpr, LEAVE: tl.constexpr,
-    TMA: tl.constexpr, TAIL: tl.constexpr,
+    TMA: tl.constexpr, INT8: tl.constexpr, SCALE_K: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Go on with tiles of keys, from the first to before the last; the softmax is kept in powers of two."""
     parts: tl.constexpr = BLOCK_K // TILE_K
@@ -161,7 +168,10 @@ def _over_keys(
             )
         else:
             keys = tl.load(k + key[None, :].to(tl.int64) * k_token + channel[:, None])
-        scores = tl.dot(queries, keys) * scale
+        factor = scale
+        if INT8:
+            factor = scale * tl.load(scales + start // SCALE_K)
+        scores = tl.dot(queries, keys) * factor
         if TAIL:
             scores = tl.where(key[None, :] < tokens, scores, float("-inf"))
         here = tl.max(scores, 1)

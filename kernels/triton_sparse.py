@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from calibatt.kernels.base import Task, Unsupported, dtype_name
+from calibatt.kernels.int8 import quantise
 from calibatt.kernels.one_launch import Launch, OneLaunch, tensor_map_fits
 from calibatt.kernels.plan import Plan, block_count
 
@@ -47,6 +48,12 @@ class Triton(OneLaunch):
             return Unsupported(
                 f"the Triton kernel leaves out whole tiles, powers of two up to {_MOST_SKIPPED}: got {task.block}"
             )
+        # a low block is one tile
+        least = task.block[1] if task.skips and task.block is not None else _LEAST_TILE
+        if task.int8 is not None and task.int8[1] % least:
+            return Unsupported(
+                f"the Triton kernel has a scale for every multiple of {least} keys: not for {task.int8[1]}"
+            )
         return None
 
     def _launch(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, plan: Plan) -> None:
@@ -55,22 +62,30 @@ class Triton(OneLaunch):
         batch, heads, tokens, head_dim = q.shape
         given = Launch.of(plan, q.device)
         block = given.block_q, given.block_k
+        # q and k stand for scales that are not there
+        q_scales, k_scales, walked = q, k, block
+        if plan.int8 is not None:
+            q, q_scales, k, k_scales = quantise(q, k, plan.int8)
+            # the keys of a tile have one scale
+            walked = (block[0], math.gcd(block[1], plan.int8[1]))
         tma = _has_tma(k, v)
-        tile_q, tile_k, warps, stages = launch_shape(_capability(q.device), block, head_dim, tma=tma)
+        tile_q, tile_k, warps, stages = launch_shape(_capability(q.device), walked, head_dim, tma=tma)
         if plan.skip is not None:
             # a block is left out as a whole; one of 128 × 128 needs the registers of eight warps
             tile_q, tile_k = block
             warps = 8 if tile_q * tile_k == _MOST_SKIPPED**2 else warps
         keys, values = (_descriptor(x, tile_k) for x in (k, v)) if tma else (k, v)
         triton_code.attend[(block_count(tokens, tile_q), heads, batch)](
-            q, keys, values, out, q if lse is None else lse, given.indices, given.counts, given.kinds,
-            given.computed, given.served, given.kinds if plan.skip is None else plan.skip.low.bits.view(torch.int32),
+            q, keys, values, q_scales, k_scales, out, q if lse is None else lse, given.indices, given.counts,
+            given.kinds, given.computed, given.served,
+            given.kinds if plan.skip is None else plan.skip.low.bits.view(torch.int32),
             math.log2(math.e) / math.sqrt(head_dim), tokens, len(given.computed),
             given.served_most, given.q_blocks, given.k_blocks, heads, 0.0 if plan.skip is None else plan.skip.threshold,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             BLOCK_Q=block[0], BLOCK_K=block[1], TILE_Q=tile_q, TILE_K=tile_k, HEAD_DIM=head_dim,
             REUSE=plan.reuse is not None, WITH_LSE=lse is not None, NOTE=plan.skip is not None,
-            LEAVE=plan.skip is not None and plan.skip.leave, TMA=tma, num_warps=warps, num_stages=stages,
+            LEAVE=plan.skip is not None and plan.skip.leave, TMA=tma, INT8=plan.int8 is not None,
+            SCALE_Q=(plan.int8 or block)[0], SCALE_K=(plan.int8 or block)[1], num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
 

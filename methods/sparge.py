@@ -1,14 +1,15 @@
 """SpargeAttn: blocks chosen online from pooled queries and keys, where pooling can be trusted.
 
-Follows github.com/thu-ml/SpargeAttn (spas_sage_attn/utils.py), stage one; its quantisation and its second stage, which
-skips products with values inside the kernel, are the kernel's business and not part of a plan.
+Follows github.com/thu-ml/SpargeAttn (spas_sage_attn/utils.py), stage one; its second stage, which skips products with
+values inside the kernel, is the kernel's business and not part of a plan. Its quantisation to INT8 is a preset of its own;
+there values are in FP8 besides.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -31,6 +32,7 @@ class SpargeConfig:
         topk: share of the key blocks that each query block keeps; None chooses by `cdf`.
         cdf: share of pooled attention that the kept blocks of a row do not pass, except that one is always kept; used
             where topk is None.
+        int8: whether queries and keys are multiplied in INT8, a scale a block.
         block: tokens of a query and of a key block.
 
     Raises:
@@ -40,6 +42,7 @@ class SpargeConfig:
     similarity: float
     topk: float | None = None
     cdf: float | None = None
+    int8: bool = False
     # the repository's sizes but for Hopper, which has 64 × 128
     block: tuple[int, int] = (128, 64)
 
@@ -58,6 +61,8 @@ class Sparge:
             "default": SpargeConfig(similarity=-0.1, topk=0.5),
             # spas_sage2_attn_meansim_cuda
             "cdf": SpargeConfig(similarity=0.6, cdf=0.98),
+            # the default's blocks in INT8, which every call of the repository computes in
+            "int8": SpargeConfig(similarity=-0.1, topk=0.5, int8=True),
         }
     )
     offline: ClassVar[bool] = False
@@ -94,7 +99,8 @@ class Sparge:
         keep = torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, order, chosen.expand_as(order))
         keep |= ~trusted_q[:, :, None] | ~trusted_k[:, None]
         mask = BlockMask.from_keep(keep, tokens=site.geometry.tokens, block_q=block_q, block_k=block_k)
-        return Plan.masked(mask, site.geometry.heads)
+        plan = Plan.masked(mask, site.geometry.heads)
+        return replace(plan, int8=self.config.block) if self.config.int8 else plan
 
     def reset(self) -> None:
         """There is no state."""

@@ -102,11 +102,13 @@ TARGETS = {
     "sm90-dim64": ((9, 0), 64, (64, 64)),
     "sm120": ((12, 0), 128, (128, 128)),
 }
+# with neither row reuse nor log-sum-exps, with both, and with queries and keys in INT8
+WHATS = ("plain", "all", "int8")
 # bytes of shared memory that a block of threads may have: CUDA's programming guide, table of compute capabilities
 SHARED = {(8, 0): 163 * 1024, (8, 6): 99 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024, (12, 0): 99 * 1024}
 # bytes of a thread that may spill, by what is compiled: two tiles on a multiprocessor leave no room for 30 to 50 of
 # their registers, and were a seventh faster on an H200 than one tile with room
-STACK = {"sm90-all": 120, "sm90-plain": 200}
+STACK = {"sm90-all": 120, "sm90-plain": 200, "sm90-int8": 64}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,7 @@ def compiled() -> dict[str, dict[str, Any]]:
     return told
 
 
-@pytest.mark.parametrize("what", ["plain", "all"])
+@pytest.mark.parametrize("what", WHATS)
 @pytest.mark.parametrize("way", ["pointers", "tma"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_it_compiles_for_every_gpu_and_keeps_its_tiles_in_registers(
@@ -137,23 +139,27 @@ def test_it_compiles_for_every_gpu_and_keeps_its_tiles_in_registers(
     assert told["wgmma"] == (capability == (9, 0))
 
 
-def _compile(target: str, tma: bool, *, everything: bool) -> dict[str, Any]:
-    """With row reuse and log-sum-exps, or with neither."""
+def _compile(target: str, tma: bool, what: str) -> dict[str, Any]:
+    """One of WHATS."""
     capability, head_dim, block = TARGETS[target]
     tile_q, tile_k, warps, stages = triton_sparse.launch_shape(capability, block, head_dim, tma=tma)
     code = triton_code.attend
     constants = {
         "BLOCK_Q": block[0], "BLOCK_K": block[1], "TILE_Q": tile_q, "TILE_K": tile_k,
-        "HEAD_DIM": head_dim, "REUSE": everything, "WITH_LSE": everything, "NOTE": False,
-        "LEAVE": False, "TMA": tma,
+        "HEAD_DIM": head_dim, "REUSE": what == "all", "WITH_LSE": what == "all", "NOTE": False,
+        "LEAVE": False, "TMA": tma, "INT8": what == "int8", "SCALE_Q": 128, "SCALE_K": tile_k,
     }  # fmt: skip
     pointers = dict.fromkeys(("q", "k", "v", "out"), "*bf16") | dict.fromkeys(
         ("indices", "counts", "served", "low"), "*i32"
     )
-    pointers |= {"lse": "*fp32", "kinds": "*i8", "computed": "*i64"}
+    pointers |= dict.fromkeys(("lse", "q_scales", "k_scales"), "*fp32") | {"kinds": "*i8", "computed": "*i64"}
+    multiplied = "i8" if what == "int8" else "bf16"
+    pointers |= dict.fromkeys(("q", "k"), f"*{multiplied}")
     types = pointers | dict.fromkeys(constants, "constexpr") | {"scale": "fp32", "threshold": "fp32"}
     if tma:
-        types |= dict.fromkeys(("k", "v"), f"tensordesc<bf16[1,1,{tile_k},{head_dim}]>")
+        types |= {
+            name: f"tensordesc<{dtype}[1,1,{tile_k},{head_dim}]>" for name, dtype in (("k", multiplied), ("v", "bf16"))
+        }
     # pointers and strides are multiples of 16, as torch's are
     aligned = [name for name in code.arg_names if name in pointers or name.endswith(("_batch", "_head", "_token"))]
     source = ASTSource(
@@ -177,13 +183,12 @@ def _compile(target: str, tma: bool, *, everything: bool) -> dict[str, Any]:
 
 if __name__ == "__main__":
     ways = {"pointers": False, "tma": True}
-    whats = {"plain": False, "all": True}
     wanted = [
         (target, way, what)
         for target in TARGETS
         for way in ways
         if way != "tma" or TARGETS[target][0] >= (9, 0)
-        for what in whats
+        for what in WHATS
     ]
-    told = {"-".join(one): _compile(one[0], ways[one[1]], everything=whats[one[2]]) for one in wanted}
+    told = {"-".join(one): _compile(one[0], ways[one[1]], one[2]) for one in wanted}
     print(json.dumps(told))

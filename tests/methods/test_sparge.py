@@ -103,6 +103,15 @@ def test_a_shorter_last_block_is_pooled_over_its_own_tokens() -> None:
     assert not keep(x, x, geometry, topk=0.25, similarity=0.9).all(), "constant blocks are alike whatever their length"
 
 
+def test_in_int8_the_blocks_are_the_same_and_each_has_a_scale() -> None:
+    x = one_direction_a_block()
+    site = Site(geometry=GEOMETRY, step=0, steps=1, sigma=1.0, branch="cond", layer=0, layers=1)
+    plan = build("sparge", preset="int8", topk=0.25, block=(16, 16)).plan(x, x, site)
+    assert plan.mask is not None
+    assert torch.equal(plan.mask.keep()[0], DIAGONAL)
+    assert plan.int8 == (16, 16)
+
+
 def test_heads_choose_apart() -> None:
     geometry = Geometry(grid=(4, 4, 4), heads=2, head_dim=4)
     x = one_direction_a_block()
