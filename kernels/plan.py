@@ -266,27 +266,36 @@ class Skip:
     there that is above the largest of its scores so far, this block's included, plus the threshold. The first is never.
 
     Args:
-        threshold: in powers of two, below 0: 2 to it is the largest share of the largest weight that counts as low.
+        thresholds: of each head, in powers of two, below 0: 2 to it is the largest share of the largest weight that
+            counts as low.
         leave: whether softmax and values of low blocks are left out in this call; otherwise they are only noted.
         low: where the kernel notes them, starting from none.
 
     Raises:
-        ValueError: the threshold is not below 0.
+        ValueError: a threshold is not below 0, or they are not as many as the heads.
     """
 
-    threshold: float
+    thresholds: tuple[float, ...]
     leave: bool
     low: BlockMask
 
     def __post_init__(self) -> None:
-        if not self.threshold < 0:
-            raise ValueError(f"a threshold for low blocks is a power of two, below 0: got {self.threshold}")
+        if not max(self.thresholds) < 0:
+            raise ValueError(f"a threshold for low blocks is a power of two, below 0: got {self.thresholds}")
+        if len(self.thresholds) != self.low.heads:
+            raise ValueError(f"low blocks of {self.low.heads} heads have {len(self.thresholds)} thresholds")
 
     @classmethod
-    def of(cls, mask: BlockMask, heads: int, *, threshold: float, leave: bool) -> Skip:
-        """Nothing noted yet."""
+    def of(cls, mask: BlockMask, heads: int, *, threshold: float | Sequence[float], leave: bool) -> Skip:
+        """Nothing noted yet; one threshold is that of all heads."""
+        thresholds = (threshold,) * heads if isinstance(threshold, (int, float)) else tuple(threshold)
         bits = torch.zeros((heads, *mask.bits.shape[1:]), dtype=torch.uint8, device=mask.bits.device)
-        return cls(threshold=threshold, leave=leave, low=replace(mask, bits=bits))
+        return cls(thresholds=thresholds, leave=leave, low=replace(mask, bits=bits))
+
+    def of_heads(self, heads: Sequence[int]) -> Skip:
+        """What is noted of some heads alone, in this order."""
+        thresholds = tuple(self.thresholds[head] for head in heads)
+        return replace(self, thresholds=thresholds, low=replace(self.low, bits=self.low.bits[list(heads)]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -374,7 +383,7 @@ class Plan:
         chosen = list(heads)
         if mask is not None and mask.heads > 1:
             mask = replace(mask, bits=mask.bits[chosen])
-        skip = self.skip and replace(self.skip, low=replace(self.skip.low, bits=self.skip.low.bits[chosen]))
+        skip = self.skip and self.skip.of_heads(heads)
         order = self.order and self.order.each(lambda order: order if len(order) == 1 else order[chosen])
         reuse = self.reuse if "reused" in kinds else None
         return replace(self, kinds=kinds, mask=mask, reuse=reuse, order=order, skip=skip)

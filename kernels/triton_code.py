@@ -62,7 +62,7 @@ def move_rows(
 @triton.jit
 def attend(
     q, k, v, q_scales, k_scales, out, lse, indices, counts, kinds, computed, served, low,
-    scale, tokens, computed_count, served_most, q_blocks, k_blocks, heads, threshold,
+    thresholds, scale, tokens, computed_count, served_most, q_blocks, k_blocks, heads,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     HEAD_DIM: tl.constexpr, REUSE: tl.constexpr, WITH_LSE: tl.constexpr, NOTE: tl.constexpr, LEAVE: tl.constexpr,
@@ -111,6 +111,9 @@ def attend(
     parts: tl.constexpr = BLOCK_K // TILE_K
     # lists ascend: only the last block can reach past the last token
     inner = tl.maximum(count - 1, 0) * parts
+    threshold = 0.0
+    if NOTE:
+        threshold = tl.load(thresholds + head)
     # one bit a block, in words of 32
     low_row = low + list_row * tl.cdiv(k_blocks, 32)
     most, total, mean = _over_keys(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from calibatt.kernels.base import Task, Unsupported, dtype_name
+from calibatt.kernels.expand import floats_on
 from calibatt.kernels.int8 import quantise
 from calibatt.kernels.one_launch import Launch, OneLaunch, tensor_map_fits
 from calibatt.kernels.plan import Plan, block_count
@@ -70,17 +71,18 @@ class Triton(OneLaunch):
             walked = (block[0], math.gcd(block[1], plan.int8[1]))
         tma = _has_tma(k, v)
         tile_q, tile_k, warps, stages = launch_shape(_capability(q.device), walked, head_dim, tma=tma)
+        low = thresholds = given.kinds
         if plan.skip is not None:
+            low, thresholds = plan.skip.low.bits.view(torch.int32), floats_on(plan.skip.thresholds, q.device)
             # a block is left out as a whole; one of 128 × 128 needs the registers of eight warps
             tile_q, tile_k = block
             warps = 8 if tile_q * tile_k == _MOST_SKIPPED**2 else warps
         keys, values = (_descriptor(x, tile_k) for x in (k, v)) if tma else (k, v)
         triton_code.attend[(block_count(tokens, tile_q), heads, batch)](
             q, keys, values, q_scales, k_scales, out, q if lse is None else lse, given.indices, given.counts,
-            given.kinds, given.computed, given.served,
-            given.kinds if plan.skip is None else plan.skip.low.bits.view(torch.int32),
+            given.kinds, given.computed, given.served, low, thresholds,
             math.log2(math.e) / math.sqrt(head_dim), tokens, len(given.computed),
-            given.served_most, given.q_blocks, given.k_blocks, heads, 0.0 if plan.skip is None else plan.skip.threshold,
+            given.served_most, given.q_blocks, given.k_blocks, heads,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             BLOCK_Q=block[0], BLOCK_K=block[1], TILE_Q=tile_q, TILE_K=tile_k, HEAD_DIM=head_dim,
             REUSE=plan.reuse is not None, WITH_LSE=lse is not None, NOTE=plan.skip is not None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -47,11 +48,18 @@ def without_low(
     q: Float[Tensor, "heads tokens head_dim"],
     k: Float[Tensor, "heads tokens head_dim"],
     mask: BlockMask,
-    threshold: float,
+    threshold: float | Sequence[float],
 ) -> BlockMask:
-    """The mask without its low blocks, of every head: what a kernel computes that leaves them out by itself."""
+    """The mask without its low blocks, of every head: what a kernel computes that leaves them out by itself.
+
+    Args:
+        q, k: what attention sees.
+        mask: the blocks it would compute.
+        threshold: in powers of two, of all heads or of each.
+    """
+    thresholds = torch.tensor(threshold, device=q.device).view(-1, 1, 1)
     return BlockMask.from_keep(
-        gaps(q, k, mask) > threshold, tokens=mask.tokens, block_q=mask.block_q, block_k=mask.block_k
+        gaps(q, k, mask) > thresholds, tokens=mask.tokens, block_q=mask.block_q, block_k=mask.block_k
     )
 
 

@@ -1,8 +1,15 @@
 """SpargeAttn: blocks chosen online from pooled queries and keys, where pooling can be trusted.
 
-Follows github.com/thu-ml/SpargeAttn (spas_sage_attn/utils.py), stage one; its second stage, which skips products with
-values inside the kernel, is the kernel's business and not part of a plan. Its quantisation to INT8 is a preset of its own;
-there values are in FP8 besides.
+Follows arXiv 2502.18137 and github.com/thu-ml/SpargeAttn (spas_sage_attn/utils.py, core.py, csrc/qattn). Stage one is
+the choice of blocks; stage two leaves out, in the kernel, chosen blocks whose scores turn out low. What differs:
+
+- Stage two is off but in presets that say so, and so is INT8, to tell apart what each of the three does. There, queries
+  and keys are always in INT8, and values in FP8 on newer GPUs.
+- Stage two decides for all queries of a block at once (`plan.Skip`); there every warp decides for its own, and the last
+  block of a list is always computed. As in the repository's kernels, the softmax's sum loses what is left out; in the
+  paper's algorithm 1 it does not. Thresholds are powers of two, as the repository's kernels compare them.
+- Presets named oracle find the low blocks before the call, so that every kernel can compute what is left. Their times
+  are no times of this method: the search costs more than attention.
 """
 
 from __future__ import annotations
@@ -19,8 +26,9 @@ from torch import Tensor
 
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, block_count, block_sizes
+from calibatt.kernels.plan import BlockMask, Plan, Skip, block_count, block_sizes
 from calibatt.methods.base import Knob, Site
+from calibatt.methods.low import without_low
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,16 +40,21 @@ class SpargeConfig:
         topk: share of the key blocks that each query block keeps; None chooses by `cdf`.
         cdf: share of pooled attention that the kept blocks of a row do not pass, except that one is always kept; used
             where topk is None.
+        pv_threshold: chosen blocks whose largest weight is at most 2 to minus this, against the largest so far, lose
+            their softmax and values in the kernel; None computes all that is chosen.
+        oracle: whether those are found before the call, for kernels that leave nothing out by themselves.
         int8: whether queries and keys are multiplied in INT8, a scale a block.
         block: tokens of a query and of a key block.
 
     Raises:
-        ValueError: neither or both of topk and cdf are given.
+        ValueError: neither or both of topk and cdf are given, or the threshold is not above 0.
     """
 
     similarity: float
     topk: float | None = None
     cdf: float | None = None
+    pv_threshold: float | None = None
+    oracle: bool = False
     int8: bool = False
     # the repository's sizes but for Hopper, which has 64 × 128
     block: tuple[int, int] = (128, 64)
@@ -49,6 +62,8 @@ class SpargeConfig:
     def __post_init__(self) -> None:
         if (self.topk is None) == (self.cdf is None):
             raise ValueError("sparge chooses either by topk or by cdf: give one of them")
+        if self.pv_threshold is not None and not self.pv_threshold > 0:
+            raise ValueError(f"sparge's pv_threshold is how many powers of two below: above 0, got {self.pv_threshold}")
 
 
 class Sparge:
@@ -61,6 +76,10 @@ class Sparge:
             "default": SpargeConfig(similarity=-0.1, topk=0.5),
             # spas_sage2_attn_meansim_cuda
             "cdf": SpargeConfig(similarity=0.6, cdf=0.98),
+            # pvthreshd of spas_sage_attn/autotune.py where that is not tuned; the recommended call has 50, under which
+            # a weight is nothing beside the largest even in fp32
+            "pv-skip": SpargeConfig(similarity=-0.1, topk=0.5, pv_threshold=20.0),
+            "pv-skip-oracle": SpargeConfig(similarity=-0.1, topk=0.5, pv_threshold=20.0, oracle=True),
             # the default's blocks in INT8, which every call of the repository computes in
             "int8": SpargeConfig(similarity=-0.1, topk=0.5, int8=True),
         }
@@ -99,7 +118,12 @@ class Sparge:
         keep = torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, order, chosen.expand_as(order))
         keep |= ~trusted_q[:, :, None] | ~trusted_k[:, None]
         mask = BlockMask.from_keep(keep, tokens=site.geometry.tokens, block_q=block_q, block_k=block_k)
-        plan = Plan.masked(mask, site.geometry.heads)
+        heads, threshold, skip = site.geometry.heads, self.config.pv_threshold, None
+        if threshold is not None and self.config.oracle:
+            mask = without_low(q, k, mask, -threshold)
+        elif threshold is not None:
+            skip = Skip.of(mask, heads, threshold=-threshold, leave=True)
+        plan = Plan.masked(mask, heads, skip=skip)
         return replace(plan, int8=self.config.block) if self.config.int8 else plan
 
     def reset(self) -> None:

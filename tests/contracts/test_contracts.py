@@ -399,7 +399,7 @@ def test_what_can_be_sparse_is_sparse_late_in_a_long_video(name: str, preset: st
     plan = method.plan(q[0], k[0], site(LARGE))
     if plan.skip is not None and plan.mask is not None:
         # what a kernel would note and leave out by itself
-        kept = without_low(q[0], k[0], plan.mask, plan.skip.threshold)
+        kept = without_low(q[0], k[0], plan.mask, plan.skip.thresholds)
         plan.skip.low.bits.copy_(plan.mask.without(kept).bits)
     density = plan.density()
     assert 0 < density.min() <= density.max() <= 1

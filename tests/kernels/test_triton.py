@@ -152,10 +152,13 @@ def _compile(target: str, tma: bool, what: str) -> dict[str, Any]:
     pointers = dict.fromkeys(("q", "k", "v", "out"), "*bf16") | dict.fromkeys(
         ("indices", "counts", "served", "low"), "*i32"
     )
-    pointers |= dict.fromkeys(("lse", "q_scales", "k_scales"), "*fp32") | {"kinds": "*i8", "computed": "*i64"}
+    pointers |= dict.fromkeys(("lse", "q_scales", "k_scales", "thresholds"), "*fp32") | {
+        "kinds": "*i8",
+        "computed": "*i64",
+    }
     multiplied = "i8" if what == "int8" else "bf16"
     pointers |= dict.fromkeys(("q", "k"), f"*{multiplied}")
-    types = pointers | dict.fromkeys(constants, "constexpr") | {"scale": "fp32", "threshold": "fp32"}
+    types = pointers | dict.fromkeys(constants, "constexpr") | {"scale": "fp32"}
     if tma:
         types |= {
             name: f"tensordesc<{dtype}[1,1,{tile_k},{head_dim}]>" for name, dtype in (("k", multiplied), ("v", "bf16"))

@@ -112,6 +112,36 @@ def test_in_int8_the_blocks_are_the_same_and_each_has_a_scale() -> None:
     assert plan.int8 == (16, 16)
 
 
+def graded() -> tuple[Tensor, Tensor]:
+    """Every query has scores of 0, -1, -4 and -2 at the blocks, in powers of two."""
+    return by_weight([1.0, 0.5, 2.0**-4, 2.0**-2])
+
+
+@pytest.mark.parametrize(("threshold", "kept"), [(0.5, [0]), (1.5, [0, 1]), (3.0, [0, 1, 3]), (5.0, [0, 1, 2, 3])])
+def test_stage_two_leaves_out_chosen_blocks_that_turn_out_low(threshold: float, kept: list[int]) -> None:
+    q, k = graded()
+    chosen = keep(q, k, preset="pv-skip-oracle", topk=1.0, pv_threshold=threshold)[0]
+    assert all(row.nonzero().flatten().tolist() == kept for row in chosen)
+
+
+def test_stage_two_leaves_out_nothing_but_chosen_blocks_and_compares_with_no_others() -> None:
+    q, k = graded()
+    # by pooling, the two heaviest: 0 and 1
+    assert keep(q, k, preset="pv-skip-oracle", topk=0.5, pv_threshold=5.0)[0, 0].tolist() == [True, True, False, False]
+
+
+def test_in_the_kernel_stage_two_is_a_threshold_beside_the_same_blocks() -> None:
+    q, k = graded()
+    site = Site(geometry=GEOMETRY, step=0, steps=1, sigma=1.0, branch="cond", layer=0, layers=1)
+    plan = build("sparge", preset="pv-skip", block=(16, 16)).plan(q, k, site)
+    assert plan.mask is not None
+    assert plan.skip is not None
+    assert torch.equal(plan.mask.keep(), keep(q, k, preset="default", similarity=-0.1))
+    assert (plan.skip.thresholds, plan.skip.leave) == ((-20.0,), True)
+    with pytest.raises(ValueError, match="above 0, got -1"):
+        build("sparge", preset="pv-skip", pv_threshold=-1.0)
+
+
 def test_heads_choose_apart() -> None:
     geometry = Geometry(grid=(4, 4, 4), heads=2, head_dim=4)
     x = one_direction_a_block()
