@@ -31,9 +31,12 @@ def quantise(
         q, k: what attention sees.
         block: tokens of a query and of a key block that share a scale.
     """
-    # in fp64, so that the mean is the same in whatever order a device adds
-    mean = k.mean(2, keepdim=True, dtype=torch.float64).float()
-    return *_quantised(q.float(), block[0]), *_quantised(k.float() - mean, block[1])
+    return *_quantised(q.float(), block[0]), *_quantised(k.float() - key_mean(k), block[1])
+
+
+def key_mean(k: Float[Tensor, "batch heads tokens head_dim"]) -> Float32[Tensor, "batch heads 1 head_dim"]:
+    """What keys lose. Added up in fp64, so that it is the same in whatever order a device adds."""
+    return k.mean(2, keepdim=True, dtype=torch.float64).float().contiguous()
 
 
 def dequantise(
@@ -48,6 +51,6 @@ def _quantised(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     blocks = block_count(tokens, block)
     padded = torch.nn.functional.pad(x, (0, 0, 0, blocks * block - tokens)).unflatten(2, (blocks, block))
     # a block of zeros has a scale too
-    scales = (padded.abs().amax((-2, -1)) / _MOST).clamp(min=torch.finfo(torch.float32).tiny)
+    scales = (padded.abs().amax((-2, -1)) * (1 / _MOST)).clamp(min=torch.finfo(torch.float32).tiny)
     values = (padded / scales[..., None, None]).round().to(torch.int8)
     return values.flatten(2, 3)[:, :, :tokens], scales

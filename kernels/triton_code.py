@@ -10,6 +10,10 @@ _MASKED = tl.constexpr(0)
 _DENSE = tl.constexpr(1)
 _REUSED = tl.constexpr(2)
 _LN2 = tl.constexpr(0.6931471805599453)
+# of a block whose largest magnitude is 1; the least that is no denormal number of fp32; and 1.5 · 2^23
+_STEP = tl.constexpr(1 / 127)
+_TINY = tl.constexpr(2.0**-126)
+_NO_DIGITS = tl.constexpr(12582912.0)
 
 
 @triton.jit
@@ -57,6 +61,31 @@ def move_rows(
         tl.store(y_1 + there, tl.load(x_1 + here, mask=real[:, None]), mask=real[:, None])
     else:
         tl.store(y_2 + there, tl.load(x_2 + here, mask=real[:, None]), mask=real[:, None])
+
+
+@triton.jit
+def quantise(
+    x, mean, values, scales, tokens, x_batch, x_head, x_token,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, CENTRED: tl.constexpr,
+):  # fmt: skip
+    """One block of one head in INT8, and its scale; `int8.quantise` says how, and rounds the same at every step."""
+    block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    here = batch * tl.num_programs(1) + head
+    row, channel = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM)
+    token = block * BLOCK + row
+    real = ((row < BLOCK) & (token < tokens))[:, None]
+    token = token[:, None].to(tl.int64)
+    numbers = tl.load(x + batch * x_batch + head * x_head + token * x_token + channel[None, :], mask=real, other=0.0)
+    numbers = numbers.to(tl.float32)
+    if CENTRED:
+        numbers = tl.where(real, numbers - tl.load(mean + here * HEAD_DIM + channel)[None, :], 0.0)
+    scale = tl.maximum(tl.max(tl.max(tl.abs(numbers), 1), 0) * _STEP, _TINY)
+    # a maximum passes over NaN, a sum does not
+    scale += tl.sum(tl.sum(numbers * 0.0, 1), 0)
+    # beside 1.5 · 2^23 there are no digits behind the point, and halves are rounded to even
+    whole = (tl.div_rn(numbers, scale) + _NO_DIGITS) - _NO_DIGITS
+    tl.store(values + (here * tokens + token) * HEAD_DIM + channel[None, :], whole.to(tl.int8), mask=real)
+    tl.store(scales + here * tl.num_programs(0) + block, scale)
 
 
 @triton.jit

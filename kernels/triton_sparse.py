@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calibatt.kernels.base import Task, Unsupported, dtype_name
 from calibatt.kernels.expand import floats_on
-from calibatt.kernels.int8 import quantise
+from calibatt.kernels.int8 import key_mean
 from calibatt.kernels.one_launch import Launch, OneLaunch, tensor_map_fits
 from calibatt.kernels.plan import Plan, block_count
 
@@ -66,7 +66,8 @@ class Triton(OneLaunch):
         # q and k stand for scales that are not there
         q_scales, k_scales, walked = q, k, block
         if plan.int8 is not None:
-            q, q_scales, k, k_scales = quantise(q, k, plan.int8)
+            mean = key_mean(k)
+            (q, q_scales), (k, k_scales) = _quantised(q, plan.int8[0], None), _quantised(k, plan.int8[1], mean)
             # the keys of a tile have one scale
             walked = (block[0], math.gcd(block[1], plan.int8[1]))
         tma = _has_tma(k, v)
@@ -117,6 +118,22 @@ def launch_shape(
         return _tile(block[0], most_queries), _tile(block[1], most_keys), 4, 2
     tile_q, tile_k = _tile(block[0], _MOST_QUERIES), _tile(block[1], 64 if capability == (8, 0) else 32)
     return tile_q, tile_k, 8 if tile_q == _MOST_QUERIES else 4, 3
+
+
+def _quantised(x: Tensor, block: int, mean: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What `int8.quantise` makes of queries or keys, bit by bit, in one pass over them."""
+    import triton
+
+    from calibatt.kernels import triton_code
+
+    batch, heads, tokens, head_dim = x.shape
+    values = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scales = torch.empty((batch, heads, block_count(tokens, block)), dtype=torch.float32, device=x.device)
+    triton_code.quantise[(scales.shape[2], heads, batch)](
+        x, scales if mean is None else mean, values, scales, tokens, *x.stride()[:3],
+        BLOCK=block, ROWS=triton.next_power_of_2(block), HEAD_DIM=head_dim, CENTRED=mean is not None,
+    )  # fmt: skip
+    return values, scales
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibatt.kernels import oracle
+from calibatt.kernels import oracle, triton_sparse
 from calibatt.kernels.base import Kernel, Task
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.int8 import dequantise, quantise
+from calibatt.kernels.int8 import dequantise, key_mean, quantise
 from calibatt.kernels.plan import BlockMask, Plan, RowReuse, Skip, TokenOrder
 
 # 126 tokens: neither 64 nor 32 divides them
@@ -62,6 +62,21 @@ def test_a_block_of_zeros_stays_zero_and_nan_does_not_vanish() -> None:
     restored = dequantise(values, scales, 2)[0, 0]
     assert not restored[:2].any()
     assert restored[3].isnan().all()
+
+
+@pytest.mark.parametrize("block", [128, 64, 48])
+def test_the_kernel_quantises_to_the_same_integers_and_scales(block: int) -> None:
+    # tokens before heads in memory, as models hand them over
+    q, k, _ = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs())
+    k[0, 1, :50] = key_mean(k)[0, 1]
+    k[0, 2, 125, 7] = torch.nan
+    q_values, q_scales, k_values, k_scales = quantise(q, k, (block, block))
+    for x, mean, values, scales in ((q, None, q_values, q_scales), (k, key_mean(k), k_values, k_scales)):
+        found, found_scales = triton_sparse._quantised(x, block, mean)
+        torch.testing.assert_close(found_scales, scales, rtol=0, atol=0, equal_nan=True)
+        # what NaN becomes is not said: its scale says it
+        known = ~scales.isnan().repeat_interleave(block, 2)[:, :, : GEOMETRY.tokens]
+        assert torch.equal(found[known], values[known])
 
 
 def test_without_the_mean_keys_keep_more_digits() -> None:
