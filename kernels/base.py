@@ -30,6 +30,7 @@ class Task:
         variable: whether blocks differ in size (`plan.VariableBlockMask`).
         reuses: whether heads reuse rows.
         skips: whether the kernel is to note low blocks, or leave them out, by itself (`plan.Skip`).
+        int8: queries and keys that have one scale, where it is to multiply them in INT8.
     """
 
     device: torch.device
@@ -39,6 +40,7 @@ class Task:
     variable: bool = False
     reuses: bool = False
     skips: bool = False
+    int8: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, q: Tensor, plan: Plan) -> Task:
@@ -47,15 +49,20 @@ class Task:
         return cls(
             device=q.device, dtype=q.dtype, head_dim=q.shape[-1], block=block,
             variable=plan.mask is not None and block is None, reuses=plan.reuse is not None,
-            skips=plan.skip is not None,
+            skips=plan.skip is not None, int8=plan.int8,
         )  # fmt: skip
 
 
-def skip_refusal(name: str) -> Unsupported:
-    """What kernels say that leave nothing out by themselves."""
-    return Unsupported(
-        f"{name} leaves no blocks out by itself: the Triton kernel does, and a preset named oracle needs no such kernel"
-    )
+def triton_only(name: str, task: Task) -> Unsupported | None:
+    """What kernels refuse that neither leave blocks out by themselves nor multiply in INT8."""
+    if task.skips:
+        return Unsupported(
+            f"{name} leaves no blocks out by itself: the Triton kernel does, and a preset named oracle needs no such "
+            "kernel"
+        )
+    if task.int8 is not None:
+        return Unsupported(f"{name} does not multiply queries and keys in INT8: the Triton kernel does")
+    return None
 
 
 def variable_refusal(name: str) -> Unsupported:

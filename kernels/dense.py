@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from calibatt.kernels.base import Task, Unsupported, check
+from calibatt.kernels.base import Task, Unsupported, check, triton_only
 from calibatt.kernels.ordered import in_order
 from calibatt.kernels.plan import Plan
 
@@ -35,7 +35,7 @@ class Dense:
         if task.block is not None or task.variable or task.reuses:
             return Unsupported(f"{self.name} is a dense kernel and would compute every block: choose a sparse one")
         objection = self._objection(task)
-        return None if objection is None else Unsupported(objection)
+        return triton_only(self.name, task) if objection is None else Unsupported(objection)
 
     @in_order
     def attend(
@@ -48,13 +48,15 @@ class Dense:
         """Dense attention.
 
         Raises:
-            ValueError: the plan is not dense, or inputs and plan do not belong together.
+            ValueError: the plan is not dense or has INT8, or inputs and plan do not belong together.
         """
         check(q, k, v, plan)
         if set(plan.kinds) != {"dense"}:
             raise ValueError(
                 f"{self.name} computes dense plans only, this one has {', '.join(sorted(set(plan.kinds)))}"
             )
+        if (refusal := triton_only(self.name, Task.of(q, plan))) is not None:
+            raise ValueError(refusal.reason)
         return self._compute(q, k, v)
 
 

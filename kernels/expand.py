@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Int8, Int32
+from jaxtyping import Float32, Int8, Int32
 from torch import Tensor
 
 from calibatt.kernels.plan import BlockMask, HeadKind, Plan, VariableBlockMask, block_count
@@ -79,6 +79,12 @@ def key_tiles(
         BLOCKS=triton.next_power_of_2(mask.k_blocks), TILE=tile,
     )  # fmt: skip
     return tiles, counts
+
+
+@functools.lru_cache(maxsize=256)
+def floats_on(values: tuple[float, ...], device: torch.device) -> Float32[Tensor, "heads"]:
+    """A number for each head; copied to a device once."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 @functools.lru_cache(maxsize=256)

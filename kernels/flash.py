@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.base import Task, Unsupported, check, check_accepted, dtype_name, skip_refusal, variable_refusal
+from calibatt.kernels.base import Task, Unsupported, check, check_accepted, dtype_name, triton_only, variable_refusal
 from calibatt.kernels.by_kind import attend_by_kind
 from calibatt.kernels.dense import Dense
 from calibatt.kernels.expand import block_lists
@@ -97,9 +97,7 @@ class Flash4:
             objection = _block_objection(torch.cuda.get_device_capability(task.device), task.block)
         if objection is None and task.variable:
             return variable_refusal("FlashAttention-4")
-        if objection is None and task.skips:
-            return skip_refusal("FlashAttention-4")
-        return None if objection is None else Unsupported(objection)
+        return triton_only("FlashAttention-4", task) if objection is None else Unsupported(objection)
 
     @in_order
     def attend(

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from calibatt.kernels.base import Task, Unsupported, check, check_accepted, skip_refusal, variable_refusal
+from calibatt.kernels.base import Task, Unsupported, check, check_accepted, triton_only, variable_refusal
 from calibatt.kernels.by_kind import attend_by_kind
 from calibatt.kernels.dense import Dense
 from calibatt.kernels.ordered import in_order
@@ -43,9 +43,7 @@ class Flex:
             return Unsupported(f"FlexAttention needs blocks that are multiples of 16: got {task.block}")
         if task.variable:
             return variable_refusal("FlexAttention")
-        if task.skips:
-            return skip_refusal("FlexAttention")
-        return None
+        return triton_only("FlexAttention", task)
 
     @in_order
     def attend(

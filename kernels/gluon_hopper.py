@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int, Int32
 from torch import Tensor
 
-from calibatt.kernels.base import Task, Unsupported, dtype_name, skip_refusal, variable_refusal
+from calibatt.kernels.base import Task, Unsupported, dtype_name, triton_only, variable_refusal
 from calibatt.kernels.expand import KINDS, kinds_on
 from calibatt.kernels.one_launch import Launch, OneLaunch
 from calibatt.kernels.plan import HeadKind, Plan, block_count
@@ -54,9 +54,7 @@ class Gluon(OneLaunch):
             return Unsupported(f"the Gluon kernel needs blocks that are multiples of {_ROWS}: got {task.block}")
         if task.variable:
             return variable_refusal("the Gluon kernel")
-        if task.skips:
-            return skip_refusal("the Gluon kernel")
-        return None
+        return triton_only("the Gluon kernel", task)
 
     def _launch(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, plan: Plan) -> None:
         from calibatt.kernels import gluon_code

@@ -100,8 +100,10 @@ class OneLaunch(ABC):
         A query with no key has -inf; one that takes another's output has that one's.
 
         Raises:
-            ValueError: as `attend`.
+            ValueError: as `attend`, or the plan has INT8: its keys have lost their mean, which such sums hold.
         """
+        if plan.int8 is not None:
+            raise ValueError("there are no log-sum-exps of keys that have lost their mean, as those in INT8 have")
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         out = attend_ordered(partial(self._checked, lse=lse), q, k, v, plan)
         if plan.order is not None:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from calibatt.kernels.base import check
+from calibatt.kernels.int8 import dequantise, quantise
 from calibatt.kernels.plan import Plan
 
 # query rows computed at a time, so that 118,800 tokens fit in memory
@@ -35,6 +36,9 @@ def attend(
         queries, keys = (_places(order, q) for order in (plan.order.queries, plan.order.keys))
         out = attend(q.gather(2, queries), k.gather(2, keys), v.gather(2, keys), plan.unordered(), dtype=dtype)
         return torch.empty_like(out).scatter_(2, queries, out)
+    if plan.int8 is not None:
+        q_int, q_scales, k_int, k_scales = quantise(q, k, plan.int8)
+        q, k = dequantise(q_int, q_scales, plan.int8[0]), dequantise(k_int, k_scales, plan.int8[1])
     q, k, v = (x.to(dtype) for x in (q, k, v))
     out = torch.empty_like(q)
     for head, kind in enumerate(plan.kinds):

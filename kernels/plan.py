@@ -417,27 +417,36 @@ class Skip:
     there that is above the largest of its scores so far, this block's included, plus the threshold. The first is never.
 
     Args:
-        threshold: in powers of two, below 0: 2 to it is the largest share of the largest weight that counts as low.
+        thresholds: of each head, in powers of two, below 0: 2 to it is the largest share of the largest weight that
+            counts as low.
         leave: whether softmax and values of low blocks are left out in this call; otherwise they are only noted.
         low: where the kernel notes them, starting from none.
 
     Raises:
-        ValueError: the threshold is not below 0.
+        ValueError: a threshold is not below 0, or they are not as many as the heads.
     """
 
-    threshold: float
+    thresholds: tuple[float, ...]
     leave: bool
     low: BlockMask
 
     def __post_init__(self) -> None:
-        if not self.threshold < 0:
-            raise ValueError(f"a threshold for low blocks is a power of two, below 0: got {self.threshold}")
+        if not max(self.thresholds) < 0:
+            raise ValueError(f"a threshold for low blocks is a power of two, below 0: got {self.thresholds}")
+        if len(self.thresholds) != self.low.heads:
+            raise ValueError(f"low blocks of {self.low.heads} heads have {len(self.thresholds)} thresholds")
 
     @classmethod
-    def of(cls, mask: BlockMask, heads: int, *, threshold: float, leave: bool) -> Skip:
-        """Nothing noted yet."""
+    def of(cls, mask: BlockMask, heads: int, *, threshold: float | Sequence[float], leave: bool) -> Skip:
+        """Nothing noted yet; one threshold is that of all heads."""
+        thresholds = (threshold,) * heads if isinstance(threshold, (int, float)) else tuple(threshold)
         bits = torch.zeros((heads, *mask.bits.shape[1:]), dtype=torch.uint8, device=mask.bits.device)
-        return cls(threshold=threshold, leave=leave, low=replace(mask, bits=bits))
+        return cls(thresholds=thresholds, leave=leave, low=replace(mask, bits=bits))
+
+    def of_heads(self, heads: Sequence[int]) -> Skip:
+        """What is noted of some heads alone, in this order."""
+        thresholds = tuple(self.thresholds[head] for head in heads)
+        return replace(self, thresholds=thresholds, low=self.low.of_heads(heads))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -452,6 +461,8 @@ class Plan:
         reuse: what the reused heads compute.
         order: in which the mask's blocks hold the tokens; None for the sequence's own.
         skip: what the kernel notes and leaves out of the mask by itself; None for nothing. Every head is masked then.
+        int8: how many queries, and how many keys, side by side, have one scale where they are multiplied in INT8
+            (`kernels/int8.py`); None where they are multiplied as they are.
 
     Raises:
         ValueError: a part is missing, or belongs to another sequence or number of heads.
@@ -463,6 +474,7 @@ class Plan:
     reuse: RowReuse | None = None
     order: TokenOrder | None = None
     skip: Skip | None = None
+    int8: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if ("masked" in self.kinds) != (self.mask is not None) or ("reused" in self.kinds) != (self.reuse is not None):
@@ -480,8 +492,11 @@ class Plan:
             rows = {len(self.order.queries), len(self.order.keys)}
             if not rows <= {1, len(self.kinds)}:
                 raise ValueError(f"the order has {max(rows)} heads, the plan {len(self.kinds)}")
-        if self.mask is not None and self.mask.block is None and (self.reuse is not None or self.skip is not None):
-            raise ValueError("blocks that differ in size stand neither beside row reuse nor blocks that a kernel skips")
+        others = (self.reuse, self.skip, self.int8)
+        if self.mask is not None and self.mask.block is None and others != (None, None, None):
+            raise ValueError(
+                "blocks that differ in size go with no row reuse, no INT8, nothing that a kernel leaves out"
+            )
         if self.skip is not None:
             every_head = set(self.kinds) == {"masked"} and self.skip.low.heads == len(self.kinds)
             if not isinstance(self.mask, BlockMask) or not every_head:
@@ -523,10 +538,10 @@ class Plan:
         """The plan of some heads alone, in this order."""
         kinds = tuple(self.kinds[head] for head in heads)
         mask = None if self.mask is None or "masked" not in kinds else self.mask.of_heads(heads)
-        skip = self.skip and replace(self.skip, low=self.skip.low.of_heads(heads))
+        skip = self.skip and self.skip.of_heads(heads)
         order = self.order and self.order.each(lambda order: order if len(order) == 1 else order[list(heads)])
         reuse = self.reuse if "reused" in kinds else None
-        return Plan(tokens=self.tokens, kinds=kinds, mask=mask, reuse=reuse, order=order, skip=skip)
+        return replace(self, kinds=kinds, mask=mask, reuse=reuse, order=order, skip=skip)
 
     def heads_of(self, kind: HeadKind) -> list[int]:
         """Indices of the heads of one kind."""

@@ -10,6 +10,10 @@ _MASKED = tl.constexpr(0)
 _DENSE = tl.constexpr(1)
 _REUSED = tl.constexpr(2)
 _LN2 = tl.constexpr(0.6931471805599453)
+# of a block whose largest magnitude is 1; the least that is no denormal number of fp32; and 1.5 · 2^23
+_STEP = tl.constexpr(1 / 127)
+_TINY = tl.constexpr(2.0**-126)
+_NO_DIGITS = tl.constexpr(12582912.0)
 
 
 @triton.jit
@@ -107,13 +111,38 @@ def move_rows(
 
 
 @triton.jit
+def quantise(
+    x, mean, values, scales, tokens, x_batch, x_head, x_token,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, CENTRED: tl.constexpr,
+):  # fmt: skip
+    """One block of one head in INT8, and its scale; `int8.quantise` says how, and rounds the same at every step."""
+    block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    here = batch * tl.num_programs(1) + head
+    row, channel = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM)
+    token = block * BLOCK + row
+    real = ((row < BLOCK) & (token < tokens))[:, None]
+    token = token[:, None].to(tl.int64)
+    numbers = tl.load(x + batch * x_batch + head * x_head + token * x_token + channel[None, :], mask=real, other=0.0)
+    numbers = numbers.to(tl.float32)
+    if CENTRED:
+        numbers = tl.where(real, numbers - tl.load(mean + here * HEAD_DIM + channel)[None, :], 0.0)
+    scale = tl.maximum(tl.max(tl.max(tl.abs(numbers), 1), 0) * _STEP, _TINY)
+    # a maximum passes over NaN, a sum does not
+    scale += tl.sum(tl.sum(numbers * 0.0, 1), 0)
+    # beside 1.5 · 2^23 there are no digits behind the point, and halves are rounded to even
+    whole = (tl.div_rn(numbers, scale) + _NO_DIGITS) - _NO_DIGITS
+    tl.store(values + (here * tokens + token) * HEAD_DIM + channel[None, :], whole.to(tl.int8), mask=real)
+    tl.store(scales + here * tl.num_programs(0) + block, scale)
+
+
+@triton.jit
 def attend(
-    q, k, v, out, lse, indices, counts, kinds, computed, served, low,
-    scale, tokens, computed_count, served_most, q_blocks, k_blocks, heads, threshold,
+    q, k, v, q_scales, k_scales, out, lse, indices, counts, kinds, computed, served, low,
+    thresholds, scale, tokens, computed_count, served_most, q_blocks, k_blocks, heads,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     HEAD_DIM: tl.constexpr, REUSE: tl.constexpr, WITH_LSE: tl.constexpr, NOTE: tl.constexpr, LEAVE: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr, INT8: tl.constexpr, SCALE_Q: tl.constexpr, SCALE_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head: online softmax over the keys that the head's kind gives it."""
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -135,6 +164,13 @@ def attend(
         mask=real[:, None], other=0.0,
     )  # fmt: skip
 
+    scales = k_scales
+    if INT8:
+        here = batch * heads + head
+        of_rows = q_scales + here * tl.cdiv(tokens, SCALE_Q) + row // SCALE_Q
+        scale = scale * tl.load(of_rows, mask=real, other=0.0)[:, None]
+        scales = k_scales + here * tl.cdiv(tokens, SCALE_K)
+
     list_row = head * q_blocks + tile * TILE_Q // BLOCK_Q
     count = tl.where(masked, tl.load(counts + list_row, mask=masked, other=0), k_blocks)
     # a reused head has fewer tiles than the launch
@@ -151,17 +187,20 @@ def attend(
     parts: tl.constexpr = BLOCK_K // TILE_K
     # lists ascend: only the last block can reach past the last token
     inner = tl.maximum(count - 1, 0) * parts
+    threshold = 0.0
+    if NOTE:
+        threshold = tl.load(thresholds + head)
     # one bit a block, in words of 32
     low_row = low + list_row * tl.cdiv(k_blocks, 32)
     most, total, mean = _over_keys(
         most, total, mean, queries, real, k_here, v_here, indices + list_row * k_blocks, low_row, threshold, masked, 0,
-        inner, tokens, scale, k_token, v_token, batch.to(tl.int32), head, BLOCK_K, TILE_K, HEAD_DIM, NOTE, LEAVE, TMA,
-        False,
+        inner, tokens, scale, scales, k_token, v_token, batch.to(tl.int32), head, BLOCK_K, TILE_K, HEAD_DIM, NOTE,
+        LEAVE, TMA, INT8, SCALE_K, False,
     )  # fmt: skip
     most, total, mean = _over_keys(
         most, total, mean, queries, real, k_here, v_here, indices + list_row * k_blocks, low_row, threshold, masked,
-        inner, count * parts, tokens, scale, k_token, v_token, batch.to(tl.int32), head, BLOCK_K, TILE_K, HEAD_DIM,
-        NOTE, LEAVE, TMA, True,
+        inner, count * parts, tokens, scale, scales, k_token, v_token, batch.to(tl.int32), head, BLOCK_K, TILE_K,
+        HEAD_DIM, NOTE, LEAVE, TMA, INT8, SCALE_K, True,
     )  # fmt: skip
 
     mean = _divided(mean, total).to(out.dtype.element_ty)
@@ -253,10 +292,10 @@ def _over_tiles(
 
 @triton.jit
 def _over_keys(
-    most, total, mean, queries, real, k, v, blocks, low_row, threshold, masked, first, last, tokens, scale,
+    most, total, mean, queries, real, k, v, blocks, low_row, threshold, masked, first, last, tokens, scale, scales,
     k_token, v_token, batch, head,
     BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, HEAD_DIM: tl.constexpr, NOTE: tl.constexpr, LEAVE: tl.constexpr,
-    TMA: tl.constexpr, TAIL: tl.constexpr,
+    TMA: tl.constexpr, INT8: tl.constexpr, SCALE_K: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Go on with tiles of keys, from the first to before the last; the softmax is kept in powers of two."""
     parts: tl.constexpr = BLOCK_K // TILE_K
@@ -264,7 +303,10 @@ def _over_keys(
         block = i // parts
         block = tl.where(masked, tl.load(blocks + block, mask=masked, other=0), block)
         start = block * BLOCK_K + (i % parts) * TILE_K
-        scores = _scores(queries, k, start, tokens, scale, k_token, batch, head, TILE_K, HEAD_DIM, TMA, TAIL)
+        factor = scale
+        if INT8:
+            factor = scale * tl.load(scales + start // SCALE_K)
+        scores = _scores(queries, k, start, tokens, factor, k_token, batch, head, TILE_K, HEAD_DIM, TMA, TAIL)
         here = tl.max(scores, 1)
         # the first tile of a block has at least one real key, so the maximum is finite from then on
         new_most = tl.maximum(most, here)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from calibatt.kernels.base import Task, Unsupported, dtype_name
-from calibatt.kernels.expand import key_tiles, query_tiles
+from calibatt.kernels.expand import floats_on, key_tiles, query_tiles
+from calibatt.kernels.int8 import key_mean
 from calibatt.kernels.one_launch import Launch, OneLaunch
 from calibatt.kernels.plan import Plan, VariableBlockMask, block_count
 from calibatt.kernels.tiles import compute_capability, descriptor, has_tma, interpreted, tile_of
@@ -54,6 +55,12 @@ class Triton(OneLaunch):
             return Unsupported(
                 f"the Triton kernel leaves out whole tiles, powers of two up to {_MOST_SKIPPED}: got {task.block}"
             )
+        # a low block is one tile
+        least = task.block[1] if task.skips and task.block is not None else _LEAST_TILE
+        if task.int8 is not None and task.int8[1] % least:
+            return Unsupported(
+                f"the Triton kernel has a scale for every multiple of {least} keys: not for {task.int8[1]}"
+            )
         return None
 
     def _launch(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, plan: Plan) -> None:
@@ -65,22 +72,32 @@ class Triton(OneLaunch):
         batch, heads, tokens, head_dim = q.shape
         given = Launch.of(plan, q.device)
         block = given.block_q, given.block_k
+        # q and k stand for scales that are not there
+        q_scales, k_scales, walked = q, k, block
+        if plan.int8 is not None:
+            mean = key_mean(k)
+            (q, q_scales), (k, k_scales) = _quantised(q, plan.int8[0], None), _quantised(k, plan.int8[1], mean)
+            # the keys of a tile have one scale
+            walked = (block[0], math.gcd(block[1], plan.int8[1]))
         tma = has_tma(k, v)
-        tile_q, tile_k, warps, stages = launch_shape(compute_capability(q.device), block, head_dim, tma=tma)
+        tile_q, tile_k, warps, stages = launch_shape(compute_capability(q.device), walked, head_dim, tma=tma)
+        low = thresholds = given.kinds
         if plan.skip is not None:
+            low, thresholds = plan.skip.low.bits.view(torch.int32), floats_on(plan.skip.thresholds, q.device)
             # a block is left out as a whole; one of 128 × 128 needs the registers of eight warps
             tile_q, tile_k = block
             warps = 8 if tile_q * tile_k == _MOST_SKIPPED**2 else warps
         keys, values = (descriptor(x, tile_k, head_dim) for x in (k, v)) if tma else (k, v)
         triton_code.attend[(block_count(tokens, tile_q), heads, batch)](
-            q, keys, values, out, q if lse is None else lse, given.indices, given.counts, given.kinds,
-            given.computed, given.served, given.kinds if plan.skip is None else plan.skip.low.bits.view(torch.int32),
+            q, keys, values, q_scales, k_scales, out, q if lse is None else lse, given.indices, given.counts,
+            given.kinds, given.computed, given.served, low, thresholds,
             math.log2(math.e) / math.sqrt(head_dim), tokens, len(given.computed),
-            given.served_most, given.q_blocks, given.k_blocks, heads, 0.0 if plan.skip is None else plan.skip.threshold,
+            given.served_most, given.q_blocks, given.k_blocks, heads,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             BLOCK_Q=block[0], BLOCK_K=block[1], TILE_Q=tile_q, TILE_K=tile_k, HEAD_DIM=head_dim,
             REUSE=plan.reuse is not None, WITH_LSE=lse is not None, NOTE=plan.skip is not None,
-            LEAVE=plan.skip is not None and plan.skip.leave, TMA=tma, num_warps=warps, num_stages=stages,
+            LEAVE=plan.skip is not None and plan.skip.leave, TMA=tma, INT8=plan.int8 is not None,
+            SCALE_Q=(plan.int8 or block)[0], SCALE_K=(plan.int8 or block)[1], num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
 
@@ -124,3 +141,19 @@ def launch_shape(
         return tile_of(block[0], most_queries), tile_of(block[1], most_keys), 4, 2
     tile_q, tile_k = tile_of(block[0], _MOST_QUERIES), tile_of(block[1], 64 if capability == (8, 0) else 32)
     return tile_q, tile_k, 8 if tile_q == _MOST_QUERIES else 4, 3
+
+
+def _quantised(x: Tensor, block: int, mean: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What `int8.quantise` makes of queries or keys, bit by bit, in one pass over them."""
+    import triton
+
+    from calibatt.kernels import triton_code
+
+    batch, heads, tokens, head_dim = x.shape
+    values = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scales = torch.empty((batch, heads, block_count(tokens, block)), dtype=torch.float32, device=x.device)
+    triton_code.quantise[(scales.shape[2], heads, batch)](
+        x, scales if mean is None else mean, values, scales, tokens, *x.stride()[:3],
+        BLOCK=block, ROWS=triton.next_power_of_2(block), HEAD_DIM=head_dim, CENTRED=mean is not None,
+    )  # fmt: skip
+    return values, scales

@@ -22,6 +22,7 @@ from calibatt.methods.minference import MInference
 from calibatt.methods.nabla import Nabla
 from calibatt.methods.radial import Radial
 from calibatt.methods.random_mask import RandomMask
+from calibatt.methods.sage import Sage
 from calibatt.methods.scaling import Scaling
 from calibatt.methods.sparge import Sparge
 from calibatt.methods.sta import SlidingTile
@@ -35,6 +36,7 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
         method.name: method
         for method in (
             Dense,
+            Sage,
             CalibAtt,
             Radial,
             SlidingTile,

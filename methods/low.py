@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from calibatt.kernels.plan import BlockMask, block_count
@@ -38,22 +39,36 @@ def gaps(
             largest = torch.nn.functional.pad(scores, (0, past_end), value=-math.inf)
             largest = largest.unflatten(1, (mask.k_blocks, mask.block_k)).amax(-1)
             kept = keep[head, chunk].repeat_interleave(mask.block_q, 0)[: len(rows)]
-            largest = largest.masked_fill(~kept, -math.inf)
-            below = (largest - largest.cummax(1).values).masked_fill(~kept, -math.inf)
+            below = below_largest(largest, kept)
             below = torch.nn.functional.pad(below, (0, 0, 0, -len(rows) % mask.block_q), value=-math.inf)
             found[head, chunk] = below.unflatten(0, (-1, mask.block_q)).amax(1)
     return found
+
+
+def below_largest(
+    largest: Float[Tensor, "*masks queries k_blocks"], kept: Bool[Tensor, "*masks queries k_blocks"]
+) -> Float[Tensor, "*masks queries k_blocks"]:
+    """How far the largest score of each kept block lies below that of all kept blocks up to there; others have -inf."""
+    largest = largest.masked_fill(~kept, -math.inf)
+    return (largest - largest.cummax(-1).values).masked_fill(~kept, -math.inf)
 
 
 def without_low(
     q: Float[Tensor, "heads tokens head_dim"],
     k: Float[Tensor, "heads tokens head_dim"],
     mask: BlockMask,
-    threshold: float,
+    threshold: float | Sequence[float],
 ) -> BlockMask:
-    """The mask without its low blocks, of every head: what a kernel computes that leaves them out by itself."""
+    """The mask without its low blocks, of every head: what a kernel computes that leaves them out by itself.
+
+    Args:
+        q, k: what attention sees.
+        mask: the blocks it would compute.
+        threshold: in powers of two, of all heads or of each.
+    """
+    thresholds = torch.tensor(threshold, device=q.device).view(-1, 1, 1)
     return BlockMask.from_keep(
-        gaps(q, k, mask) > threshold, tokens=mask.tokens, block_q=mask.block_q, block_k=mask.block_k
+        gaps(q, k, mask) > thresholds, tokens=mask.tokens, block_q=mask.block_q, block_k=mask.block_k
     )
 
 

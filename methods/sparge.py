@@ -1,51 +1,98 @@
 """SpargeAttn: blocks chosen online from pooled queries and keys, where pooling can be trusted.
 
-Follows github.com/thu-ml/SpargeAttn (spas_sage_attn/utils.py), stage one; its quantisation and its second stage, which
-skips products with values inside the kernel, are the kernel's business and not part of a plan.
+Follows arXiv 2502.18137 and github.com/thu-ml/SpargeAttn (utils.py, core.py and autotune.py of spas_sage_attn,
+csrc/qattn). Stage one is the choice of blocks; stage two leaves out, in the kernel, chosen blocks whose scores turn out
+low. The preset `tuned` searches the settings of both for each layer and head. What differs:
+
+- Stage two is off but in presets that say so, and so is INT8, to tell apart what each of the three does. There, queries
+  and keys are always in INT8, and values in FP8 on newer GPUs.
+- Stage two decides for all queries of a block at once (`plan.Skip`); there every warp decides for its own, and the last
+  block of a list is always computed. As in the repository's kernels, the softmax's sum loses what is left out; in the
+  paper's algorithm 1 it does not. Thresholds are powers of two, as the repository's kernels compare them.
+- Presets named oracle find the low blocks before the call, so that every kernel can compute what is left. Their times
+  are no times of this method: the search costs more than attention.
+- The search tries a grid, on some query blocks of a call; there it bisects, on all of them. It watches the conditional
+  branch alone, sees no error of INT8, and judges whether a head is sparse when all is watched; there a head that once
+  was not is given up for good. It joins no neighbouring thresholds of similarity, which lie further apart here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, block_count, block_sizes
+from calibatt.kernels.plan import BlockMask, Plan, Skip, block_count
 from calibatt.methods.base import Knob, Site
+from calibatt.methods.blocks import alike_blocks
+from calibatt.methods.energy import products
+from calibatt.methods.learning import Learnt
+from calibatt.methods.low import below_largest, without_low
+
+# what the search tries, ascending. There, similarity runs from -1 to 1 (below 0 all are one), cdf from 0 to 1, and
+# pvthreshd from 0 to 50. The steps are ours; the last cdf and the last pv_threshold leave nothing out.
+SIMILARITIES = (-0.1, 0.25, 0.5, 0.75)
+CDFS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, math.inf)
+PV_THRESHOLDS = (1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 15.0, 20.0, math.inf)
+# heads of which no more is left out stay dense: autotune.py
+_LEAST_SPARSITY = 0.1
+# query blocks of a call that are compared: ours. Errors of a layer are compared in every call, and the worst one counts
+_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpargeConfig:
-    """Settings of the choice.
+    """Settings of the choice. Blocks are chosen by topk, by cdf, or by what was found for each layer and head.
 
     Args:
         similarity: blocks whose tokens are less alike than this (mean cosine) cannot be pooled: they stay on.
-        topk: share of the key blocks that each query block keeps; None chooses by `cdf`.
-        cdf: share of pooled attention that the kept blocks of a row do not pass, except that one is always kept; used
-            where topk is None.
+        topk: share of the key blocks that each query block keeps.
+        cdf: share of pooled attention that the kept blocks of a row do not pass, except that one is always kept.
+        l1, l2: largest relative L1 error of a head's output under which similarity and cdf are searched, and after
+            that pv_threshold.
+        sink: whether the first key block is always kept.
+        pv_threshold: chosen blocks whose largest weight is at most 2 to minus this, against the largest so far, lose
+            their softmax and values in the kernel; None computes all that is chosen.
+        oracle: whether those are found before the call, for kernels that leave nothing out by themselves.
+        int8: whether queries and keys are multiplied in INT8, a scale a block.
         block: tokens of a query and of a key block.
 
     Raises:
-        ValueError: neither or both of topk and cdf are given.
+        ValueError: not exactly one of topk, cdf and both bounds is given, settings are given beside bounds or missing
+            without, the second bound is not above the first, or the threshold is not above 0.
     """
 
-    similarity: float
+    similarity: float | None = None
     topk: float | None = None
     cdf: float | None = None
+    l1: float | None = None
+    l2: float | None = None
+    sink: bool = False
+    pv_threshold: float | None = None
+    oracle: bool = False
+    int8: bool = False
     # the repository's sizes but for Hopper, which has 64 × 128
     block: tuple[int, int] = (128, 64)
 
     def __post_init__(self) -> None:
-        if (self.topk is None) == (self.cdf is None):
-            raise ValueError("sparge chooses either by topk or by cdf: give one of them")
+        if [self.topk, self.cdf, self.l1].count(None) != 2:
+            raise ValueError("sparge chooses by topk, by cdf, or within searched bounds l1 and l2: give one of them")
+        if self.l1 is None and (self.similarity is None or self.l2 is not None):
+            raise ValueError("sparge without a search needs a similarity and no l2")
+        if self.l1 is not None and not (self.l2 is not None and self.l1 < self.l2):
+            raise ValueError(f"sparge's bound l2 is above l1: got {self.l1} and {self.l2}")
+        if self.l1 is not None and (self.similarity is not None or self.pv_threshold is not None):
+            raise ValueError("sparge searches similarity and pv_threshold where bounds are given: leave them out")
+        if self.pv_threshold is not None and not self.pv_threshold > 0:
+            raise ValueError(f"sparge's pv_threshold is how many powers of two below: above 0, got {self.pv_threshold}")
 
 
 class Sparge:
@@ -58,14 +105,31 @@ class Sparge:
             "default": SpargeConfig(similarity=-0.1, topk=0.5),
             # spas_sage2_attn_meansim_cuda
             "cdf": SpargeConfig(similarity=0.6, cdf=0.98),
+            # pvthreshd of spas_sage_attn/autotune.py where that is not tuned; the recommended call has 50, under which
+            # a weight is nothing beside the largest even in fp32
+            "pv-skip": SpargeConfig(similarity=-0.1, topk=0.5, pv_threshold=20.0),
+            "pv-skip-oracle": SpargeConfig(similarity=-0.1, topk=0.5, pv_threshold=20.0, oracle=True),
+            # the default's blocks in INT8, which every call of the repository computes in
+            "int8": SpargeConfig(similarity=-0.1, topk=0.5, int8=True),
+            # l1 and pv_l1 of evaluate/wan_example.py and evaluate/cogvideo_example.py; autotune.py has the sink
+            "tuned": SpargeConfig(l1=0.06, l2=0.065, sink=True),
+            "tuned-oracle": SpargeConfig(l1=0.06, l2=0.065, sink=True, oracle=True),
         }
     )
     offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="topk", low=0.0, high=1.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
-    def __init__(self, config: SpargeConfig) -> None:
+    def __init__(self, config: SpargeConfig, learnt: Learnt | None = None) -> None:
         self.config = config
+        self._learnt = learnt
+        # of every layer, at every step the same; on the host, where plans hold them
+        self._thresholds = None if learnt is None else (-learnt.tables["pv_threshold"][0]).tolist()
+
+    @classmethod
+    def learner(cls, config: SpargeConfig) -> SpargeSearch | None:
+        """The search, where there are bounds."""
+        return None if config.l1 is None else SpargeSearch(config)
 
     def refusal(self, geometry: Geometry) -> Unsupported | None:
         """Applies to every geometry."""
@@ -74,41 +138,221 @@ class Sparge:
     def plan(
         self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
     ) -> Plan:
-        """Masks of this call's queries and keys; text is not special."""
-        block_q, block_k = self.config.block
-        # what all keys have in common moves no score against another
-        pooled_q, alike_q = _pool(q, block_q)
-        pooled_k, alike_k = _pool(k - k.mean(1, keepdim=True), block_k)
-        trusted_q, trusted_k = alike_q > self.config.similarity, alike_k > self.config.similarity
-        scores = pooled_q @ pooled_k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        scores = scores.masked_fill(~trusted_k[:, None], -math.inf)
-        # a head without any trusted key block keeps them all below, whatever its scores
-        weights = scores.softmax(-1).nan_to_num(0.0)
-        ordered, order = weights.sort(dim=-1, descending=True, stable=True)
-        rank = torch.arange(weights.shape[-1], device=weights.device)
-        if self.config.topk is not None:
-            chosen = rank < max(1, int(self.config.topk * len(rank)))
+        """Masks of this call's queries and keys; text is not special.
+
+        Raises:
+            ValueError: what was found is for another geometry, or for other steps or layers.
+        """
+        config, heads = self.config, site.geometry.heads
+        pooled = Pooled.of(q, k, config.block)
+        thresholds = None if config.pv_threshold is None else -config.pv_threshold
+        if self._learnt is None:
+            assert config.similarity is not None
+            keep = pooled.kept(config.similarity, topk=config.topk, cdf=config.cdf)
         else:
-            assert self.config.cdf is not None
-            # the repository's searchsorted(…, right=True), then at least one
-            chosen = (ordered.cumsum(-1) <= self.config.cdf) | (rank == 0)
-        keep = torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, order, chosen.expand_as(order))
-        keep |= ~trusted_q[:, :, None] | ~trusted_k[:, None]
-        mask = BlockMask.from_keep(keep, tokens=site.geometry.tokens, block_q=block_q, block_k=block_k)
-        return Plan.masked(mask, site.geometry.heads)
+            similarity, cdf = (self._learnt.at(name, site).to(q.device) for name in ("similarity", "cdf"))
+            keep = pooled.kept(similarity[:, None], cdf=cdf[:, None, None])
+            assert self._thresholds is not None
+            thresholds = self._thresholds[site.layer]
+        if config.sink:
+            keep[..., 0] = True
+        block_q, block_k = config.block
+        mask, skip = BlockMask.from_keep(keep, tokens=site.geometry.tokens, block_q=block_q, block_k=block_k), None
+        if thresholds is not None and config.oracle:
+            mask = without_low(q, k, mask, thresholds)
+        elif thresholds is not None:
+            skip = Skip.of(mask, heads, threshold=thresholds, leave=True)
+        plan = Plan.masked(mask, heads, skip=skip)
+        return replace(plan, int8=config.block) if config.int8 else plan
 
     def reset(self) -> None:
         """There is no state."""
 
 
-def _pool(
-    x: Float[Tensor, "heads tokens head_dim"], block: int
-) -> tuple[Float[Tensor, "heads blocks head_dim"], Float[Tensor, "heads blocks"]]:
-    """Mean token of each block, and how alike its tokens are: the mean cosine over all pairs, each with itself too."""
-    heads, tokens, channels = x.shape
-    sizes = block_sizes(tokens, block, x.device).to(torch.float32)[None, :, None]
-    padded = torch.nn.functional.pad(x.float(), (0, 0, 0, block_count(tokens, block) * block - tokens))
-    blocks = padded.view(heads, -1, block, channels)
-    # the mean cosine over all pairs is the squared length of the mean unit vector
-    units = torch.nn.functional.normalize(blocks, dim=-1)
-    return blocks.sum(2) / sizes, (units.sum(2) / sizes).square().sum(-1)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pooled:
+    """What blocks are chosen by.
+
+    Args:
+        scores: of the mean queries and keys of blocks, scaled.
+        alike_q, alike_k: how alike the tokens of each block are.
+    """
+
+    scores: Float[Tensor, "heads q_blocks k_blocks"]
+    alike_q: Float[Tensor, "heads q_blocks"]
+    alike_k: Float[Tensor, "heads k_blocks"]
+
+    @classmethod
+    def of(
+        cls,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        block: tuple[int, int],
+    ) -> Pooled:
+        """From what attention sees."""
+        # what all keys have in common moves no score against another
+        pooled_q, alike_q = alike_blocks(q, block[0], torch.zeros_like(q[:, 0], dtype=torch.float32))
+        pooled_k, alike_k = alike_blocks(k, block[1], k.mean(1, dtype=torch.float32))
+        scores = pooled_q @ pooled_k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        return cls(scores=scores, alike_q=alike_q, alike_k=alike_k)
+
+    def of_rows(self, rows: Int[Tensor, "rows"]) -> Pooled:
+        """Some query blocks alone."""
+        return replace(self, scores=self.scores[:, rows], alike_q=self.alike_q[:, rows])
+
+    def kept(
+        self,
+        similarity: float | Float[Tensor, "heads 1"],
+        *,
+        topk: float | None = None,
+        cdf: float | Float[Tensor, "heads 1 1"] | None = None,
+    ) -> Bool[Tensor, "heads q_blocks k_blocks"]:
+        """The blocks that are chosen, by topk or by cdf."""
+        trusted_q, trusted_k = self.alike_q > similarity, self.alike_k > similarity
+        scores = self.scores.masked_fill(~trusted_k[:, None], -math.inf)
+        # a head without any trusted key block keeps them all below, whatever its scores
+        weights = scores.softmax(-1).nan_to_num(0.0)
+        ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+        rank = torch.arange(weights.shape[-1], device=weights.device)
+        if topk is not None:
+            chosen = rank < max(1, int(topk * len(rank)))
+        else:
+            assert cdf is not None
+            # the repository's searchsorted(…, right=True), then at least one
+            chosen = (ordered.cumsum(-1) <= cdf) | (rank == 0)
+        keep = torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, order, chosen.expand_as(order))
+        return keep | ~trusted_q[:, :, None] | ~trusted_k[:, None]
+
+
+class SpargeSearch:
+    """Finds for each layer and head what leaves out the most within the bounds, at every step the same.
+
+    At every call, each threshold of similarity gets the smallest cdf whose error is below the first bound, and then the
+    smallest pv_threshold whose error is below the second. The threshold of similarity under which the most blocks are
+    left out, over all calls, is taken, with the largest cdf and pv_threshold that any call has for it.
+
+    Args:
+        config: bounds and blocks.
+    """
+
+    def __init__(self, config: SpargeConfig) -> None:
+        self._config = config
+        self._calls = self._sparsity = self._cdf = self._pv = torch.zeros(0)
+        self._steps = 0
+
+    def watch(
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
+    ) -> None:
+        """Search at one call."""
+        if not self._steps:
+            self._steps = site.steps
+            self._calls = torch.zeros(site.layers)
+            self._sparsity, self._cdf, self._pv = torch.zeros(3, site.layers, len(SIMILARITIES), site.geometry.heads)
+        sparsity, cdf, pv = (
+            found.cpu() for found in search(q, k, v, _rows(site, self._config).to(q.device), self._config)
+        )
+        self._calls[site.layer] += 1
+        self._sparsity[site.layer] += sparsity
+        self._cdf[site.layer] = self._cdf[site.layer].maximum(cdf)
+        self._pv[site.layer] = self._pv[site.layer].maximum(pv)
+
+    def tables(self) -> Mapping[str, Tensor]:
+        """`similarity`, `cdf` and `pv_threshold` of heads; no similarity is enough where nothing is worth leaving out.
+
+        Raises:
+            ValueError: no call was watched.
+        """
+        if not self._steps:
+            raise ValueError("sparge has watched no call to learn from")
+        most, best = self._sparsity.max(1)
+        cdf, pv = (found.gather(1, best[:, None])[:, 0] for found in (self._cdf, self._pv))
+        dense = most <= _LEAST_SPARSITY * self._calls[:, None]
+        found = {
+            "similarity": torch.tensor(SIMILARITIES)[best].masked_fill(dense, math.inf),
+            "cdf": cdf,
+            "pv_threshold": pv.masked_fill(self._calls[:, None] == 0, math.inf),
+        }
+        return {name: table.expand(self._steps, -1, -1).clone() for name, table in found.items()}
+
+
+def search(
+    q: Float[Tensor, "heads tokens head_dim"],
+    k: Float[Tensor, "heads tokens head_dim"],
+    v: Float[Tensor, "heads tokens head_dim"],
+    rows: Int[Tensor, "rows"],
+    config: SpargeConfig,
+) -> tuple[
+    Float[Tensor, "similarities heads"], Float[Tensor, "similarities heads"], Float[Tensor, "similarities heads"]
+]:
+    """Share of blocks that are not chosen, cdf and pv_threshold, for each threshold of similarity at one call.
+
+    Computed in fp32, one query block of one head at a time: the parts that key blocks add to an output are computed
+    once, and every mask sums its own.
+
+    Args:
+        q, k, v: what attention sees.
+        rows: query blocks to compare.
+        config: bounds and blocks.
+    """
+    assert config.l1 is not None
+    assert config.l2 is not None
+    pooled = Pooled.of(q, k, config.block).of_rows(rows)
+    keep = torch.stack([torch.stack([pooled.kept(one, cdf=cdf) for cdf in CDFS]) for one in SIMILARITIES])
+    errors = torch.stack(
+        [_errors(q[head], k[head], v[head], rows, keep[:, :, head], config.block) for head in range(len(q))], -1
+    )
+    # the first that is within the bound: the last, which leaves nothing out, always is
+    first = (errors[:, :, -1] < config.l1).int().argmax(1)
+    second = (errors.gather(1, first[:, None, None].expand(-1, 1, *errors.shape[2:]))[:, 0] < config.l2).int().argmax(1)
+    sparsity = 1 - keep.float().mean((-2, -1)).gather(1, first[:, None])[:, 0]
+    cdfs, thresholds = (torch.tensor(tried, device=q.device) for tried in (CDFS, PV_THRESHOLDS))
+    return sparsity, cdfs[first], thresholds[second]
+
+
+def _errors(
+    q: Float[Tensor, "tokens head_dim"],
+    k: Float[Tensor, "tokens head_dim"],
+    v: Float[Tensor, "tokens head_dim"],
+    rows: Int[Tensor, "rows"],
+    keep: Bool[Tensor, "similarities cdfs rows k_blocks"],
+    block: tuple[int, int],
+) -> Float[Tensor, "similarities cdfs thresholds"]:
+    """Relative L1 error of one head's output: sums over all compared queries and channels of difference and output."""
+    blocks = keep.shape[-1]
+    rest = blocks * block[1] - len(k)
+    # a channel of ones adds up the weights
+    values = torch.nn.functional.pad(torch.cat((v.float(), torch.ones_like(v[:, :1]).float()), 1), (0, 0, 0, rest))
+    values = values.unflatten(0, (blocks, block[1]))
+    thresholds = torch.tensor(PV_THRESHOLDS, device=q.device)[:, None]
+    errors = torch.zeros(*keep.shape[:2], len(PV_THRESHOLDS), device=q.device)
+    size = torch.zeros((), device=q.device)
+    for place, row in enumerate(rows.tolist()):
+        scores = products(q[row * block[0] : (row + 1) * block[0]], k) * (math.log2(math.e) / math.sqrt(q.shape[-1]))
+        scores = torch.nn.functional.pad(scores, (0, rest), value=-math.inf).unflatten(1, (blocks, block[1]))
+        largest = scores.amax(-1)
+        parts = torch.einsum("qbt,btc->qbc", (scores - largest.amax(-1)[:, None, None]).exp2(), values)
+        chosen = keep[:, :, place]
+        gaps = below_largest(
+            largest.expand(*chosen.shape[:2], -1, -1), chosen[:, :, None].expand(-1, -1, len(scores), -1)
+        )
+        # of each block that of its nearest query
+        left = chosen[:, :, None] & (gaps.amax(-2)[:, :, None] > -thresholds)
+        outputs = torch.einsum("scpb,qbd->scpqd", left.float(), parts)
+        # weights are relative to the query's largest: all that a mask keeps may have vanished beside that
+        outputs = outputs[..., :-1] / outputs[..., -1:].clamp(min=torch.finfo(torch.float32).tiny)
+        dense = parts.sum(1)
+        dense = dense[:, :-1] / dense[:, -1:]
+        errors += (outputs - dense).abs().sum((-2, -1))
+        size += dense.abs().sum()
+    return errors / size
+
+
+def _rows(site: Site, config: SpargeConfig) -> Int[Tensor, "rows"]:
+    """The query blocks that are compared at a site: all of them, or some, drawn."""
+    count = block_count(site.geometry.tokens, config.block[0])
+    # the same for every prompt, others at every site
+    return torch.randperm(count, generator=site.generator(0, torch.device("cpu")))[:_ROWS].sort().values

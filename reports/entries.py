@@ -22,7 +22,7 @@ _NAMES = {
     DENSE: "Dense", "calibatt": "CalibAtt", "radial": "Radial", "sparge": "SpargeAttn", "xattention": "XAttention",
     "adaspa": "AdaSpa", "minference": "MInference", "nabla": "NABLA", "draft": "DraftAttention", "sta": "STA",
     "jenga": "Jenga", "svg": "SVG", "svg2": "SVG2", "svoo": "SVOO", "lite": "LiteAttention", "blasst": "BLASST",
-    "scaling": "ScalingAttention", "compact": "Compact Attention", RANDOM: "Random mask",
+    "scaling": "ScalingAttention", "compact": "Compact Attention", "sage": "SageAttention", RANDOM: "Random mask",
 }  # fmt: skip
 # Okabe and Ito, "Color Universal Design" (2008), without the yellow that white paper swallows; greys for the controls
 _COLOURS = {DENSE: "#333333", "calibatt": "#0072B2", "radial": "#D55E00", "sparge": "#009E73", RANDOM: "#8C8C8C"}

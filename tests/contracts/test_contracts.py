@@ -420,7 +420,7 @@ def dense_output(name: str) -> Tensor:
 
 @pytest.mark.parametrize("where", GEOMETRIES)
 @pytest.mark.parametrize(("name", "preset"), ARMS)
-def test_an_arm_computes_its_plan_and_only_a_sparse_plan_changes_the_output(
+def test_an_arm_computes_its_plan_and_only_what_is_left_out_or_rounded_changes_the_output(
     name: str, preset: str, kernel: Kernel, where: str, place: Place
 ) -> None:
     geometry = GEOMETRIES[where]
@@ -437,7 +437,7 @@ def test_an_arm_computes_its_plan_and_only_a_sparse_plan_changes_the_output(
         return
     change = (out.double() - dense_output(where)).abs().max().item()
     budget = oracle.error_budget(q, k, v, Plan.dense(geometry), dense_output(where))
-    if plan.density().min() < 1:
+    if plan.density().min() < 1 or plan.int8 is not None:
         assert change > 100 * budget
     else:
         assert change <= budget
@@ -466,7 +466,7 @@ def test_what_can_be_sparse_is_sparse_late_in_a_long_video(name: str, preset: st
     plan = method.plan(q[0], k[0], site(LARGE))
     if plan.skip is not None and isinstance(plan.mask, BlockMask):
         # what a kernel would note and leave out by itself
-        kept = without_low(q[0], k[0], plan.mask, plan.skip.threshold)
+        kept = without_low(q[0], k[0], plan.mask, plan.skip.thresholds)
         plan.skip.low.bits.copy_(plan.mask.without(kept).bits)
     density = plan.density()
     assert 0 < density.min() <= density.max() <= 1

@@ -330,7 +330,7 @@ def test_sizes_of_other_heads_or_blocks_are_refused() -> None:
 def test_variable_blocks_stand_beside_neither_row_reuse_nor_what_a_kernel_skips() -> None:
     mask = variable(VARIABLE["uneven"])
     every = torch.arange(50)
-    with pytest.raises(ValueError, match="neither beside row reuse"):
+    with pytest.raises(ValueError, match="differ in size go with no row reuse"):
         Plan(tokens=50, kinds=("masked", "reused"), mask=mask, reuse=RowReuse(computed=every, source=every))
-    with pytest.raises(ValueError, match="neither beside row reuse"):
+    with pytest.raises(ValueError, match="differ in size go with no row reuse"):
         Plan.masked(mask, 2, skip=Skip.of(mask.cover((16, 16)), 2, threshold=-1.0, leave=False))

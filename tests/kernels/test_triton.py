@@ -143,12 +143,14 @@ TARGETS = {
     "sm90-dim64": ((9, 0), 64, (64, 64)),
     "sm120": ((12, 0), 128, (128, 128)),
 }
+# with neither row reuse nor log-sum-exps, with both, with queries and keys in INT8; and blocks that differ in size
+WHATS = ("plain", "all", "int8", "variable")
 # bytes of shared memory that a block of threads may have: CUDA's programming guide, table of compute capabilities
 SHARED = {(8, 0): 163 * 1024, (8, 6): 99 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024, (12, 0): 99 * 1024}
 # bytes of a thread that may spill, by what is compiled: two tiles on a multiprocessor leave no room for 30 to 60 of
 # their registers, and were a seventh faster on an H200 than one tile with room. Of variable blocks, what spills is
 # outside the loop over whole tiles.
-STACK = {"sm90-all": 120, "sm90-plain": 200, "sm90-variable": 232}
+STACK = {"sm90-all": 120, "sm90-plain": 200, "sm90-int8": 72, "sm90-variable": 232}
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +163,7 @@ def compiled() -> dict[str, dict[str, Any]]:
     return told
 
 
-@pytest.mark.parametrize("what", ["plain", "all", "variable"])
+@pytest.mark.parametrize("what", WHATS)
 @pytest.mark.parametrize("way", ["pointers", "tma"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_it_compiles_for_every_gpu_and_keeps_its_tiles_in_registers(
@@ -180,7 +182,7 @@ def test_it_compiles_for_every_gpu_and_keeps_its_tiles_in_registers(
 
 
 def _compile(target: str, tma: bool, what: str) -> dict[str, Any]:
-    """`all` has row reuse and log-sum-exps, `plain` neither, `variable` is the code of blocks that differ in size."""
+    """One of WHATS."""
     from compiling import compiled_for
 
     capability, head_dim, block = TARGETS[target]
@@ -189,17 +191,28 @@ def _compile(target: str, tma: bool, what: str) -> dict[str, Any]:
     else:
         code = triton_code.attend
     tile_q, tile_k, warps, stages = triton_sparse.launch_shape(capability, block, head_dim, tma=tma)
-    constants = {"TILE_Q": tile_q, "TILE_K": tile_k, "HEAD_DIM": head_dim, "WITH_LSE": what != "plain", "TMA": tma}
+    constants = {
+        "TILE_Q": tile_q,
+        "TILE_K": tile_k,
+        "HEAD_DIM": head_dim,
+        "WITH_LSE": what in ("all", "variable"),
+        "TMA": tma,
+    }
     if what != "variable":
         constants |= {
             "BLOCK_Q": block[0], "BLOCK_K": block[1], "REUSE": what == "all", "NOTE": False, "LEAVE": False,
+            "INT8": what == "int8", "SCALE_Q": 128, "SCALE_K": tile_k,
         }  # fmt: skip
+    multiplied = "i8" if what == "int8" else "bf16"
     lists = ("indices", "counts", "served", "low", "query_tiles", "key_tiles")
-    pointers = dict.fromkeys(("q", "k", "v", "out"), "*bf16") | dict.fromkeys(lists, "*i32")
-    pointers |= {"lse": "*fp32", "kinds": "*i8", "computed": "*i64"}
-    types = {**pointers, "scale": "fp32", "threshold": "fp32"}
+    pointers = dict.fromkeys(("q", "k"), f"*{multiplied}") | dict.fromkeys(("v", "out"), "*bf16")
+    pointers |= dict.fromkeys(lists, "*i32") | {"kinds": "*i8", "computed": "*i64"}
+    pointers |= dict.fromkeys(("lse", "q_scales", "k_scales", "thresholds"), "*fp32")
+    types = {**pointers, "scale": "fp32"}
     if tma:
-        types |= dict.fromkeys(("k", "v"), f"tensordesc<bf16[1,1,{tile_k},{head_dim}]>")
+        types |= {
+            name: f"tensordesc<{dtype}[1,1,{tile_k},{head_dim}]>" for name, dtype in (("k", multiplied), ("v", "bf16"))
+        }
     aligned = [name for name in code.arg_names if name in pointers or name.endswith(("_batch", "_head", "_token"))]
     return compiled_for(capability, code, types, constants, aligned, warps, stages)
 
@@ -211,7 +224,7 @@ if __name__ == "__main__":
         for target in TARGETS
         for way in ways
         if way != "tma" or TARGETS[target][0] >= (9, 0)
-        for what in ("plain", "all", "variable")
+        for what in WHATS
     ]
     told = {"-".join(one): _compile(one[0], ways[one[1]], one[2]) for one in wanted}
     print(json.dumps(told))

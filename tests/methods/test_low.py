@@ -90,6 +90,23 @@ def test_the_triton_kernel_notes_the_low_blocks_and_leaves_them_out_where_asked(
     torch.testing.assert_close(plan.density(), (1 + share.cpu()) / 2 if leave else torch.ones(2).double())
 
 
+def test_heads_have_thresholds_of_their_own() -> None:
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    q, k = (x.expand(2, -1, -1).to(device, dtype) for x in by_score(4.0, 1.0, 3.5, 3.0))
+    mask = ALL.to(device)
+    assert without_low(q, k, mask, (-2.0, -0.75)).keep()[:, 0].tolist() == [
+        [True, False, True, True],
+        [True, False, True, False],
+    ]
+    plan = Plan.masked(mask, 2, skip=Skip.of(mask, 2, threshold=(-2.0, -0.75), leave=True))
+    KERNELS["triton"].attend(q[None], k[None], q[None], plan)
+    assert plan.skip is not None
+    assert plan.skip.low.keep()[:, 0].tolist() == [[False, True, False, False], [False, True, False, True]]
+    assert plan.of_heads([1]).skip.thresholds == (-0.75,)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="2 heads have 1 thresholds"):
+        Skip.of(mask, 2, threshold=(-2.0,), leave=True)
+
+
 def test_blasst_is_dense_at_both_ends_of_the_layers_and_leaves_the_choice_to_the_kernel_between() -> None:
     q, k = by_score(1.0, 4.0, 3.0, 9.0)
     method = build("blasst", block=BLOCK)
@@ -97,7 +114,7 @@ def test_blasst_is_dense_at_both_ends_of_the_layers_and_leaves_the_choice_to_the
     assert [set(plan.kinds) == {"dense"} for plan in plans] == [True, True, *[False] * 4, True, True]
     skip = plans[3].skip
     assert skip is not None
-    assert (skip.threshold, skip.leave) == (pytest.approx(math.log2(0.1)), True)
+    assert (skip.thresholds, skip.leave) == ((pytest.approx(math.log2(0.1)),), True)
 
 
 def test_blassts_oracle_leaves_out_what_its_kernel_would() -> None:
