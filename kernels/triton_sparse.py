@@ -80,7 +80,9 @@ class Triton(OneLaunch):
             # the keys of a tile have one scale
             walked = (block[0], math.gcd(block[1], plan.int8[1]))
         tma = has_tma(k, v)
-        tile_q, tile_k, warps, stages = launch_shape(compute_capability(q.device), walked, head_dim, tma=tma)
+        tile_q, tile_k, warps, stages = launch_shape(
+            compute_capability(q.device), walked, head_dim, tma=tma, int8=plan.int8 is not None
+        )
         low = thresholds = given.kinds
         if plan.skip is not None:
             low, thresholds = plan.skip.low.bits.view(torch.int32), floats_on(plan.skip.thresholds, q.device)
@@ -121,7 +123,7 @@ def _launch_variable(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
 
 
 def launch_shape(
-    capability: tuple[int, int], block: tuple[int, int], head_dim: int, *, tma: bool
+    capability: tuple[int, int], block: tuple[int, int], head_dim: int, *, tma: bool, int8: bool = False
 ) -> tuple[int, int, int, int]:
     """Queries and keys of a tile, warps, and tiles loaded ahead.
 
@@ -135,10 +137,12 @@ def launch_shape(
         block: tokens of a query block and of a key block, which is walked in whole tiles.
         head_dim: channels of one head.
         tma: whether keys are loaded by TMA.
+        int8: whether queries and keys are in INT8.
     """
     if capability == (9, 0):
         most_queries, most_keys = (64, 128 if tma else 64) if head_dim == 64 else (_MOST_QUERIES, 64)
-        return tile_of(block[0], most_queries), tile_of(block[1], most_keys), 4, 2
+        # keys in INT8 leave room for one more: 181 ms in place of 194 at 75,600 tokens × 40 heads × 128 on an H100
+        return tile_of(block[0], most_queries), tile_of(block[1], most_keys), 4, 3 if int8 else 2
     tile_q, tile_k = tile_of(block[0], _MOST_QUERIES), tile_of(block[1], 64 if capability == (8, 0) else 32)
     return tile_q, tile_k, 8 if tile_q == _MOST_QUERIES else 4, 3
 

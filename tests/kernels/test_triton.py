@@ -190,7 +190,9 @@ def _compile(target: str, tma: bool, what: str) -> dict[str, Any]:
         code, block = triton_code.attend_variable, triton_sparse._VARIABLE
     else:
         code = triton_code.attend
-    tile_q, tile_k, warps, stages = triton_sparse.launch_shape(capability, block, head_dim, tma=tma)
+    tile_q, tile_k, warps, stages = triton_sparse.launch_shape(
+        capability, block, head_dim, tma=tma, int8=what == "int8"
+    )
     constants = {
         "TILE_Q": tile_q,
         "TILE_K": tile_k,
