@@ -14,6 +14,8 @@ DENSITY_TOLERANCE = 0.005
 PSNR_TOLERANCE_DB = 0.25
 # halvings after which a range has shrunk a thousandfold
 _HALVINGS = 12
+# tolerances beyond which the nearest value is not what was asked for: 0.05 of dense attention, 2.5 dB
+_FAR = 10
 
 
 def density_of(method: Planner, probes: Sequence[Probe], kernel: Attender) -> float:
@@ -41,7 +43,7 @@ def solve(
         quantity: its name in the plural, for the reason.
 
     Returns:
-        The value, or why there is none: the range does not reach the target.
+        The value, or why there is none: the range does not reach the target, or passes it in one large step.
     """
     tried = {value: measure(value) for value in (knob.low, knob.high)}
     least, most = min(tried.values()), max(tried.values())
@@ -58,4 +60,8 @@ def solve(
             low = middle
         else:
             high = middle
-    return min(tried, key=lambda value: abs(tried[value] - target))
+    best = min(tried, key=lambda value: abs(tried[value] - target))
+    if abs(tried[best] - target) > _FAR * tolerance:
+        below, above = max(x for x in tried.values() if x <= target), min(x for x in tried.values() if x >= target)
+        return Unsupported(f"its {knob.field} gives {quantity} of {below:.3f} and {above:.3f}, none near {target:.3f}")
+    return best

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from calibatt.methods.catalogue import METHODS
+
 ROOT = Path(__file__).resolve().parent.parent
 
 ARROWS = {
@@ -47,6 +49,26 @@ def test_a_folder_imports_only_what_stands_above_it(folder: str) -> None:
         if not any(name == one or name.startswith(f"{one}.") for one in allowed)
     ]
     assert not wrong
+
+
+# orders of tokens that the kernel suite times are methods' own
+SHARED_WITH_BENCH = {"sta": {"bench/moves.py"}, "svg": {"bench/moves.py"}}
+
+
+def test_a_method_is_one_file_one_line_of_the_catalogue_and_tests_alone() -> None:
+    modules = {kind.__module__.rpartition(".")[2] for kind in METHODS.values()}
+    assert "random_mask" in modules
+    for module in modules:
+        importers = {
+            str(path.relative_to(ROOT))
+            for folder in (*ARROWS, "calibatt")
+            for path in (ROOT / folder).rglob("*.py")
+            if any(name == f"methods.{module}" or name.startswith(f"methods.{module}.") for name in _imports(path))
+        }
+        assert importers - SHARED_WITH_BENCH.get(module, set()) == {"methods/catalogue.py"}
+    named = (ROOT / "methods" / "catalogue.py").read_text(encoding="utf-8").split()
+    # the import, and the line of the mapping
+    assert [word for word in named if word.startswith("RandomMask")] == ["RandomMask", "RandomMask,"]
 
 
 def test_every_folder_of_code_has_its_row() -> None:

@@ -63,6 +63,16 @@ def test_any_quantity_is_solved_for_by_the_same_search() -> None:
     assert answer == Unsupported("its share reaches PSNRs in dB from 20.000 to 40.000, not 45.000")
 
 
+def test_a_target_in_the_middle_of_a_large_step_is_said_to_be_out_of_reach() -> None:
+    knob = Knob(field="reach", low=0.0, high=11.0)
+
+    def density(reach: float) -> float:
+        return 0.104 if reach < 4 else 1.0
+
+    answer = solve(density, knob, 0.35, tolerance=DENSITY_TOLERANCE, quantity="densities")
+    assert answer == Unsupported("its reach gives densities of 0.104 and 1.000, none near 0.350")
+
+
 def test_a_density_out_of_reach_is_said_so(probes: list[Probe]) -> None:
     answer = solve(
         lambda x: density_of(Share(x), probes, KERNELS["flex"]), Knob(field="share", low=0.25, high=0.5), 0.75,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,3 +97,11 @@ def test_nothing_is_written_outside_the_output(case: Case) -> None:
     assert torch.equal(lse, expected_lse)
     assert bool((around[:, :, :room] == 7).all() and (around[:, :, room + tokens :] == 7).all())
     assert bool((sums_around[:room] == 7).all() and (sums_around[-room:] == 7).all())
+
+
+def test_what_a_sanitizer_is_to_look_at_runs() -> None:
+    code = Path(__file__).with_name("sanitize.py")
+    run = subprocess.run([sys.executable, str(code)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    # 16 plans at two head dims, each by one kernel at least
+    assert int(run.stdout.split()[0]) >= 32

@@ -1,0 +1,82 @@
+"""Every path of our own kernels on small shapes, for compute-sanitizer.
+
+No test: what matters is what `compute-sanitizer --tool memcheck python tests/kernels/sanitize.py` says. Without a GPU the Triton kernels run in the interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from calibatt.kernels import estimates
+from calibatt.kernels.catalogue import KERNELS
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.one_launch import OneLaunch
+from calibatt.kernels.plan import BlockMask, Plan, RowReuse, Skip, TokenOrder, VariableBlockMask, block_count
+from calibatt.methods.blocks import alike_blocks
+from calibatt.methods.clusters import regroup
+from calibatt.methods.energy import block_mass
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# a last block that is not whole, and an empty row
+GRID, HEADS = (4, 5, 15), 3
+
+
+def plans(geometry: Geometry) -> Iterator[Plan]:
+    """Every kind of head, fixed and variable blocks, low blocks, INT8."""
+    tokens = geometry.tokens
+    for block in ((128, 128), (128, 64), (64, 64)):
+        keep = torch.rand(HEADS, *(block_count(tokens, size) for size in block)) < 0.5
+        keep[0, 1] = False
+        mask = BlockMask.from_keep(keep, tokens=tokens, block_q=block[0], block_k=block[1])
+        masked = Plan.masked(mask, HEADS)
+        yield masked
+        yield Plan(
+            tokens=tokens, kinds=("masked", "dense", "reused"), mask=mask,
+            reuse=RowReuse.of_anchor_rows(geometry, [1, 3]),
+        )  # fmt: skip
+        yield replace(masked, int8=(128, 64))
+        for leave in (True, False):
+            yield Plan.masked(mask, HEADS, skip=Skip.of(mask, HEADS, threshold=-1.0, leave=leave))
+    sizes = torch.tensor([[100, 0, 150, 1, 49]]).expand(HEADS, -1).contiguous()
+    clusters = VariableBlockMask.from_keep(torch.rand(HEADS, 5, 5) < 0.6, q_sizes=sizes, k_sizes=sizes, tokens=tokens)
+    yield Plan.masked(clusters, HEADS, TokenOrder.of_all(torch.rand(HEADS, tokens).argsort(-1)))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> int:
+    """Calls of our own kernels that compute the plan; their outputs have no NaN."""
+    calls = 0
+    for kernel in (kernel for kernel in KERNELS.values() if isinstance(kernel, OneLaunch)):
+        try:
+            out = kernel.attend(q, k, v, plan)
+        except ValueError:
+            # not this kernel's
+            continue
+        assert out.isfinite().all(), (kernel.name, plan.kinds)
+        calls += 1
+    return calls
+
+
+def estimate(q: Tensor, k: Tensor) -> None:
+    """Fused estimates, which run on a GPU alone."""
+    assert estimates.takes(q)
+    for block in ((128, 128), (64, 48)):
+        block_mass(q, k, block=block)
+    alike_blocks(q, 80, k.float().mean(1))
+    centroids = torch.randn(HEADS, 7, q.shape[-1], device=DEVICE)
+    regroup(q, centroids, centroids.to(q.dtype), centroids.square().sum(-1) / -2)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    calls = 0
+    for head_dim in (64, 128):
+        geometry = Geometry(grid=GRID, heads=HEADS, head_dim=head_dim)
+        q, k, v = torch.randn(3, 1, HEADS, geometry.tokens, head_dim).to(DEVICE, torch.float16)
+        calls += sum(attend(q, k, v, plan.to(DEVICE)) for plan in plans(geometry))
+        if DEVICE == "cuda":
+            estimate(q[0], k[0])
+    print(f"{calls} calls of kernels")
