@@ -154,9 +154,11 @@ def _save_artifact(stage: Stage, course: _Course, prompts: Sequence[str], folder
         "captions": np.array(prompts[:_SHOWN_VIDEOS]),
     }
     if masks:
-        geometry = stage.probes[0].site.geometry
-        starts = np.arange(geometry.grid[0]) * geometry.frame_tokens + geometry.video_start
-        arrays |= {"masks": np.stack(masks), "mask_sites": np.array(sites), "frame_starts": starts}
+        arrays |= {"masks": np.stack(masks), "mask_sites": np.array(sites)}
+        # in another order, tokens of a frame do not lie side by side
+        if all(plan.order is None for _, plan in course.meter.plans):
+            geometry = stage.probes[0].site.geometry
+            arrays["frame_starts"] = np.arange(geometry.grid[0]) * geometry.frame_tokens + geometry.video_start
     np.savez_compressed(folder / f"{name}.npz", **arrays)
     return f"{folder.name}/{name}.npz"
 

@@ -1,6 +1,7 @@
 """Every path of our own kernels on small shapes, for compute-sanitizer.
 
-No test: what matters is what `compute-sanitizer --tool memcheck python tests/kernels/sanitize.py` says. Without a GPU the Triton kernels run in the interpreter.
+No test: what `compute-sanitizer --tool memcheck python tests/kernels/sanitize.py` says is what matters. Without a GPU
+the Triton kernels run in the interpreter.
 """
 
 from __future__ import annotations
