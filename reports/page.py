@@ -155,8 +155,13 @@ def tables(run: Run) -> str:
             continue
         timed = [arm for arm in arms if arm.record.outcome == "ok"]
         cells = [[read(arm) for title, _, read in _COLUMNS if title in _BRIEF] for arm in timed]
-        shown = [i for i in range(len(_BRIEF)) if any(row[i] for row in cells)]
         titles = [title for title, _, _ in _COLUMNS if title in _BRIEF]
+        kernels = {arm.record.kernel for arm in timed if arm.record.method != DENSE}
+        # labels tell kernels apart only where an arm ran on several
+        told = records[0].suite == "kernel" or len(kernels) < 2
+        shown = [
+            i for i, title in enumerate(titles) if any(row[i] for row in cells) and not (title == "kernel" and told)
+        ]
         rows = [["arm", *(titles[i] for i in shown)], ["---"] * (len(shown) + 1)]
         rows += [[arm.label, *(row[i] or "–" for i in shown)] for arm, row in zip(timed, cells, strict=True)]
         lines = [f"| {' | '.join(row)} |" for row in rows]
@@ -301,6 +306,8 @@ def _commit(commit: Mapping[str, Any]) -> str:
     return f"{str(commit['id'])[:12]}{branch}{dirty}"
 
 
+# what is looked up, in place of estimated, takes microseconds
+_LEAST_PHASE_S = 5e-5
 _YES_NO = {"True": "yes", "False": "no"}
 
 
@@ -348,6 +355,14 @@ def _speedup(entry: Entry) -> str:
 
 def _time(entry: Entry) -> str:
     return seconds(statistics.median(entry.record.samples_s)) if entry.record.samples_s else ""
+
+
+def _phases(entry: Entry, *names: str) -> str:
+    """Median of some phases together; nothing where they take less than the clock tells."""
+    record = entry.record
+    parts = [record.phases_s[name] for name in names if name in record.phases_s] if record.phases_s else []
+    total = statistics.median(map(sum, zip(*parts, strict=True))) if parts else 0.0
+    return seconds(total) if total >= _LEAST_PHASE_S and record.method != DENSE else ""
 
 
 def _alignment(entry: Entry) -> str:
@@ -400,11 +415,13 @@ _COLUMNS: Sequence[tuple[str, str, Callable[[Entry], str]]] = (
     ("alignment", "how much of the caption can be read back, mean", _alignment),
     ("sparsity", "share of the block products left out", _sparsity),
     ("recall", "attention mass kept", lambda entry: _percent(entry.record.recall)),
+    ("method error", "of attention outputs, against dense", lambda e: _number(e.record.method_error, "{:.2f}")),
+    ("estimate", "what the method itself takes, of the time", lambda entry: _phases(entry, "plan")),
+    ("moves", "into the method's order of tokens and back", lambda entry: _phases(entry, "permute", "unpermute")),
     ("preset", "named settings of the method", lambda entry: entry.record.preset or ""),
     ("mode", "own settings, or one schedule, density or fidelity", lambda e: (e.record.mode or "").replace("_", " ")),
     ("kernel", "what computes the chosen blocks", lambda entry: entry.record.kernel),
     ("kernel error", "largest, against fp64, of what is allowed", _kernel_error),
-    ("method error", "of attention outputs, against dense", lambda e: _number(e.record.method_error, "{:.3g}")),
     ("of the ideal", "speedup against 1 / density", lambda entry: _percent(entry.record.of_ideal)),
     ("TFLOP/s", "of the blocks kept", lambda entry: _number(entry.record.tflops, "{:.3g}")),
     ("of a GEMM", "that rate against a large matrix product's", lambda entry: _percent(_of_gemm(entry.record))),
@@ -420,7 +437,10 @@ _COLUMNS: Sequence[tuple[str, str, Callable[[Entry], str]]] = (
 )  # fmt: skip
 
 # those of them that stand in the Markdown tables
-_BRIEF = ("speedup (95 %)", "time", "PSNR dB", "SSIM", "alignment", "sparsity", "of the ideal")
+_BRIEF = (
+    "speedup (95 %)", "time", "PSNR dB", "SSIM", "alignment", "sparsity", "recall", "method error", "estimate", "moves",
+    "kernel", "of the ideal", "prepared in", "pays after",
+)  # fmt: skip
 
 
 def _preparation(value: float | None) -> str:
