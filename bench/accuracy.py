@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,7 @@ class Truth:
 
 
 def judge(
-    plans: Sequence[Plan],
+    plans: Iterable[Plan],
     kernel: Attender,
     probes: Sequence[Probe],
     dense: Sequence[Float[Tensor, "1 checked tokens head_dim"]],
@@ -53,7 +53,7 @@ def judge(
     """Compute plans, one a probe, with a kernel and compare with fp64.
 
     Args:
-        plans, kernel, probes: what is computed.
+        plans, kernel, probes: what is computed; each plan is asked for when the one before has been computed.
         dense: dense attention of each probe in fp64, of the checked heads.
         heads: which to check.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,6 +10,7 @@ import torch
 
 from calibatt.bench.accuracy import Truth, judge
 from calibatt.bench.cells import DENSE, Arm
+from calibatt.bench.meter import Probe
 from calibatt.bench.record import Outcome, Record, Suite
 from calibatt.bench.stage import Stage
 from calibatt.kernels.base import Kernel, Task, Unsupported
@@ -27,7 +28,7 @@ class Ready:
     Args:
         arm: which one.
         method, kernel: built.
-        plans: the method's plans on the stage's probes.
+        plans: the method's plans on the stage's probes, after one call at the first of them.
         truth: how it did on them.
     """
 
@@ -61,19 +62,39 @@ def _ready(stage: Stage, arm: Arm) -> Ready | Failure:
     if isinstance(method, Unsupported):
         return Failure("unsupported", method.reason)
     kernel = stage.dense if arm == DENSE else KERNELS[arm.kernel]
-    method.reset()
-    plans = tuple(method.plan(probe.q[0], probe.k[0], probe.site) for probe in stage.probes)
-    for plan, probe in zip(plans, stage.probes, strict=True):
-        refusal = kernel.refusal(Task.of(probe.q, plan))
-        if refusal is not None:
-            return Failure("unsupported", refusal.reason)
-    truth = judge(plans, kernel, stage.probes, stage.dense_truth, stage.checked_heads)
+    plans: list[Plan] = []
+
+    def planned() -> Iterator[Plan]:
+        # each after the kernel has run the one before: some methods go by what it found
+        for probe in stage.probes:
+            plans.append(_accepted(method, kernel, probe))
+            yield plans[-1]
+
+    try:
+        method.reset()
+        first = stage.probes[0]
+        kernel.attend(first.q, first.k, first.v, _accepted(method, kernel, first))
+        truth = judge(planned(), kernel, stage.probes, stage.dense_truth, stage.checked_heads)
+    except _Refused as refused:
+        return Failure("unsupported", str(refused))
     if not truth.right:
         return Failure(
             "wrong",
             f"its largest error against fp64 is {truth.kernel_error:.3g}, allowed {truth.kernel_error_budget:.3g}",
         )
-    return Ready(arm=arm, method=method, kernel=kernel, plans=plans, truth=truth)
+    return Ready(arm=arm, method=method, kernel=kernel, plans=tuple(plans), truth=truth)
+
+
+class _Refused(Exception):
+    """A kernel does not take a plan; the message is its reason."""
+
+
+def _accepted(method: Planner, kernel: Kernel, probe: Probe) -> Plan:
+    plan = method.plan(probe.q[0], probe.k[0], probe.site)
+    refusal = kernel.refusal(Task.of(probe.q, plan))
+    if refusal is not None:
+        raise _Refused(refusal.reason)
+    return plan
 
 
 def guarded(work: Callable[[], _T]) -> _T | Failure:

@@ -8,7 +8,7 @@ from functools import partial
 
 from calibatt.bench.arms import Ready, failed, passed, ready
 from calibatt.bench.cells import DENSE, Arm
-from calibatt.bench.meter import Meter
+from calibatt.bench.meter import Meter, Probe
 from calibatt.bench.record import Record
 from calibatt.bench.rounds import in_turns
 from calibatt.bench.stage import Stage
@@ -40,10 +40,10 @@ def measure(stage: Stage, arms: Sequence[Arm]) -> dict[Arm, Record]:
     for round_, arm in in_turns(list(meters), rounds + 1):
         meter = meters[arm][1]
         # what a method does at the first call of a video alone is not counted as every call's
-        first = stage.probes[0]
-        meter.plan(first.q[0], first.k[0], first.site)
+        meter.reset()
+        _calls(meter, stage.probes[:1])
         meter.timer.collect_s()
-        total, _ = timed(stage.workload.device, partial(_all_probes, stage, meter))
+        total, _ = timed(stage.workload.device, partial(_calls, meter, stage.probes))
         parts = meter.timer.collect_s()
         if round_:
             seconds[arm].append(total / calls)
@@ -64,6 +64,6 @@ def measure(stage: Stage, arms: Sequence[Arm]) -> dict[Arm, Record]:
     return records
 
 
-def _all_probes(stage: Stage, meter: Meter) -> None:
-    for probe in stage.probes:
+def _calls(meter: Meter, probes: Sequence[Probe]) -> None:
+    for probe in probes:
         meter.attend(probe.q, probe.k, probe.v, meter.plan(probe.q[0], probe.k[0], probe.site))

@@ -60,10 +60,10 @@ def cells(options: Namespace, suite: Suite) -> list[Cell]:
         for arm in _in_blocks(Arm.parse(method, kernel, dense_first), options.blocks)
     )
     if suite == "calibration":
-        # one calibration serves every preset and kernel, and what a preset learns every mode and kernel
+        # one calibration serves every preset and kernel, and what a preset learns in some blocks every mode and kernel
         calibrated = [arm for arm in arms if arm.method == "calibatt"][:1]
         learning = [arm for arm in arms if learner(arm.method, preset=arm.preset) is not None]
-        arms = dict.fromkeys([*calibrated, *{(arm.method, arm.preset): arm for arm in learning}.values()])
+        arms = dict.fromkeys([*calibrated, *{(arm.method, arm.preset, arm.block): arm for arm in learning}.values()])
     if options.inputs == "resampled":
         # there are calls, but no videos
         workloads = _workloads(options) if suite == "attention" else []
@@ -87,7 +87,8 @@ def _dense_first(options: Namespace) -> tuple[float, float] | None:
     """Shares of the steps and of the layers that are dense in every arm; None for each method's own."""
     given = (options.dense_steps, options.dense_layers)
     if given == (None, None):
-        return None
+        # resampled inputs have one layer, which is neither first nor last
+        return (0.0, 0.0) if options.inputs == "resampled" else None
     steps, layers = (0.0 if share is None else share for share in given)
     if not (0 <= steps <= 1 and 0 <= layers <= 1):
         raise ValueError("--dense-steps and --dense-layers are shares, from 0 to 1")
@@ -107,7 +108,8 @@ def _kernel_cells(options: Namespace) -> list[Cell]:
     found: list[Cell] = []
     # the same geometry at another number of steps is the same
     for workload in dict.fromkeys(replace(workload, steps=0) for workload in _workloads(options)):
-        blocks = _blocks(options.blocks) or [workload.entry.block]
+        # a kernel by itself has no blocks of its own
+        blocks = _blocks(options.blocks, but="native") or [workload.entry.block]
         arms: list[AnyArm] = [DENSE, *moves]
         for kernel in kernels:
             for density in _densities(options.densities):
@@ -170,8 +172,10 @@ def _densities(text: str) -> list[float]:
     return densities
 
 
-def _blocks(text: str) -> list[tuple[int, int]]:
-    found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name) for name in _names(text)]
+def _blocks(text: str, *, but: str = "") -> list[tuple[int, int]]:
+    found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name) for name in _names(text) if name != but]
     if not all(found):
-        raise ValueError(f"--blocks {text}: give QUERIESxKEYS in tokens, such as 128x128,64x64")
+        raise ValueError(
+            f"--blocks {text}: give QUERIESxKEYS in tokens, such as 128x128,64x64; for methods also native"
+        )
     return [(int(match[1]), int(match[2])) for match in found if match]

@@ -41,19 +41,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="",
         help="QUERIESxKEYS in tokens, and for methods also `native`, each preset's own; default: the model's",
     )
-    add("--dense-steps", type=float, default=None, help="share of the first steps that are dense in every arm")
+    add(
+        "--dense-steps",
+        type=float,
+        default=None,
+        help="share of the first steps that are dense in every arm, in place of each method's own steps and layers",
+    )
     add(
         "--dense-layers",
         type=float,
         default=None,
-        help="share of the first layers that are dense in every arm; default of both: each method's own",
+        help="share of the first layers likewise; if one of both is given, the other is 0; default: each method's own",
     )
     add(
         "--inputs",
         choices=("own", "resampled"),
         default="own",
         help="of attention calls: the model's own, or those of the embedded model resampled to the model's size, which "
-        "needs no weights; default: %(default)s",
+        "needs no weights; then there is the attention suite alone, without dense steps; default: %(default)s",
     )
     add(
         "--masks",

@@ -25,7 +25,7 @@ from calibatt.calibration.learn import learn_from
 from calibatt.calibration.store import Calibration
 from calibatt.calibration.videos import DenseVideos, Videos
 from calibatt.kernels import oracle
-from calibatt.kernels.base import Attender, Kernel, Unsupported, dtype_name
+from calibatt.kernels.base import Attender, Kernel, Task, Unsupported, dtype_name
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Method, Planner
@@ -216,12 +216,19 @@ class Stage:
         if self.workload.resampled:
             return None
         if METHODS[arm.method].offline:
-            return self.calibration_s
+            # a density that was given needs nothing learnt
+            return None if arm.density is not None else self.calibration_s
         return self._learnt[_learner_of(arm)][0] if self.learnt(arm) is not None else None
 
     def method(self, arm: Arm) -> Planner | Unsupported:
         """The arm's method, its knob turned where the mode asks for it; or why it does not apply."""
         kind = METHODS[arm.method]
+        if kind.knob is not None and arm.mode in ("equal_density", "equal_fidelity"):
+            try:
+                learner(arm.method, preset=arm.preset, **{**_settings(arm), kind.knob.field: kind.knob.low})
+            except ValueError as error:
+                # a preset may be set by another field
+                return Unsupported(f"its {kind.knob.field} cannot be turned: {error}")
         source = self.calibration if kind.offline else self.learnt(arm)
 
         def at(**knob: float) -> Method | Scheduled:
@@ -237,11 +244,11 @@ class Stage:
         if arm.mode in ("native", "matched") or kind.knob is None:
             return at()
         knob, kernel = kind.knob, KERNELS[arm.kernel]
-        try:
-            at(**{knob.field: knob.low})
-        except ValueError as error:
-            # a preset may be set by another field
-            return Unsupported(f"its {knob.field} cannot be turned: {error}")
+        # the last is sparse whatever the dense steps are
+        probe = self.probes[-1]
+        refusal = kernel.refusal(Task.of(probe.q, at().plan(probe.q[0], probe.k[0], probe.site)))
+        if refusal is not None:
+            return refusal
         if self.workload.resampled and (knob.over_videos or arm.mode == "equal_fidelity"):
             return Unsupported(
                 "what it is to be solved for shows in whole videos, and inputs that are resampled have none"
@@ -319,5 +326,5 @@ def _settings(arm: Arm) -> Mapping[str, Any]:
 
 
 def _learner_of(arm: Arm) -> Arm:
-    """The arm that stands for all that learn the same: every mode and kernel of a preset."""
+    """The arm that stands for all that learn the same: every mode and kernel of a preset in these blocks."""
     return replace(arm, mode="native", kernel="", density=None, psnr_db=None)

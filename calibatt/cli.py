@@ -166,7 +166,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
     entry, resolution, device = _model(arguments)
     look_up(METHODS, arguments.method, "method")
-    own = arguments.method == "calibatt"
+    own = METHODS[arguments.method].offline
     if not own and learner(arguments.method, preset=arguments.preset) is None:
         raise ValueError(f"{arguments.method}/{arguments.preset} learns nothing of its own: it needs no file")
     if arguments.prompts is not None:

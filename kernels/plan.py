@@ -457,7 +457,7 @@ class Plan:
         tokens: length of the sequence.
         kinds: what each head does.
         mask: the blocks of the masked heads; rows of the mask that belong to other heads are not read. Blocks that
-            differ in size stand neither beside row reuse nor `skip`.
+            differ in size stand beside neither row reuse nor `skip` nor `int8`.
         reuse: what the reused heads compute.
         order: in which the mask's blocks hold the tokens; None for the sequence's own.
         skip: what the kernel notes and leaves out of the mask by itself; None for nothing. Every head is masked then.

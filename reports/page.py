@@ -247,10 +247,15 @@ def _pictures(arms: Sequence[Entry], stem: str) -> list[Picture]:
         ("fidelity", "Fidelity against speedup", figures.fidelity(arms)),
         ("ideal", "Speedup against the ideal", figures.ideal(arms)),
         ("phases", "Where the time goes", figures.phases(arms)),
-        ("density", "Density by step, layer and head", figures.density(arms)),
-        ("masks", "Some masks", figures.masks(arms)),
     ]
-    drawn += [("frames", f"“{caption}”" if caption else "Frames", figure) for caption, figure in figures.videos(arms)]
+    dense = [arm for arm in arms if arm.record.method == DENSE]
+    others = [arm for arm in arms if arm.record.method != DENSE]
+    batches = [others[first : first + _MOST_ARMS] for first in range(0, max(1, len(others)), _MOST_ARMS)]
+    drawn += [("density", "Density by step, layer and head", figures.density(batch)) for batch in batches]
+    drawn += [("masks", "Some masks", figures.masks(batch)) for batch in batches]
+    for batch in batches:
+        for caption, figure in figures.videos([*dense, *batch]):
+            drawn.append(("frames", f"“{caption}”" if caption else "Frames", figure))
     there = [(kind, title, figure) for kind, title, figure in drawn if figure is not None]
     return [
         Picture(name=f"{stem}-{place}-{kind}.png", png=_png(figure), title=title, caption=_HOW_TO_READ[kind])
@@ -306,6 +311,8 @@ def _commit(commit: Mapping[str, Any]) -> str:
     return f"{str(commit['id'])[:12]}{branch}{dirty}"
 
 
+# arms of one picture that has a row for each: laying out sixty takes minutes, and none is seen beside the next
+_MOST_ARMS = 8
 # what is looked up, in place of estimated, takes microseconds
 _LEAST_PHASE_S = 5e-5
 _YES_NO = {"True": "yes", "False": "no"}

@@ -82,6 +82,38 @@ def test_a_wrong_option_is_one_line_before_anything_runs(arguments: list[str], m
     assert message in line
 
 
+def test_blocks_of_the_methods_own_make_one_cell_a_choice_in_every_suite() -> None:
+    done = _bench("--collect-only", "-q", "--blocks", "native,32x32", "--methods", "dense,sparge,calibatt")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for suite in ("attention", "denoise"):
+        names = [line for line in done.stdout.splitlines() if f"test_{suite}[" in line]
+        # CalibAtt's blocks are its calibration's
+        assert [name.partition("quick-6-")[2].rstrip("]") for name in names] == [
+            "dense-fastest", "sparge-native-flex", "sparge-32x32-flex", "calibatt-flex",
+        ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_wanted_fidelity_is_solved_for_under_the_runs_own_dense_schedule(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    done = _bench(
+        "-k", "test_denoise", "--methods", "dense,scaling=50dB,sparge/cdf=50dB,lite=0.5", "--steps", "2", "--rounds",
+        "1", "--calibration-prompts", "1", "--dense-steps", "0.5", f"--benchmark-json={path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {record.method: record for record in load_run(path).records}
+    near = found["scaling"]
+    assert (near.mode, near.target_psnr_db, near.dense_steps, near.dense_layers) == ("equal_fidelity", 50.0, 0.5, 0.0)
+    # one of two steps is dense, and the other is not
+    assert near.density is not None
+    assert 0.5 < near.density < 1
+    assert near.psnr_db is not None
+    # another caption than it was solved on
+    assert 40 < near.psnr_db[0] < 65
+    assert "cannot be turned" in (found["sparge"].reason or "")
+    assert "leaves no blocks out by itself" in (found["lite"].reason or "")
+
+
 @pytest.mark.slow
 def test_a_run_leaves_records_of_what_was_and_of_what_could_not_be_timed(tmp_path: Path) -> None:
     # in a folder that is not there yet

@@ -62,7 +62,10 @@ def test_the_tables_quote_the_figures_of_every_arm_that_has_a_speedup_beside_it(
     brief = (write_report([small_run], tmp_path / "report").parent / "tables.md").read_text(encoding="utf-8")
     (table,) = [part for part in brief.split("\n\n") if part.startswith("|")]
     head, line, dense, sparse = ([cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines())
-    assert head == ["arm", "speedup (95 %)", "time", "PSNR dB", "SSIM", "alignment", "sparsity"]
+    assert head == [
+        "arm", "speedup (95 %)", "time", "PSNR dB", "SSIM", "alignment", "sparsity", "recall", "method error",
+        "estimate",
+    ]  # fmt: skip
     assert set(line) == {"---"}
     assert dense[:2] == ["Dense", "1 (baseline)"]
     record = load_run(small_run).records[1]
@@ -70,6 +73,22 @@ def test_the_tables_quote_the_figures_of_every_arm_that_has_a_speedup_beside_it(
     assert sparse[0] == "CalibAtt"
     assert sparse[1].startswith(f"{record.speedup.median:.2f}× ({record.speedup.low:.2f}–")
     assert sparse[6] == "58.0%"
+
+
+def test_many_arms_have_their_masks_in_several_pictures_and_dense_frames_in_each(
+    write_run: Callable[..., Path], make: SimpleNamespace, tmp_path: Path
+) -> None:
+    make.artifact(tmp_path / "a.npz", 0.4, 0)
+    make.artifact(tmp_path / "dense.npz", 1, 0)
+    arms = [
+        make.arm("sparge", 1.1, mode="equal_density", target_density=0.1 + i / 100, artifact="a.npz") for i in range(9)
+    ]
+    run = write_run([make.dense_arm(artifact="dense.npz"), *arms], "many.json")
+    page = write_report([run], tmp_path / "report")
+    kinds = [path.stem.rpartition("-")[2] for path in page.parent.glob("*.png")]
+    assert (kinds.count("speedup"), kinds.count("density"), kinds.count("masks")) == (1, 2, 2)
+    # two videos, of each batch of arms
+    assert kinds.count("frames") == 4
 
 
 def test_several_runs_share_a_page_and_no_picture(
