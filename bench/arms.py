@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ class Ready:
     Args:
         arm: which one.
         method, kernel: built.
-        plans: the method's plans on the stage's probes, after one call at the first of them.
+        plans: the method's plans on the stage's probes, after one call at the first of every layer.
         truth: how it did on them.
     """
 
@@ -72,8 +72,8 @@ def _ready(stage: Stage, arm: Arm) -> Ready | Failure:
 
     try:
         method.reset()
-        first = stage.probes[0]
-        kernel.attend(first.q, first.k, first.v, _accepted(method, kernel, first))
+        for first in first_of_layers(stage.probes):
+            kernel.attend(first.q, first.k, first.v, _accepted(method, kernel, first))
         truth = judge(planned(), kernel, stage.probes, stage.dense_truth, stage.checked_heads)
     except _Refused as refused:
         return Failure("unsupported", str(refused))
@@ -83,6 +83,14 @@ def _ready(stage: Stage, arm: Arm) -> Ready | Failure:
             f"its largest error against fp64 is {truth.kernel_error:.3g}, allowed {truth.kernel_error_budget:.3g}",
         )
     return Ready(arm=arm, method=method, kernel=kernel, plans=tuple(plans), truth=truth)
+
+
+def first_of_layers(probes: Sequence[Probe]) -> list[Probe]:
+    """The first probe of every layer: after a call at each, no later one is the first of a video."""
+    layers: dict[int, Probe] = {}
+    for probe in probes:
+        layers.setdefault(probe.site.layer, probe)
+    return list(layers.values())
 
 
 class _Refused(Exception):

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from functools import partial
 
-from calibatt.bench.arms import Ready, failed, passed, ready
+from calibatt.bench.arms import Ready, failed, first_of_layers, passed, ready
 from calibatt.bench.cells import DENSE, Arm
 from calibatt.bench.meter import Meter, Probe
 from calibatt.bench.record import Record
@@ -41,7 +41,7 @@ def measure(stage: Stage, arms: Sequence[Arm]) -> dict[Arm, Record]:
         meter = meters[arm][1]
         # what a method does at the first call of a video alone is not counted as every call's
         meter.reset()
-        _calls(meter, stage.probes[:1])
+        _calls(meter, first_of_layers(stage.probes))
         meter.timer.collect_s()
         total, _ = timed(stage.workload.device, partial(_calls, meter, stage.probes))
         parts = meter.timer.collect_s()
