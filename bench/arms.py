@@ -15,6 +15,7 @@ from calibatt.bench.record import Outcome, Record, Suite
 from calibatt.bench.stage import Stage
 from calibatt.kernels.base import Kernel, Task, Unsupported
 from calibatt.kernels.catalogue import KERNELS
+from calibatt.kernels.default import name_of
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Planner
 
@@ -145,9 +146,11 @@ def failed(stage: Stage, suite: Suite, arm: Arm, failure: Failure) -> Record:
 
 def passed(stage: Stage, suite: Suite, one: Ready) -> dict[str, Any]:
     """The fields of a record of an arm that was checked and timed, as far as all suites share them."""
+    tasks = [Task.of(probe.q, plan) for probe, plan in zip(stage.probes, one.plans, strict=True)]
     return {
         **facts(stage, suite, one.arm),
         "outcome": "ok",
+        "kernel": name_of(one.kernel, tasks),
         "block": one.block,
         "recall": one.truth.recall,
         "kernel_error": one.truth.kernel_error,

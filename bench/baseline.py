@@ -19,9 +19,9 @@ from calibatt.kernels.plan import Plan
 
 # timings of each dense kernel from which the fastest is chosen
 _ROUNDS = 5
-# A plan that keeps everything goes through torch's own choice in `flex`: not a kernel of its own. The math
-# backend holds all scores at once and serves as a reference only.
-_NO_BASELINE = ("flex", "sdpa-math")
+# `default` is one of the others, and `flex` gives a plan that keeps everything to torch's own choice: no kernels of
+# their own. The math backend holds all scores at once and serves as a reference only.
+_NO_BASELINE = ("default", "flex", "sdpa-math")
 
 
 def dense_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Kernel]:

@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     add("--resolutions", default="", help="see `calibatt models`; default: each model's first")
     add("--steps", default="", help="denoising steps; default: the model's at that resolution")
-    add("--kernels", default="flex", help="see `calibatt kernels`; default: %(default)s")
+    add("--kernels", default="default", help="see `calibatt kernels`; default: %(default)s")
     add("--densities", default="0.25", help="of the kernel suite, 1 for dense; default: %(default)s")
     add(
         "--blocks",

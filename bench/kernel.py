@@ -27,6 +27,7 @@ from calibatt.bench.telemetry import read
 from calibatt.bench.timer import PhaseTimer, timed
 from calibatt.kernels.base import Kernel, Task, dtype_name
 from calibatt.kernels.catalogue import KERNELS
+from calibatt.kernels.default import name_of
 from calibatt.kernels.expand import block_lists
 from calibatt.kernels.plan import Plan
 from calibatt.methods.energy import block_energy
@@ -181,8 +182,9 @@ def measure(workload: Workload, arms: Sequence[AnyArm], console: Console) -> dic
             continue
         density = result.plan.density().mean().item()
         operations = bench.geometry.operations * density
+        ran = name_of(result.kernel, [Task.of(bench.q, result.plan)])
         records[arm] = Record(
-            **bench.facts(arm),
+            **{**bench.facts(arm), "kernel": ran},
             outcome="ok",
             samples_s=tuple(seconds[arm]),
             baseline_samples_s=None if arm == DENSE else tuple(seconds[DENSE]),

@@ -94,6 +94,12 @@ class BenchSession:
                 prompts_for(workload, self.settings),
                 calibration_prompts=self.settings.calibration_prompts,
                 calibration=self.settings.calibration,
+                levels=any(
+                    arm.method == "calibatt" and arm.mode in ("equal_density", "equal_fidelity")
+                    for (_, other), arms in self.chosen.items()
+                    for arm in arms
+                    if other == workload and isinstance(arm, Arm)
+                ),
                 console=self.console,
             )
         return self._stage

@@ -59,6 +59,7 @@ class Stage:
         calibration_prompts: how many of them are for calibration.
         calibration: a stored calibration to use in place of one made here.
         console: shows how far the work is.
+        levels: whether the calibration made here is to have levels, for arms that turn CalibAtt's knob.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Stage:
         calibration_prompts: int,
         calibration: Path | None,
         console: Console,
+        levels: bool = False,
     ) -> None:
         self.workload = workload
         self.entry = workload.entry
@@ -77,6 +79,7 @@ class Stage:
         self._console = console
         self._calibration_prompts = tuple(prompts[:calibration_prompts])
         self._calibration_file = calibration
+        self._levels = levels
         self.calibration_s: float | None = None
         self._learnt: dict[Arm, tuple[float, Learnt]] = {}
 
@@ -178,7 +181,7 @@ class Stage:
                     prompts=prompts,
                     seed=CALIBRATION_SEED,
                     kernel=dense,
-                    config=CalibrationConfig(block=self.entry.block),
+                    config=CalibrationConfig(block=self.entry.block, levels=self._levels),
                     progress=True,
                 ),
             )
@@ -216,34 +219,39 @@ class Stage:
         if self.workload.resampled:
             return None
         if METHODS[arm.method].offline:
-            # a density that was given needs nothing learnt
-            return None if arm.density is not None else self.calibration_s
+            # where the knob is the density, one that was given needs nothing learnt
+            knob = METHODS[arm.method].knob
+            free = knob is not None and knob.field == "density" and arm.density is not None
+            return None if free else self.calibration_s
         return self._learnt[_learner_of(arm)][0] if self.learnt(arm) is not None else None
 
     def method(self, arm: Arm) -> Planner | Unsupported:
         """The arm's method, its knob turned where the mode asks for it; or why it does not apply."""
         kind = METHODS[arm.method]
-        if kind.knob is not None and arm.mode in ("equal_density", "equal_fidelity"):
+        knob = kind.knob if arm.mode in ("equal_density", "equal_fidelity") else None
+        if knob is not None:
             try:
-                learner(arm.method, preset=arm.preset, **{**_settings(arm), kind.knob.field: kind.knob.low})
+                learner(arm.method, preset=arm.preset, **{**_settings(arm), knob.field: knob.low})
             except ValueError as error:
                 # a preset may be set by another field
-                return Unsupported(f"its {kind.knob.field} cannot be turned: {error}")
+                return Unsupported(f"its {knob.field} cannot be turned: {error}")
         source = self.calibration if kind.offline else self.learnt(arm)
 
-        def at(**knob: float) -> Method | Scheduled:
-            settings = {**_settings(arm), **knob}
+        def at(**turned: float) -> Method | Scheduled:
+            settings = {**_settings(arm), **turned}
             method = build(arm.method, preset=arm.preset, source=source, block=self._block(arm), **settings)
             if arm.dense_first is None:
                 return method
             return Scheduled(method, steps=arm.dense_first[0], layers=arm.dense_first[1])
 
-        refusal = at().refusal(self.videos.geometry)
+        turned = {} if knob is None else {knob.field: knob.low}
+        geometry = self.videos.geometry
+        refusal = at().refusal(geometry) or at(**turned).refusal(geometry)
         if refusal is not None:
             return refusal
-        if arm.mode in ("native", "matched") or kind.knob is None:
+        if knob is None:
             return at()
-        knob, kernel = kind.knob, KERNELS[arm.kernel]
+        kernel = KERNELS[arm.kernel]
         # the last is sparse whatever the dense steps are
         probe = self.probes[-1]
         refusal = kernel.refusal(Task.of(probe.q, at().plan(probe.q[0], probe.k[0], probe.site)))

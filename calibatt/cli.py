@@ -42,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--guidance", type=float, help="classifier-free guidance scale; default: the model's")
     command.add_argument("--method", default="dense", help="see `calibatt methods`; default: %(default)s")
     command.add_argument("--preset", default="default", help="of the method; default: %(default)s")
-    command.add_argument("--kernel", default="flex", help="see `calibatt kernels`; default: %(default)s")
+    command.add_argument(
+        "--kernel", default="default", help="see `calibatt kernels`; default: for each call the fastest of them here"
+    )
     command.add_argument("--calibration", type=Path, help="file of `calibatt calibrate`, for methods that need one")
     command.add_argument("--compare", action="store_true", help="make the dense video first; print both times and PSNR")
     command.set_defaults(run=_generate)
@@ -56,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--preset", default="default", help="of a method other than calibatt; default: %(default)s")
     command.add_argument("--prompts", type=Path, help="file of prompts, one a line; default: the model's own")
     command.add_argument("--count", type=int, help="how many prompts; default: all of the file, or 16")
+    command.add_argument(
+        "--levels", action="store_true", help="of calibatt: also what masks of another density need, a byte a block"
+    )
     command.add_argument("--seed", type=int, default=10_000, help="of the first prompt's noise; default: %(default)s")
     command.set_defaults(run=_calibrate)
 
@@ -90,8 +95,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from calibatt.bench.timer import timed
     from calibatt.calibration.learn import load_learnt
     from calibatt.calibration.store import Calibration
-    from calibatt.kernels.base import Task
-    from calibatt.kernels.catalogue import KERNELS
+    from calibatt.kernels.catalogue import DEFAULT, KERNELS
     from calibatt.kernels.names import look_up
     from calibatt.methods.catalogue import METHODS, build, learner
     from calibatt.models.adapter import attached
@@ -115,15 +119,10 @@ def _generate(arguments: argparse.Namespace) -> int:
             )
         source = (load_learnt if learns else Calibration.load)(arguments.calibration).to(device)
     method = build(kind.name, preset=arguments.preset, source=source, block=entry.block)
-    # blocks of a preset that has no size for them differ
-    variable = getattr(kind.presets[arguments.preset], "block", entry.block) is None
-    block = None if kind.name == "dense" or variable else entry.block
-    task = Task(
-        device=device, dtype=working_dtype(device), head_dim=entry.head_dim, block=block, variable=variable
-    )  # fmt: skip
-    for refusal in (method.refusal(entry.geometry(resolution)), kernel.refusal(task)):
-        if refusal is not None:
-            raise ValueError(refusal.reason)
+    geometry = entry.geometry(resolution)
+    refusal = method.refusal(geometry) or kernel.refusal(_task(method, geometry, steps, entry.layers, device))
+    if refusal is not None:
+        raise ValueError(refusal.reason)
 
     pipe = entry.load(resolution=resolution, device=device, dtype=working_dtype(device), weights=arguments.weights)
     if source is not None:
@@ -141,7 +140,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     dense = None
     if arguments.compare and kind.name != "dense":
-        dense = one(build("dense"), kernel)
+        dense = one(build("dense"), DEFAULT)
         print(f"dense: {dense[0]:.2f} s")
     # compiles and caches what a first use would otherwise count in
     print("warming up", file=sys.stderr)
@@ -155,10 +154,27 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _task(method: Any, geometry: Any, steps: int, layers: int, device: Any) -> Any:
+    """What the method will ask of a kernel, by a plan for queries and keys of chance at the last step and layer."""
+    import torch
+
+    from calibatt.kernels.base import Task
+    from calibatt.methods.base import Site
+    from calibatt.models.device import working_dtype
+
+    q, k = torch.randn(
+        (2, geometry.heads, geometry.tokens, geometry.head_dim), device=device, dtype=working_dtype(device)
+    )
+    where = {"step": steps - 1, "steps": steps, "layer": layers - 1, "layers": layers}
+    plan = method.plan(q, k, Site(geometry=geometry, sigma=0.0, branch="cond", **where))
+    method.reset()
+    return Task.of(q[None], plan)
+
+
 def _calibrate(arguments: argparse.Namespace) -> int:
-    from calibatt.calibration.collect import calibrate
+    from calibatt.calibration.collect import CalibrationConfig, calibrate
     from calibatt.calibration.learn import learn, save_learnt
-    from calibatt.kernels.catalogue import KERNELS
+    from calibatt.kernels.catalogue import DEFAULT
     from calibatt.kernels.names import look_up
     from calibatt.methods.catalogue import METHODS, learner
     from calibatt.models.device import working_dtype
@@ -169,6 +185,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     own = METHODS[arguments.method].offline
     if not own and learner(arguments.method, preset=arguments.preset) is None:
         raise ValueError(f"{arguments.method}/{arguments.preset} learns nothing of its own: it needs no file")
+    if arguments.levels and not own:
+        raise ValueError(f"--levels are of CalibAtt's masks: leave them out for {arguments.method}")
     if arguments.prompts is not None:
         prompts = list(read_prompts(arguments.prompts))
         if arguments.count is not None and len(prompts) < arguments.count:
@@ -182,10 +200,11 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     pipe = entry.load(resolution=resolution, device=device, dtype=working_dtype(device), weights=arguments.weights)
     how: dict[str, Any] = {
         "resolution": resolution, "steps": arguments.steps or entry.steps_at(resolution), "prompts": prompts,
-        "seed": arguments.seed, "kernel": KERNELS["sdpa-flash"], "progress": True,
+        "seed": arguments.seed, "kernel": DEFAULT, "progress": True,
     }  # fmt: skip
     if own:
-        made = calibrate(entry, pipe, **how)
+        config = CalibrationConfig(levels=arguments.levels)
+        made = calibrate(entry, pipe, config=config, **how)
         made.save(arguments.out)
         print(f"density {made.density().mean():.3f}; the masks of single prompts overlap the common one by "
               f"{made.provenance.mask_agreement:.0%}")  # fmt: skip

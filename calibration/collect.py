@@ -10,9 +10,10 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Integer, UInt8
 from torch import Tensor
 
+from calibatt.calibration.levels import common_levels, loss_levels
 from calibatt.calibration.repetition import anchor_rows, row_similarity
 from calibatt.calibration.schedule import Schedule
 from calibatt.calibration.store import Calibration, Provenance
@@ -37,6 +38,8 @@ class CalibrationConfig:
         gamma: heads at least this similar over rows are repetitive.
         block: tokens of a query block and of a key block; None takes the model's own.
         similarity_prompts: measure repetition on this many prompts only, which saves time; None is all of them.
+        levels: also keep what `CalibAttConfig.loss` needs to be another than 1: a byte a block in the file, and one a
+            block and prompt while calibrating.
 
     Raises:
         ValueError: a value is out of range.
@@ -48,6 +51,7 @@ class CalibrationConfig:
     gamma: float = 0.87
     block: tuple[int, int] | None = None
     similarity_prompts: int | None = None
+    levels: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.rho <= 1:
@@ -61,7 +65,8 @@ class CalibrationConfig:
 class Recorder:
     """A planner of dense attention that takes notes: which blocks each video needs, and how its rows repeat.
 
-    Notes are taken on the conditional branch and summed up at once, so that memory does not grow with the videos.
+    Notes are taken on the conditional branch and summed up at once, so that memory does not grow with the videos; but
+    for levels, of which each video has its own.
 
     Args:
         geometry: layout of the tokens.
@@ -69,9 +74,11 @@ class Recorder:
         videos: how many there will be.
         schedule, block, anchors: as in CalibrationConfig.
         similarity_videos: measure repetition on the first so many.
+        with_levels: whether to note the loss that each block withstands.
     """
 
     votes: Integer[Tensor, "steps layers heads q_blocks k_blocks"]
+    levels: UInt8[Tensor, "videos steps layers heads q_blocks k_blocks"] | None
     similarity: Float[Tensor, "steps layers heads"]
 
     def __init__(
@@ -85,11 +92,13 @@ class Recorder:
         block: tuple[int, int],
         anchors: int,
         similarity_videos: int,
+        with_levels: bool = False,
     ) -> None:
         sites = (steps, layers, geometry.heads)
         # one byte a block where it can count the videos: 28 GB for Wan 14B at 720p and 50 steps
         dtype = next(d for d in (torch.uint8, torch.int16, torch.int32) if videos <= torch.iinfo(d).max)
         self.votes = torch.zeros(*sites, *(block_count(geometry.tokens, size) for size in block), dtype=dtype)
+        self.levels = torch.zeros(videos, *self.votes.shape, dtype=torch.uint8) if with_levels else None
         self.similarity = torch.zeros(sites)
         self.watch = Stopwatch()
         self._geometry = geometry
@@ -129,8 +138,10 @@ class Recorder:
     def _note(self, q: Tensor, k: Tensor, site: Site) -> None:
         block_q, block_k = self._block
         energy = block_energy(q, k, block_q=block_q, block_k=block_k)
-        keep = smallest_set(energy, self._schedule.mass(site.step, site.steps))
-        self.votes[site.step, site.layer] += keep.cpu()
+        mass = self._schedule.mass(site.step, site.steps)
+        self.votes[site.step, site.layer] += smallest_set(energy, mass).cpu()
+        if self.levels is not None:
+            self.levels[self._video, site.step, site.layer] = loss_levels(energy, mass).cpu()
         if self._video < self._similarity_videos:
             alike = row_similarity(q, k, self._geometry, self._anchors)
             self.similarity[site.step, site.layer] += alike.cpu() / self._similarity_videos
@@ -202,6 +213,7 @@ def calibrate_on(
         block=block,
         anchors=config.anchors,
         similarity_videos=similarity_prompts,
+        with_levels=config.levels,
     )
     seconds = videos.show(recorder, kernel, prompts=prompts, seed=seed, progress=progress)
 
@@ -212,8 +224,13 @@ def calibrate_on(
         keep = majority(votes, threshold)
         overlaps.append(agreement(votes, keep, len(prompts)))
         bits.append(BlockMask.from_keep(keep, tokens=geometry.tokens, block_q=block[0], block_k=block[1]).bits)
+    levels = recorder.levels
+    if levels is not None:
+        each = [common_levels(levels[:, step, layer], threshold) for step in range(steps) for layer in range(layers)]
+        levels = torch.stack(each).view(recorder.votes.shape)
     return Calibration(
         bits=torch.stack(bits).view(steps, layers, *bits[0].shape),
+        levels=levels,
         similarity=recorder.similarity,
         gamma=config.gamma,
         provenance=Provenance(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from calibatt.calibration.file import UnusableCalibration, read, write
+from calibatt.calibration.levels import keep_at
 from calibatt.calibration.repetition import anchor_rows
 from calibatt.calibration.schedule import Schedule
+from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, HeadKind, Plan, RowReuse
 from calibatt.methods.base import Site
@@ -99,18 +101,20 @@ class Calibration:
 
     Args:
         bits: the masks, packed as in `BlockMask`.
+        levels: how much loss each block withstands, `levels.loss_levels`; None where no other loss than 1 is asked for.
         similarity: how alike each head attends from all rows of a frame, mean over prompts.
         gamma: heads at least this similar reuse rows. To try another: `dataclasses.replace(calibration, gamma=…)`.
         provenance: where it comes from.
 
     Raises:
-        ValueError: bits, similarity and provenance do not belong together.
+        ValueError: bits, levels, similarity and provenance do not belong together.
     """
 
     bits: UInt8[Tensor, "steps layers heads q_blocks row_bytes"]
     similarity: Float[Tensor, "steps layers heads"]
     gamma: float
     provenance: Provenance
+    levels: UInt8[Tensor, "steps layers heads q_blocks k_blocks"] | None = None
 
     def __post_init__(self) -> None:
         heads = (self.provenance.steps, self.layers, self.provenance.geometry.heads)
@@ -120,7 +124,12 @@ class Calibration:
                 f"{heads[0]} steps, {heads[1]} layers and {heads[2]} heads"
             )
         # the mask itself refuses bits of another number of tokens
-        self._mask(0, 0)
+        mask = self._mask(0, 0, 1.0)
+        if self.levels is not None and tuple(self.levels.shape) != (*self.bits.shape[:3], mask.q_blocks, mask.k_blocks):
+            raise ValueError(
+                f"levels {list(self.levels.shape)} are not those of masks {list(self.bits.shape[:3])} of "
+                f"{mask.q_blocks} × {mask.k_blocks} blocks"
+            )
 
     @property
     def layers(self) -> int:
@@ -132,20 +141,30 @@ class Calibration:
         """Heads that reuse rows."""
         return self.similarity >= self.gamma
 
-    def plan(self, site: Site, *, repetition: bool = True) -> Plan:
+    def refusal(self, *, loss: float) -> Unsupported | None:
+        """Why there are no plans for a loss, or None when there are."""
+        if loss == 1 or self.levels is not None:
+            return None
+        return Unsupported(
+            f"the calibration has masks for a loss of 1, not for {loss:g}: make one by `calibatt calibrate --levels`"
+        )
+
+    def plan(self, site: Site, *, repetition: bool = True, loss: float = 1.0) -> Plan:
         """The plan for a site, the same for both branches: repetitive heads reuse rows, the others have a mask.
 
         Args:
             site: where the call happens.
             repetition: without it, every head has its mask.
+            loss: attention mass that masks may lose, in multiples of what the schedule leaves out.
 
         Raises:
             CalibrationMismatch: the site has another geometry, number of steps or of layers.
+            ValueError: the loss is another than 1 and there are no levels, or they do not reach it.
         """
         self.check_run(site.geometry, site.steps)
         if site.layers != self.layers:
             raise self._mismatch(f"{self.layers} layers", f"{site.layers}")
-        return self._plan(site.step, site.layer, repetition)
+        return self._plan(site.step, site.layer, repetition, loss)
 
     def check_model(self, model: str, weights: str) -> None:
         """Refuse another model, or other weights of the same.
@@ -173,20 +192,18 @@ class Calibration:
         if steps != own.steps:
             raise self._mismatch(f"{own.steps} steps", f"{steps}")
 
-    def density(self, *, repetition: bool = True) -> Float[Tensor, "steps layers heads"]:
+    def density(self, *, repetition: bool = True, loss: float = 1.0) -> Float[Tensor, "steps layers heads"]:
         """Computed fraction of the query-key products of every head."""
         return torch.stack(
             [
-                torch.stack([self._plan(step, layer, repetition).density() for layer in range(self.layers)])
+                torch.stack([self._plan(step, layer, repetition, loss).density() for layer in range(self.layers)])
                 for step in range(self.provenance.steps)
             ]
         )
 
     def to(self, device: torch.device | str) -> Calibration:
         """The same calibration with its plans on another device; what decides them stays on the CPU."""
-        return Calibration(
-            bits=self.bits.to(device), similarity=self.similarity, gamma=self.gamma, provenance=self.provenance
-        )
+        return replace(self, bits=self.bits.to(device))
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all.
@@ -195,7 +212,8 @@ class Calibration:
             OSError: it cannot be written.
         """
         facts = {"gamma": self.gamma, "provenance": self.provenance.to_json()}
-        write(path, SCHEMA, {"bits": self.bits, "similarity": self.similarity}, facts)
+        tensors = {"bits": self.bits, "similarity": self.similarity}
+        write(path, SCHEMA, tensors if self.levels is None else {**tensors, "levels": self.levels}, facts)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -211,29 +229,36 @@ class Calibration:
         except (KeyError, TypeError, ValueError) as error:
             raise UnusableCalibration(f"{path} contradicts itself: {error}") from None
 
-    def _plan(self, step: int, layer: int, repetition: bool) -> Plan:
-        key = (step, layer, repetition)
+    def _plan(self, step: int, layer: int, repetition: bool, loss: float) -> Plan:
+        key = (step, layer, repetition, loss)
         if key not in self._plans:
             self._plans[key] = self._build(*key)
         return self._plans[key]
 
-    def _build(self, step: int, layer: int, repetition: bool) -> Plan:
+    def _build(self, step: int, layer: int, repetition: bool, loss: float) -> Plan:
         reused = self.repetitive[step, layer].tolist()
         kinds: tuple[HeadKind, ...] = tuple("reused" if repetition and head else "masked" for head in reused)
         return Plan(
             tokens=self.provenance.geometry.tokens,
             kinds=kinds,
-            mask=self._mask(step, layer) if "masked" in kinds else None,
+            mask=self._mask(step, layer, loss) if "masked" in kinds else None,
             reuse=self._reuse if "reused" in kinds else None,
         )
 
-    def _mask(self, step: int, layer: int) -> BlockMask:
+    def _mask(self, step: int, layer: int, loss: float) -> BlockMask:
         block_q, block_k = self.provenance.block
         tokens = self.provenance.geometry.tokens
-        return BlockMask(bits=self.bits[step, layer], tokens=tokens, block_q=block_q, block_k=block_k)
+        if loss == 1:
+            return BlockMask(bits=self.bits[step, layer], tokens=tokens, block_q=block_q, block_k=block_k)
+        refusal = self.refusal(loss=loss)
+        if refusal is not None:
+            raise ValueError(refusal.reason)
+        assert self.levels is not None
+        keep = keep_at(self.levels[step, layer], loss)
+        return BlockMask.from_keep(keep, tokens=tokens, block_q=block_q, block_k=block_k).to(self.bits.device)
 
     @cached_property
-    def _plans(self) -> dict[tuple[int, int, bool], Plan]:
+    def _plans(self) -> dict[tuple[int, int, bool, float], Plan]:
         return {}
 
     @cached_property

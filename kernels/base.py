@@ -42,6 +42,11 @@ class Task:
     skips: bool = False
     int8: tuple[int, int] | None = None
 
+    @property
+    def sparse(self) -> bool:
+        """Whether something is left out."""
+        return self.block is not None or self.variable or self.reuses or self.skips
+
     @classmethod
     def of(cls, q: Tensor, plan: Plan) -> Task:
         """What a plan on these inputs asks for."""

@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from calibatt.kernels.base import Kernel
+from calibatt.kernels.default import Default
 from calibatt.kernels.dense import SDPA_CUDNN, SDPA_FLASH, SDPA_MATH
 from calibatt.kernels.flash import FA3, Flash4
 from calibatt.kernels.flex import FLEX_DENSE, Flex
 from calibatt.kernels.gluon_hopper import Gluon
 from calibatt.kernels.triton_sparse import Triton
 
-KERNELS: Mapping[str, Kernel] = MappingProxyType(
+_EACH: Mapping[str, Kernel] = MappingProxyType(
     {
         kernel.name: kernel
         for kernel in (SDPA_FLASH, SDPA_CUDNN, SDPA_MATH, FA3, Flash4(), FLEX_DENSE, Flex(), Gluon(), Triton())
     }
 )
+DEFAULT = Default(_EACH)
+KERNELS: Mapping[str, Kernel] = MappingProxyType({DEFAULT.name: DEFAULT, **_EACH})

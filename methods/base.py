@@ -67,11 +67,15 @@ class Site:
 class PlanSource(Protocol):
     """Something learnt offline that has a plan for every site; the calibration store is one."""
 
-    def plan(self, site: Site, *, repetition: bool = True) -> Plan:
-        """The plan for a site; without repetition, a block mask for every head.
+    def refusal(self, *, loss: float) -> Unsupported | None:
+        """Why it has no plans for a loss, or None when it has; all have them for 1."""
+        ...
+
+    def plan(self, site: Site, *, repetition: bool = True, loss: float = 1.0) -> Plan:
+        """The plan for a site; without repetition, a block mask for every head; sparser for a larger loss.
 
         Raises:
-            ValueError: it was learnt for another model, geometry or number of steps.
+            ValueError: it was learnt for another model, geometry or number of steps, or for one loss only.
         """
         ...
 

@@ -22,9 +22,12 @@ class CalibAttConfig:
 
     Args:
         repetition: repetitive heads compute their anchor rows only; without it they have a block mask like the others.
+        loss: attention mass that masks may lose, in multiples of what the schedule that was calibrated with leaves out.
+            Another than 1 needs a calibration with levels.
     """
 
     repetition: bool = True
+    loss: float = 1.0
 
 
 class CalibAtt:
@@ -40,8 +43,8 @@ class CalibAtt:
         }
     )
     offline: ClassVar[bool] = True
-    # density follows from the schedule that was calibrated with
-    knob: ClassVar[Knob | None] = None
+    # nearly all that a calibration's levels tell apart
+    knob: ClassVar[Knob | None] = Knob(field="loss", low=0.0, high=15.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, config: CalibAttConfig, source: PlanSource) -> None:
@@ -49,8 +52,8 @@ class CalibAtt:
         self._source = source
 
     def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies wherever there is a calibration, which itself refuses another geometry."""
-        return None
+        """Applies wherever the calibration has plans for the loss; it refuses other geometries when asked."""
+        return self._source.refusal(loss=self.config.loss)
 
     def plan(
         self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
@@ -60,7 +63,7 @@ class CalibAtt:
         Raises:
             ValueError: the calibration is for another model, geometry or number of steps.
         """
-        return self._source.plan(site, repetition=self.config.repetition)
+        return self._source.plan(site, repetition=self.config.repetition, loss=self.config.loss)
 
     def reset(self) -> None:
         """There is no state."""

@@ -36,6 +36,8 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ),
         (["--method", "radial", "--kernel", "sdpa-flash"], "choose a sparse one"),
         (["--method", "svg2", "--preset", "clusters", "--kernel", "flex"], "FlexAttention has blocks of one size"),
+        (["--method", "sage", "--kernel", "flex"], "does not multiply queries and keys in INT8"),
+        (["--method", "lite", "--kernel", "flex"], "leaves no blocks out by itself"),
         (["--steps", "0"], "whole number from 1 up"),
         (["--device", "tpu"], "this machine has"),
         (["--out", "video.avi"], "ends in .mp4 or .gif"),
@@ -60,6 +62,8 @@ def test_calibrate_refuses_what_has_nothing_to_learn_in_one_line(
     out = tmp_path / "x.safetensors"
     assert "sparge/default learns nothing" in _refused(capsys, "calibrate", "-o", str(out), "--method", "sparge")
     assert "did you mean sparge" in _refused(capsys, "calibrate", "-o", str(out), "--method", "sparg")
+    learns = ("--method", "scaling", "--levels")
+    assert "leave them out for scaling" in _refused(capsys, "calibrate", "-o", str(out), *learns)
     assert not out.exists()
 
 
@@ -105,7 +109,7 @@ def test_the_tables_name_everything_there_is(table: str, capsys: pytest.CaptureF
 def test_a_video_is_made_calibrated_and_sped_up(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     calibration = tmp_path / "quick.safetensors"
     size = ["--resolution", "quick", "--steps", "2"]
-    assert main(["calibrate", *size, "--count", "1", "-o", str(calibration)]) == 0
+    assert main(["calibrate", *size, "--count", "1", "--levels", "-o", str(calibration)]) == 0
     out = tmp_path / "video.gif"
     arguments = ["generate", PROMPT, *size, "-o", str(out), "--method", "calibatt", "--calibration", str(calibration)]
     assert main([*arguments, "--compare"]) == 0

@@ -44,11 +44,11 @@ def test_arms_are_named_by_method_preset_and_mode() -> None:
         ("radail", "did you mean radial"),
         ("radial/nowarmup", "did you mean no-warmup"),
         ("dense=density", "no knob"),
-        ("calibatt=0.5", "no knob"),
+        ("sage=0.5", "no knob"),
         ("sparge=1.5", "a density above 0 and up to 1"),
         ("sparge=half", "a PSNR such as 30dB"),
         ("sparge=infdB", "a PSNR such as 30dB"),
-        ("calibatt=30dB", "no knob"),
+        ("sage=30dB", "no knob"),
     ],
 )
 def test_an_arm_that_does_not_exist_is_refused(text: str, message: str) -> None:
@@ -89,7 +89,7 @@ def test_blocks_of_the_methods_own_make_one_cell_a_choice_in_every_suite() -> No
         names = [line for line in done.stdout.splitlines() if f"test_{suite}[" in line]
         # CalibAtt's blocks are its calibration's
         assert [name.partition("quick-6-")[2].rstrip("]") for name in names] == [
-            "dense-fastest", "sparge-native-flex", "sparge-32x32-flex", "calibatt-flex",
+            "dense-fastest", "sparge-native-default", "sparge-32x32-default", "calibatt-default",
         ]  # fmt: skip
 
 
@@ -97,8 +97,9 @@ def test_blocks_of_the_methods_own_make_one_cell_a_choice_in_every_suite() -> No
 def test_a_wanted_fidelity_is_solved_for_under_the_runs_own_dense_schedule(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     done = _bench(
-        "-k", "test_denoise", "--methods", "dense,scaling=50dB,sparge/cdf=50dB,lite=0.5", "--steps", "2", "--rounds",
-        "1", "--calibration-prompts", "1", "--dense-steps", "0.5", f"--benchmark-json={path}",
+        "-k", "test_denoise", "--methods", "dense,scaling=50dB,sparge/cdf=50dB,lite=0.5,calibatt/masks-only=0.6",
+        "--steps", "2", "--rounds", "1", "--calibration-prompts", "1", "--dense-steps", "0.5",
+        f"--benchmark-json={path}",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = {record.method: record for record in load_run(path).records}
@@ -112,6 +113,13 @@ def test_a_wanted_fidelity_is_solved_for_under_the_runs_own_dense_schedule(tmp_p
     assert 40 < near.psnr_db[0] < 65
     assert "cannot be turned" in (found["sparge"].reason or "")
     assert "leaves no blocks out by itself" in (found["lite"].reason or "")
+    # CalibAtt's knob needs levels, which the run asks for by itself
+    sparse = found["calibatt"]
+    assert (sparse.mode, sparse.target_density) == ("equal_density", 0.6)
+    assert sparse.preparation_s is not None
+    assert sparse.density is not None
+    # solved on four calls of another video
+    assert sparse.density == pytest.approx(0.6, abs=0.03)
 
 
 @pytest.mark.slow

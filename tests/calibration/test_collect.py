@@ -219,6 +219,27 @@ def test_one_prompt_gives_the_masks_of_its_own_attention(pipe: Any) -> None:
     assert compare.compared == 4
 
 
+def test_levels_give_the_masks_of_other_schedules(pipe: Any) -> None:
+    def calibrated(schedule: Schedule, levels: bool) -> Calibration:
+        config = CalibrationConfig(schedule=schedule, block=(32, 16), anchors=2, levels=levels)
+        return calibrate(
+            TINY, pipe, resolution="small", prompts=PROMPTS, seed=5, kernel=SDPA, config=config, steps=2, guidance=1.0
+        )
+
+    adjustable = calibrated(Schedule(early=0.9, late=0.8, decay=1.0), levels=True)
+    # twice what the first leaves out, at every step
+    sparser = calibrated(Schedule(early=0.8, late=0.6, decay=1.0), levels=False)
+    assert sparser.levels is None
+    assert adjustable.density(repetition=False, loss=1.0).mean() > sparser.density(repetition=False).mean()
+    # 2 is between two steps of loss, 3 % apart
+    near = adjustable.density(repetition=False, loss=2.0) - sparser.density(repetition=False)
+    assert near.abs().mean() < 0.02
+    assert torch.equal(
+        adjustable.density(repetition=False),
+        calibrated(adjustable.provenance.schedule, levels=False).density(repetition=False),
+    )
+
+
 def test_every_prompt_starts_from_noise_of_its_own(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
 

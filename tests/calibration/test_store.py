@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 
 from calibatt.calibration import file, store
+from calibatt.calibration.levels import keep_at
 from calibatt.calibration.repetition import anchor_rows
 from calibatt.calibration.schedule import Schedule
 from calibatt.calibration.store import Calibration, CalibrationMismatch, Provenance, UnusableCalibration
@@ -130,10 +131,45 @@ def test_bits_of_another_number_of_tokens_or_steps_cannot_be_a_calibration(calib
         replace(calibration, bits=calibration.bits[:2], similarity=calibration.similarity[:2])
 
 
-def test_a_saved_calibration_comes_back_bit_for_bit(calibration: Calibration, tmp_path: Path) -> None:
+LEVELS = torch.randint(0, 255, KEEP.shape, generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+
+
+def test_masks_of_another_loss_come_from_levels_and_those_of_the_schedule_from_the_bits(
+    calibration: Calibration,
+) -> None:
+    adjustable = replace(calibration, levels=LEVELS)
+    for loss in (0.0, 1.0, 4.0):
+        assert adjustable.refusal(loss=loss) is None
+        plan = adjustable.plan(site(step=2, layer=0), repetition=False, loss=loss)
+        assert plan.mask is not None
+        expected = KEEP[2, 0] if loss == 1 else keep_at(LEVELS[2, 0], loss)
+        assert torch.equal(plan.mask.keep(), expected)
+    assert adjustable.density(loss=0.25).mean() > adjustable.density(loss=4.0).mean()
+
+
+def test_without_levels_another_loss_is_refused(calibration: Calibration) -> None:
+    assert calibration.refusal(loss=1.0) is None
+    refusal = calibration.refusal(loss=2.0)
+    assert refusal is not None
+    assert "calibrate --levels" in refusal.reason
+    with pytest.raises(ValueError, match="a loss of 1, not for 2"):
+        calibration.plan(site(), loss=2.0)
+
+
+def test_levels_of_other_blocks_cannot_be_a_calibrations(calibration: Calibration) -> None:
+    with pytest.raises(ValueError, match="7 × 12 blocks"):
+        replace(calibration, levels=LEVELS[..., :-1])
+
+
+@pytest.mark.parametrize("levels", [None, LEVELS])
+def test_a_saved_calibration_comes_back_bit_for_bit(
+    calibration: Calibration, tmp_path: Path, levels: torch.Tensor | None
+) -> None:
     path = tmp_path / "new folder" / "toy.safetensors"
-    calibration.save(path)
+    replace(calibration, levels=levels).save(path)
     back = Calibration.load(path)
+    assert (back.levels is None) == (levels is None)
+    assert levels is None or (back.levels is not None and torch.equal(back.levels, levels))
     assert torch.equal(back.bits, calibration.bits)
     assert torch.equal(back.similarity, calibration.similarity)
     assert (back.gamma, back.provenance) == (calibration.gamma, calibration.provenance)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.names import UnknownName
 from calibatt.kernels.plan import BlockMask, Plan, RowReuse
@@ -43,10 +44,13 @@ class Source:
     """Answers with one plan, and remembers what it was asked."""
 
     answer: Plan
-    asked: list[tuple[Site, bool]] = field(default_factory=list)
+    asked: list[tuple[Site, bool, float]] = field(default_factory=list)
 
-    def plan(self, site: Site, *, repetition: bool = True) -> Plan:
-        self.asked.append((site, repetition))
+    def refusal(self, *, loss: float) -> Unsupported | None:
+        return Unsupported("one loss only") if loss == 0 else None
+
+    def plan(self, site: Site, *, repetition: bool = True, loss: float = 1.0) -> Plan:
+        self.asked.append((site, repetition, loss))
         return self.answer
 
 
@@ -59,7 +63,18 @@ def counts(plan: Plan) -> torch.Tensor:
 def test_calibatt_hands_on_what_was_learnt(preset: str, repetition: bool) -> None:
     source = Source(mixed())
     assert build("calibatt", preset=preset, source=source).plan(Q, Q, site()) is source.answer
-    assert source.asked == [(site(), repetition)]
+    assert source.asked == [(site(), repetition, 1.0)]
+
+
+def test_calibatt_asks_for_its_loss_and_says_where_there_is_none() -> None:
+    source = Source(mixed())
+    method = build("calibatt", source=source, loss=2.5)
+    assert method.refusal(site().geometry) is None
+    method.plan(Q, Q, site())
+    assert source.asked == [(site(), True, 2.5)]
+    refusal = build("calibatt", source=source, loss=0.0).refusal(site().geometry)
+    assert refusal is not None
+    assert refusal.reason == "one loss only"
 
 
 def test_random_keeps_as_many_blocks_of_every_row_as_its_source() -> None:
@@ -158,7 +173,10 @@ def test_every_method_has_its_name_a_default_and_a_knob_that_exists(name: str) -
         assert hasattr(method.presets["default"], method.knob.field)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.knob is not None])
+# CalibAtt's plans are its source's: tests/calibration/test_levels.py
+@pytest.mark.parametrize(
+    "name", [name for name, kind in METHODS.items() if kind.knob is not None and name != "calibatt"]
+)
 def test_density_is_monotonic_along_the_knob(name: str) -> None:
     knob = METHODS[name].knob
     assert knob is not None

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from calibatt.methods.selection import smallest_set
+from calibatt.methods.selection import mass_before, smallest_set
 
 
 @pytest.mark.parametrize("mass", [0.1, 0.5, 0.842, 0.99])
@@ -51,6 +51,11 @@ def test_a_row_need_not_sum_to_one() -> None:
 
 def test_an_empty_row_keeps_one_block() -> None:
     assert smallest_set(torch.zeros(2, 3), 0.9).sum(-1).tolist() == [1, 1]
+
+
+def test_a_block_is_needed_above_the_mass_of_those_before_it() -> None:
+    energy = torch.tensor([[0.25, 0.5, 0.0, 0.25]])
+    assert mass_before(energy).tolist() == [[0.5, 0.0, 1.0, 0.75]]
 
 
 @pytest.mark.parametrize("mass", [-0.1, 1.1, float("nan")])

@@ -1,0 +1,80 @@
+"""The kernel for those who name none: each plan goes to the one that docs/kernels.md found fastest for its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from calibatt.kernels.base import Kernel, Task, Unsupported, check, check_accepted
+from calibatt.kernels.plan import Plan
+
+
+class Default:
+    """For any device: hands every plan to the kernel that was measured to be fastest for plans like it.
+
+    Args:
+        kernels: those to choose from, by name.
+    """
+
+    name = "default"
+
+    def __init__(self, kernels: Mapping[str, Kernel]) -> None:
+        self._kernels = kernels
+
+    def chosen(self, task: Task) -> Kernel | Unsupported:
+        """The first in the order of speed that can do the task on this machine; why each cannot where none can."""
+        reasons = []
+        for name in _order(task):
+            refusal = self._kernels[name].refusal(task)
+            if refusal is None:
+                return self._kernels[name]
+            reasons.append(refusal.reason)
+        return Unsupported("; ".join(reasons))
+
+    def refusal(self, task: Task) -> Unsupported | None:
+        """Why no kernel can do the task on this machine, or None when one can."""
+        chosen = self.chosen(task)
+        return chosen if isinstance(chosen, Unsupported) else None
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch heads tokens head_dim"],
+        k: Float[Tensor, "batch heads tokens head_dim"],
+        v: Float[Tensor, "batch heads tokens head_dim"],
+        plan: Plan,
+    ) -> Float[Tensor, "batch heads tokens head_dim"]:
+        """Attention under a plan; a row with no block gives zeros.
+
+        Raises:
+            ValueError: inputs and plan do not belong together, or no kernel has their dtype or sizes.
+        """
+        check(q, k, v, plan)
+        check_accepted(self, q, plan)
+        chosen = self.chosen(Task.of(q, plan))
+        assert not isinstance(chosen, Unsupported)
+        return chosen.attend(q, k, v, plan)
+
+
+def name_of(kernel: Kernel, tasks: Sequence[Task]) -> str:
+    """The name of what computed some tasks, which a default has chosen: for those that are sparse, if any is."""
+    if not isinstance(kernel, Default):
+        return kernel.name
+    names = {task: chosen.name for task in tasks if not isinstance(chosen := kernel.chosen(task), Unsupported)}
+    sparse = [name for task, name in names.items() if task.sparse]
+    return "+".join(dict.fromkeys(sparse or names.values()))
+
+
+def _order(task: Task) -> Sequence[str]:
+    """Names from the fastest to the slowest, by bench/results/h200 where the GPU is Hopper's."""
+    if task.device.type != "cuda":
+        return ("flex", "triton") if task.sparse or task.int8 else ("sdpa-flash", "flex")
+    if not (task.sparse or task.int8):
+        return ("fa3", "fa4", "sdpa-cudnn", "sdpa-flash")
+    if torch.cuda.get_device_capability(task.device) != (9, 0):
+        return ("fa4", "triton", "flex")
+    # rows that reuse others in the same launch, or loads that FlashAttention-4 does not hide
+    small = task.head_dim == 64 or (task.block is not None and task.block[0] % 128 != 0)
+    return ("gluon", "fa4", "triton", "flex") if task.reuses or small else ("fa4", "gluon", "triton", "flex")

@@ -1,0 +1,92 @@
+"""The default kernel: what it chooses for which task, and that it computes what was asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from calibatt.kernels import oracle
+from calibatt.kernels.base import Task, Unsupported
+from calibatt.kernels.catalogue import DEFAULT, KERNELS
+from calibatt.kernels.default import name_of
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import BlockMask, Plan, RowReuse
+
+GEOMETRY = Geometry(grid=(2, 8, 8), heads=3, head_dim=64)
+
+
+@pytest.fixture
+def a_gpu_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calibatt.kernels.flash._installed", lambda package: True)
+    monkeypatch.setattr("calibatt.kernels.gluon_hopper._triton_version", lambda: (3, 6))
+    monkeypatch.setattr("calibatt.kernels.triton_sparse.interpreted", lambda: False)
+
+
+def chosen(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, **what: Any) -> str:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = DEFAULT.chosen(Task(**{"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 128} | what))
+    assert not isinstance(found, Unsupported), found.reason
+    return found.name
+
+
+@pytest.mark.usefixtures("a_gpu_with_everything")
+@pytest.mark.parametrize(
+    ("capability", "what", "expected"),
+    [
+        ((9, 0), {}, "fa3"),
+        # FlashAttention-3 is built without it
+        ((9, 0), {"dtype": torch.float16}, "fa4"),
+        ((9, 0), {"block": (128, 128)}, "fa4"),
+        ((9, 0), {"block": (64, 64)}, "gluon"),
+        ((9, 0), {"block": (128, 128), "head_dim": 64}, "gluon"),
+        ((9, 0), {"block": (128, 128), "reuses": True}, "gluon"),
+        # what only one of them has
+        ((9, 0), {"block": (128, 48)}, "fa4"),
+        ((9, 0), {"variable": True}, "triton"),
+        ((9, 0), {"int8": (128, 64)}, "triton"),
+        ((9, 0), {"block": (128, 64), "skips": True}, "triton"),
+        # FlashAttention-4 ignores lists there, or has blocks of other sizes
+        ((8, 0), {"block": (128, 128)}, "triton"),
+        ((8, 9), {"reuses": True}, "fa4"),
+        ((10, 0), {"block": (256, 128)}, "fa4"),
+        ((10, 0), {"block": (128, 128)}, "triton"),
+    ],
+)
+def test_each_task_goes_to_the_fastest_kernel_that_can(
+    capability: tuple[int, int], what: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert chosen(capability, monkeypatch, **what) == expected
+
+
+def test_what_no_kernel_can_do_is_refused_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calibatt.kernels.triton_sparse.interpreted", lambda: False)
+    refusal = DEFAULT.refusal(Task(device=torch.device("mps"), dtype=torch.float32, head_dim=64, block=(64, 64)))
+    assert refusal is not None
+    assert "FlexAttention" in refusal.reason
+    assert "Triton" in refusal.reason
+    assert "\n" not in refusal.reason
+
+
+def test_the_name_is_that_of_what_ran_sparse_where_anything_did() -> None:
+    cpu = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 64}
+    dense, sparse = Task(**cpu), Task(**cpu, block=(64, 64))
+    assert name_of(DEFAULT, [dense]) == "sdpa-flash"
+    assert name_of(DEFAULT, [dense, sparse, sparse]) == "flex"
+    assert name_of(KERNELS["triton"], [dense, sparse]) == "triton"
+
+
+@pytest.mark.slow
+def test_every_kind_of_plan_comes_out_as_it_should() -> None:
+    q, k, v = torch.randn((3, 1, 3, 128, 64), generator=torch.Generator().manual_seed(0))
+    keep = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask = BlockMask.from_keep(keep, tokens=128, block_q=16, block_k=16)
+    reuse = RowReuse.of_anchor_rows(GEOMETRY, (1, 5))
+    for plan in (
+        Plan.dense(GEOMETRY),
+        Plan.masked(mask, 3),
+        Plan(tokens=128, kinds=("masked", "reused", "dense"), mask=mask, reuse=reuse),
+    ):
+        truth = oracle.attend(q, k, v, plan)
+        assert (DEFAULT.attend(q, k, v, plan) - truth).abs().max() < 1e-5
