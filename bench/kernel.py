@@ -48,6 +48,7 @@ class _Ready:
 
     kernel: Kernel
     plan: Plan
+    first_call_s: float
     error: float
     budget: float
 
@@ -87,10 +88,11 @@ class _Bench:
         plan = Plan.dense(self.geometry)
         if isinstance(arm, BlockArm) and arm.mask is not None:
             plan = make_plan(arm.mask, arm.density, self.geometry, arm.block, lambda: self._captured).to(device)
+        first, _ = timed(device, lambda: kernel.attend(self.q, self.k, self.v, plan))
         error, budget = spot_error(kernel, self.q, self.k, self.v, plan)
         if not error <= budget:
             return Failure("wrong", f"its largest error against fp64 is {error:.3g}, allowed {budget:.3g}")
-        return _Ready(kernel=kernel, plan=plan, error=error, budget=budget)
+        return _Ready(kernel=kernel, plan=plan, first_call_s=first, error=error, budget=budget)
 
     @functools.cached_property
     def _captured(self) -> Float[Tensor, "maps q_blocks k_blocks"]:
@@ -189,6 +191,7 @@ def measure(workload: Workload, arms: Sequence[AnyArm], console: Console) -> dic
             samples_s=tuple(seconds[arm]),
             baseline_samples_s=None if arm == DENSE else tuple(seconds[DENSE]),
             phases_s={name: tuple(parts) for name, parts in phases[arm].items()} or None,
+            first_call_s=result.first_call_s,
             tflops=operations / statistics.median(seconds[arm]) / 1e12,
             gemm_tflops=bench.gemm_tflops,
             throttled=throttled[arm] if workload.device.type == "cuda" else None,

@@ -58,6 +58,8 @@ class Record:
         phases_s: samples of each phase (`plan`, `attend`, …). In the kernel suite on a GPU: `lists`, what it takes to
             make lists of the mask's bits (a part of each sample, taken again by itself), and `launch`, the host's time
             until all is queued, which is in no sample.
+        first_call_s: a kernel's first call under this plan in a kernel benchmark, in which it compiles what this run
+            and its cache on disk do not have yet; in no sample.
         tflops: of the blocks kept.
         gemm_tflops: rate of a large matrix product on the same device in the same run: the roofline.
     Cost:
@@ -111,6 +113,7 @@ class Record:
     samples_s: Samples | None = None
     baseline_samples_s: Samples | None = None
     phases_s: Mapping[str, Samples] | None = None
+    first_call_s: float | None = None
     tflops: float | None = None
     gemm_tflops: float | None = None
     peak_memory_bytes: int | None = None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,16 +143,28 @@ def _fa4_masked(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     return _operators()[1](q, k, v, indices, counts, plan.mask.block_q, plan.mask.block_k)
 
 
+def _keep_compiled() -> None:
+    """Have FlashAttention-4 keep what it compiles on disk, which is off by default, and read when it is imported.
+
+    In a folder of the user's: what lies there is loaded and run, and its own default is one that all users share.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache / "calibatt" / "flash-attention-4"))
+
+
 @functools.cache
 def _operators() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """FlashAttention-4 as operators that torch.compile leaves whole: dense, and block sparse."""
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        _keep_compiled()
         from flash_attn.cute import flash_attn_func
 
         return _tokens_first(flash_attn_func, q, k, v)
 
     def blocks(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_q: int, block_k: int) -> Tensor:
+        _keep_compiled()
         from flash_attn.cute import flash_attn_func
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 

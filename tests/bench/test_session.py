@@ -178,6 +178,8 @@ def test_kernels_are_timed_at_a_models_geometry_without_the_model(tmp_path: Path
         sparse = found["blocks", "flex", "0.3", mask]
         assert sparse.speedup is not None
         assert sparse.density == pytest.approx(0.3, abs=0.02)
+        assert sparse.first_call_s is not None
+        assert sparse.first_call_s > 0
         assert sparse.of_ideal == pytest.approx(sparse.speedup.median * sparse.density)
         # a dense kernel has no blocks to leave out
         assert found["blocks", "sdpa-flash", "0.3", mask].outcome == "unsupported"

@@ -90,3 +90,21 @@ def test_every_kind_of_plan_comes_out_as_it_should() -> None:
     ):
         truth = oracle.attend(q, k, v, plan)
         assert (DEFAULT.attend(q, k, v, plan) - truth).abs().max() < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_what_it_chooses_on_this_gpu_computes_what_was_asked(head_dim: int) -> None:
+    q, k, v = torch.randn((3, 1, 3, 128, head_dim), device="cuda").bfloat16()
+    geometry = Geometry(grid=(2, 8, 8), heads=3, head_dim=head_dim)
+    reuse = RowReuse.of_anchor_rows(geometry, (1, 5)).to("cuda")
+    plans = [Plan.dense(geometry), Plan(tokens=128, kinds=("reused", "dense", "dense"), reuse=reuse)]
+    for block in ((128, 128), (64, 64), (128, 48)):
+        keep = torch.ones(3, -(-128 // block[0]), -(-128 // block[1]), dtype=torch.bool)
+        keep[1:, :, 1:] = False
+        mask = BlockMask.from_keep(keep, tokens=128, block_q=block[0], block_k=block[1]).to("cuda")
+        plans.append(Plan.masked(mask, 3))
+    for plan in plans:
+        exact = oracle.attend(q, k, v, plan)
+        budget = oracle.error_budget(q, k, v, plan, exact)
+        assert (DEFAULT.attend(q, k, v, plan).double() - exact).abs().max().item() <= budget

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +115,20 @@ def test_its_operators_tell_the_compiler_their_shapes() -> None:
         assert (out.shape, out.dtype) == (q.shape, q.dtype)
         # tokens before heads in memory
         assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("own", [None, "/elsewhere"])
+def test_what_is_compiled_stays_on_disk_in_the_users_own_folder(
+    own: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = {"XDG_CACHE_HOME": str(tmp_path)}
+    if own is not None:
+        given["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] = own
+    monkeypatch.setattr(os, "environ", given)
+    flash._keep_compiled()
+    assert given["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1"
+    expected = str(tmp_path / "calibatt" / "flash-attention-4") if own is None else own
+    assert given["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] == expected
 
 
 def _mixed(block: tuple[int, int], tokens: int) -> BlockMask:
