@@ -48,7 +48,8 @@ def _over_tiles(
 ):  # fmt: skip
     """Go on with tiles of keys, from the first to before the last."""
     parts: tl.constexpr = TILE_K // GROUP
-    for i in range(first, last):
+    # where products go on over many loads, those of the next tile start before the sums of this one
+    for i in tl.range(first, last, flatten=CHANNELS != STEP):
         if CHANNELS == STEP:
             # what fits is loaded once
             scores = tl.dot(queries, _tile(k, head, i * TILE_K, 0, tokens, k_token, TILE_K, STEP, TMA).T)

@@ -48,15 +48,18 @@ def mass_shape(capability: tuple[int, int], channels: int) -> Shape:
     """
     narrow = channels in _HEAD_DIMS
     if capability == (9, 0):
-        # eight keys of 128 channels together: 16 ms in place of 24 at 75,600 tokens on an H100; of sixteen 14 in both
-        return Shape(rows=128, columns=128 if narrow or channels > 1024 else 256, warps=8, stages=2 if narrow else 3)
+        # tokens of 128 channels, sixteen together: 7 ms in place of 11 with 128 columns, at 75,600 of them on an H100
+        return Shape(rows=128, columns=128 if narrow else 256, warps=8, stages=2 if narrow else 4)
     # shared memory of sm86, sm89 and sm120 has no room for more (CUDA's programming guide)
     return Shape(rows=64, columns=128, warps=4 if narrow else 8, stages=2)
 
 
 def nearest_shape(capability: tuple[int, int]) -> Shape:
     """Of tokens and clusters, by compute capability."""
-    return Shape(rows=128, columns=64, warps=8 if capability == (9, 0) else 4, stages=3 if capability == (9, 0) else 2)
+    if capability == (9, 0):
+        # 1,000 clusters, 75,600 tokens: 1.8 ms on an H100, in place of 2.0 with 128 rows
+        return Shape(rows=256, columns=64, warps=8, stages=3)
+    return Shape(rows=128, columns=64, warps=4, stages=2)
 
 
 def takes(x: Tensor) -> bool:

@@ -124,4 +124,7 @@ def antidiagonal_energy(
 def _groups(x: Float[Tensor, "heads tokens head_dim"], stride: int) -> Float[Tensor, "heads groups stride head_dim"]:
     """Tokens by group, the last one filled up with zeros."""
     heads, tokens, channels = x.shape
-    return torch.nn.functional.pad(x, (0, 0, 0, -tokens % stride)).reshape(heads, -1, stride, channels)
+    if tokens % stride:
+        # to pad by nothing is a copy too
+        x = torch.nn.functional.pad(x, (0, 0, 0, -tokens % stride))
+    return x.reshape(heads, -1, stride, channels)
