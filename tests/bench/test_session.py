@@ -123,6 +123,27 @@ def test_a_wanted_fidelity_is_solved_for_under_the_runs_own_dense_schedule(tmp_p
 
 
 @pytest.mark.slow
+def test_inputs_resampled_to_another_size_have_densities_but_no_videos(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    done = _bench(
+        "--inputs", "resampled", "--methods", "dense,calibatt/masks-only=0.4,sparge=30dB", "--steps", "2", "--rounds",
+        "1", "--calibration-prompts", "1", f"--benchmark-json={path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = load_run(path).records
+    # of whole videos and calibrations there are none
+    assert {record.suite for record in records} == {"attention"}
+    assert all((record.inputs or "").startswith("resampled from shapes, 16×16×24") for record in records)
+    found = {record.method: record for record in records}
+    assert found["calibatt"].density == pytest.approx(0.4, abs=0.01)
+    # the kernel is the one that the default chose
+    assert found["calibatt"].kernel == "flex"
+    # videos of that size would take longer to learn from
+    assert found["calibatt"].preparation_s is None
+    assert "shows in whole videos" in (found["sparge"].reason or "")
+
+
+@pytest.mark.slow
 def test_a_run_leaves_records_of_what_was_and_of_what_could_not_be_timed(tmp_path: Path) -> None:
     # in a folder that is not there yet
     path = tmp_path / "out" / "bench.json"

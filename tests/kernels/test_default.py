@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 import torch
 
+from calibatt.bench.record import Record, load_run
 from calibatt.kernels import oracle
 from calibatt.kernels.base import Task, Unsupported
 from calibatt.kernels.catalogue import DEFAULT, KERNELS
@@ -58,6 +61,27 @@ def test_each_task_goes_to_the_fastest_kernel_that_can(
     capability: tuple[int, int], what: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert chosen(capability, monkeypatch, **what) == expected
+
+
+@pytest.mark.usefixtures("a_gpu_with_everything")
+def test_its_choice_on_hopper_is_within_a_twentieth_of_the_fastest_in_the_committed_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    results = Path(__file__).parents[2] / "bench" / "results" / "h200"
+    cells: dict[tuple[Any, ...], dict[str, Record]] = {}
+    for path in results.glob("kernel*.json"):
+        for record in load_run(path).records:
+            if record.method == "blocks" and record.mask is not None and record.outcome == "ok":
+                cells.setdefault((path.name, *record.workload, record.preset, record.block, record.mask), {})[
+                    record.kernel
+                ] = record
+    assert len(cells) > 30
+    for cell, kernels in cells.items():
+        one = next(iter(kernels.values()))
+        what = {"head_dim": one.head_dim, "block": one.block, "reuses": one.mask in ("rows", "mixed")}
+        name = chosen((9, 0), monkeypatch, **what)
+        seconds = {kernel: median(record.samples_s or ()) for kernel, record in kernels.items()}
+        assert seconds[name] <= 1.05 * min(seconds.values()), (cell, name, seconds)
 
 
 def test_what_no_kernel_can_do_is_refused_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
