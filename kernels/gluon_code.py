@@ -44,10 +44,16 @@ class Call:
     kinds: gl.tensor
     computed: gl.tensor
     served: gl.tensor
+    work: gl.tensor
+    parts_mean: gl.tensor
+    parts_most: gl.tensor
+    parts_total: gl.tensor
     q_pointer: gl.tensor
     out_pointer: gl.tensor
     scale: gl.tensor
     tokens: gl.tensor
+    whole: gl.tensor
+    shares: gl.tensor
     tiles: gl.tensor
     served_most: gl.tensor
     q_blocks: gl.tensor
@@ -69,6 +75,7 @@ class Call:
     REUSE: gl.constexpr
     WITH_LSE: gl.constexpr
     Q_REGISTERS: gl.constexpr
+    SHARED_OUT: gl.constexpr
     # layouts of a warpgroup's scores, of its outputs, and of its queries and weights in registers
     SCORES: gl.constexpr
     OUTPUTS: gl.constexpr
@@ -77,15 +84,17 @@ class Call:
 
     @gluon.constexpr_function
     def __init__(
-        self, q, k, v, out, lse, indices, counts, kinds, computed, served, q_pointer, out_pointer,
-        scale, tokens, tiles, served_most, q_blocks, k_blocks, heads, computed_count,
-        q_batch, q_head, q_token, out_batch, out_head, out_token,
-        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, WARPGROUPS, STAGES, REUSE, WITH_LSE, Q_REGISTERS,
+        self, q, k, v, out, lse, indices, counts, kinds, computed, served, work, parts_mean, parts_most, parts_total,
+        q_pointer, out_pointer, scale, tokens, whole, shares, tiles, served_most, q_blocks, k_blocks, heads,
+        computed_count, q_batch, q_head, q_token, out_batch, out_head, out_token,
+        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, WARPGROUPS, STAGES, REUSE, WITH_LSE, Q_REGISTERS, SHARED_OUT,
     ):  # fmt: skip
         self.q, self.k, self.v, self.out, self.lse = q, k, v, out, lse
         self.indices, self.counts, self.kinds, self.computed, self.served = indices, counts, kinds, computed, served
+        self.work, self.parts_mean, self.parts_most, self.parts_total = work, parts_mean, parts_most, parts_total
         self.q_pointer, self.out_pointer = q_pointer, out_pointer
         self.scale, self.tokens, self.tiles, self.served_most = scale, tokens, tiles, served_most
+        self.whole, self.shares = whole, shares
         self.q_blocks, self.k_blocks, self.heads, self.computed_count = q_blocks, k_blocks, heads, computed_count
         self.q_batch, self.q_head, self.q_token = q_batch, q_head, q_token
         self.out_batch, self.out_head, self.out_token = out_batch, out_head, out_token
@@ -93,7 +102,7 @@ class Call:
         self.TILE_K, self.HEAD_DIM = gl.constexpr(TILE_K), gl.constexpr(HEAD_DIM)
         self.WARPGROUPS, self.STAGES = gl.constexpr(WARPGROUPS), gl.constexpr(STAGES)
         self.REUSE, self.WITH_LSE = gl.constexpr(REUSE), gl.constexpr(WITH_LSE)
-        self.Q_REGISTERS = gl.constexpr(Q_REGISTERS)
+        self.Q_REGISTERS, self.SHARED_OUT = gl.constexpr(Q_REGISTERS), gl.constexpr(SHARED_OUT)
         scores = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 16])
         outputs = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
         self.SCORES, self.OUTPUTS = gl.constexpr(scores), gl.constexpr(outputs)
@@ -103,14 +112,15 @@ class Call:
 
 @gluon.jit
 def attend(
-    q, k, v, out, lse, indices, counts, kinds, computed, served, work, counter, q_pointer, out_pointer,
-    scale, tokens, items, tiles, served_most, q_blocks, k_blocks, heads, computed_count,
-    q_batch, q_head, q_token, out_batch, out_head, out_token,
+    q, k, v, out, lse, indices, counts, kinds, computed, served, work, parts_mean, parts_most, parts_total, counter,
+    q_pointer, out_pointer, scale, tokens, whole, shares, items, tiles, served_most, q_blocks, k_blocks, heads,
+    computed_count, q_batch, q_head, q_token, out_batch, out_head, out_token,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, HEAD_DIM: gl.constexpr,
     WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, REUSE: gl.constexpr, WITH_LSE: gl.constexpr,
-    Q_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    Q_REGISTERS: gl.constexpr, SHARED_OUT: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Take one tile of queries after the other until none is left."""
+    """Take one tile of queries after the other until none is left; of the last ones a share of their keys."""
     queries = gl.allocate_shared_memory(q.dtype, [WARPGROUPS, 1, 1, _ROWS, HEAD_DIM], q.layout)
     keys = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, TILE_K, HEAD_DIM], k.layout)
     values = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, TILE_K, HEAD_DIM], v.layout)
@@ -128,16 +138,16 @@ def attend(
 
     # integers as tensors: Triton makes constants of those that are 1, and workers take none
     c = Call(
-        q, k, v, out, lse, indices, counts, kinds, computed, served, q_pointer, out_pointer,
-        gl.to_tensor(scale), gl.to_tensor(tokens), gl.to_tensor(tiles), gl.to_tensor(served_most),
-        gl.to_tensor(q_blocks), gl.to_tensor(k_blocks), gl.to_tensor(heads), gl.to_tensor(computed_count),
-        gl.to_tensor(q_batch), gl.to_tensor(q_head), gl.to_tensor(q_token),
-        gl.to_tensor(out_batch), gl.to_tensor(out_head), gl.to_tensor(out_token),
-        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, WARPGROUPS, STAGES, REUSE, WITH_LSE, Q_REGISTERS,
+        q, k, v, out, lse, indices, counts, kinds, computed, served, work, parts_mean, parts_most, parts_total,
+        q_pointer, out_pointer, gl.to_tensor(scale), gl.to_tensor(tokens), gl.to_tensor(whole), gl.to_tensor(shares),
+        gl.to_tensor(tiles), gl.to_tensor(served_most), gl.to_tensor(q_blocks), gl.to_tensor(k_blocks),
+        gl.to_tensor(heads), gl.to_tensor(computed_count), gl.to_tensor(q_batch), gl.to_tensor(q_head),
+        gl.to_tensor(q_token), gl.to_tensor(out_batch), gl.to_tensor(out_head), gl.to_tensor(out_token),
+        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, WARPGROUPS, STAGES, REUSE, WITH_LSE, Q_REGISTERS, SHARED_OUT,
     )  # fmt: skip
     full = (q_full, k_full, v_full, picked_full)
     empty = (q_empty, k_empty, v_empty, picked_empty)
-    loading = (c, queries, keys, values, picked, full, empty, work, gl.to_tensor(items), counter)
+    loading = (c, queries, keys, values, picked, full, empty, gl.to_tensor(items), counter)
     computing = (c, queries, keys, values, picked, full, empty, outputs)
     if WARPGROUPS == 2:
         gl.warp_specialize(
@@ -149,7 +159,7 @@ def attend(
 
 
 @gluon.jit
-def _produce(c, queries, keys, values, picked, full, empty, work, items, counter):
+def _produce(c, queries, keys, values, picked, full, empty, items, counter):
     """Hand out tiles of queries, and load what they need."""
     q_full, k_full, v_full, picked_full = full
     q_empty, k_empty, v_empty, picked_empty = empty
@@ -158,10 +168,13 @@ def _produce(c, queries, keys, values, picked, full, empty, work, items, counter
     turn = gl.to_tensor(0)
     place = gl.atomic_add(counter, 1)
     while place < items:
-        item = gl.load(work + place)
-        _hand_out(item, turn, picked, picked_full, picked_empty, layout)
+        item = _item_at(c, place)
+        # a share is told by its place
+        handed = place if c.SHARED_OUT else item
+        _hand_out(handed, turn, picked, picked_full, picked_empty, layout)
         tile, head, batch, kind, listed, masked, count = _item(c, item)
         n, start = _last_tile(c, listed, count, masked)
+        first, n, start = _share(c, place, n, start, listed, masked)
 
         mbarrier.wait(q_empty.index(0), (turn & 1) ^ 1)
         if kind == _REUSED:
@@ -176,9 +189,9 @@ def _produce(c, queries, keys, values, picked, full, empty, work, items, counter
         # keys of a tile come before the values of the one that precedes it, as they are used; lists are read ahead
         if n > 0:
             _load(c, c.k, [batch, head, start, 0], keys, k_full, k_empty, step)
-        coming = _start(c, listed, n - 2, masked)
+        coming = _start(c, listed, first + n - 2, masked)
         for i in range(1, n):
-            following = _start(c, listed, n - 2 - i, masked)
+            following = _start(c, listed, first + n - 2 - i, masked)
             _load(c, c.k, [batch, head, coming, 0], keys, k_full, k_empty, step + i)
             _load(c, c.v, [batch, head, start, 0], values, v_full, v_empty, step + i - 1)
             start = coming
@@ -218,12 +231,14 @@ def _consume(c, queries, keys, values, picked, full, empty, outputs, ME: gl.cons
     while running:
         slot = turn % 2
         mbarrier.wait(picked_full.index(slot), (turn // 2) & 1)
-        item = gl.sum(picked.index(slot).load(layout), 0)
+        handed = gl.sum(picked.index(slot).load(layout), 0)
         mbarrier.arrive(picked_empty.index(slot), count=1)
-        running = item >= 0
+        running = handed >= 0
         if running:
+            item = _item_at(c, handed) if c.SHARED_OUT else handed
             tile, head, batch, kind, listed, masked, count = _item(c, item)
             n, start = _last_tile(c, listed, count, masked)
+            _, n, start = _share(c, handed, n, start, listed, masked)
             row = (tile * c.WARPGROUPS + ME) * _ROWS
             mbarrier.wait(q_full.index(0), turn & 1)
             if c.REUSE:
@@ -271,7 +286,11 @@ def _consume(c, queries, keys, values, picked, full, empty, outputs, ME: gl.cons
                 step += n
             if not c.Q_REGISTERS:
                 mbarrier.arrive(q_empty.index(0), count=1)
-            _write(c, mean, most, total, outputs.index(ME), row, batch, head, kind)
+            if not c.SHARED_OUT or handed < c.whole:
+                _write(c, mean, most, total, outputs.index(ME), row, batch, head, kind)
+            if c.SHARED_OUT:
+                if handed >= c.whole:
+                    _write_part(c, mean, most, total, (handed - c.whole) * c.WARPGROUPS + ME)
             turn += 1
     tma.store_wait(0)
 
@@ -292,13 +311,14 @@ def attend_alone(
     k_full = _barriers(STAGES, 1)
     v_full = _barriers(STAGES, 1)
     fence_async_shared()
+    # nothing is shared out here: the numbers and tensors for that stand for nothing
     c = Call(
-        q, k, v, out, lse, indices, counts, kinds, computed, served, q_pointer, out_pointer,
-        gl.to_tensor(scale), gl.to_tensor(tokens), gl.to_tensor(tiles), gl.to_tensor(served_most),
-        gl.to_tensor(q_blocks), gl.to_tensor(k_blocks), gl.to_tensor(heads), gl.to_tensor(computed_count),
-        gl.to_tensor(q_batch), gl.to_tensor(q_head), gl.to_tensor(q_token),
-        gl.to_tensor(out_batch), gl.to_tensor(out_head), gl.to_tensor(out_token),
-        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, 1, STAGES, REUSE, WITH_LSE, Q_REGISTERS,
+        q, k, v, out, lse, indices, counts, kinds, computed, served, work, work, work, work,
+        q_pointer, out_pointer, gl.to_tensor(scale), gl.to_tensor(tokens), gl.to_tensor(0), gl.to_tensor(1),
+        gl.to_tensor(tiles), gl.to_tensor(served_most), gl.to_tensor(q_blocks), gl.to_tensor(k_blocks),
+        gl.to_tensor(heads), gl.to_tensor(computed_count), gl.to_tensor(q_batch), gl.to_tensor(q_head),
+        gl.to_tensor(q_token), gl.to_tensor(out_batch), gl.to_tensor(out_head), gl.to_tensor(out_token),
+        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, 1, STAGES, REUSE, WITH_LSE, Q_REGISTERS, False,
     )  # fmt: skip
 
     tile, head, batch, kind, listed, masked, count = _item(c, gl.load(work + gl.program_id(0)))
@@ -375,6 +395,30 @@ def _barriers(number: gl.constexpr, arrivals: gl.constexpr):
     for i in gl.static_range(number):
         mbarrier.init(made.index(i), count=arrivals)
     return made
+
+
+@gluon.jit
+def _item_at(c, place):
+    """The item of work at a place; those that are shared out have as many places as shares."""
+    index = place
+    if c.SHARED_OUT:
+        index = gl.where(place < c.whole, place, c.whole + (place - c.whole) // c.shares)
+    return gl.load(c.work + index)
+
+
+@gluon.jit
+def _share(c, place, n, start, listed, masked):
+    """The share of a list's n tiles that a place has: the first of them, how many they are, where the last starts."""
+    first = gl.to_tensor(0)
+    if c.SHARED_OUT:
+        out = place >= c.whole
+        shares = gl.where(out, c.shares, 1)
+        mine = gl.where(out, (place - c.whole) % c.shares, 0)
+        first = n * mine // shares
+        behind = n * (mine + 1) // shares
+        start = gl.where(behind == n, start, _start(c, listed, behind - 1, masked))
+        n = behind - first
+    return first, n, start
 
 
 @gluon.jit
@@ -524,6 +568,16 @@ def _write(c, mean, most, total, staged, row, batch, head, kind):
         _copy_out(c.out, [batch, head, row, 0], staged)
         if c.WITH_LSE:
             gl.store(lse + place, logsum, mask=place < c.tokens)
+
+
+@gluon.jit
+def _write_part(c, mean, most, total, part):
+    """Store what a share of the keys gives, for `triton_code.merge`: what is not yet divided, maximum, sum."""
+    row = part * _ROWS + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, c.OUTPUTS))
+    channel = gl.arange(0, c.HEAD_DIM, layout=gl.SliceLayout(0, c.OUTPUTS))
+    gl.store(c.parts_mean + row[:, None] * c.HEAD_DIM + channel[None, :], mean)
+    gl.store(c.parts_most + row, _of_outputs(c, most) * c.scale)
+    gl.store(c.parts_total + row, _of_outputs(c, gl.sum(total, 1)))
 
 
 @gluon.jit

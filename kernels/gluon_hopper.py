@@ -24,6 +24,10 @@ _ROWS = 64
 _WARPS = 4
 # keys of a tile at the most
 _MOST_KEYS = 128
+# tiles of keys of a share at the least: to begin and end a tile of queries costs about as much as one of them
+_LEAST_SHARE = 8
+# queries that `triton_code.merge` puts together at a time
+_MERGED = 16
 # Gluon's structures have had constructors that run while compiling since then
 _LEAST_TRITON = (3, 6)
 # registers of a thread of the warp that loads, the fewest there can be, and of those that compute, the most that
@@ -57,7 +61,7 @@ class Gluon(OneLaunch):
         return triton_only("the Gluon kernel", task)
 
     def _launch(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, plan: Plan) -> None:
-        from calibatt.kernels import gluon_code
+        from calibatt.kernels import gluon_code, triton_code
 
         q, k, v = (x if tensor_map_fits(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
         batch, heads, tokens, head_dim = q.shape
@@ -71,6 +75,7 @@ class Gluon(OneLaunch):
             _descriptor(q, _ROWS), _descriptor(k, shape.tile_k), _descriptor(v, shape.tile_k), _descriptor(out, _ROWS),
             q if lse is None else lse, given.indices, given.counts, given.kinds, given.computed, given.served, work,
         )  # fmt: skip
+        reuse, with_lse = plan.reuse is not None, lse is not None
         scale = math.log2(math.e) / math.sqrt(head_dim)
         sizes = (
             tiles, given.served_most, given.q_blocks, given.k_blocks, heads, len(given.computed),
@@ -78,18 +83,31 @@ class Gluon(OneLaunch):
         )  # fmt: skip
         constants = {
             "BLOCK_Q": given.block_q, "BLOCK_K": given.block_k, "TILE_K": shape.tile_k, "HEAD_DIM": head_dim,
-            "STAGES": shape.stages, "Q_REGISTERS": shape.q_registers, "REUSE": plan.reuse is not None,
-            "WITH_LSE": lse is not None, "num_warps": _WARPS, "maxnreg": shape.registers,
+            "STAGES": shape.stages, "Q_REGISTERS": shape.q_registers, "REUSE": reuse, "WITH_LSE": with_lse,
+            "num_warps": _WARPS, "maxnreg": shape.registers,
         }  # fmt: skip
         if shape.alone:
             gluon_code.attend_alone[(len(work),)](*tensors, q, out, scale, tokens, *sizes, **constants)
         else:
             places = torch.cuda.get_device_properties(q.device).multi_processor_count * shape.thread_blocks
             counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-            gluon_code.attend[(min(places, len(work)),)](
-                *tensors, counter, q, out, scale, tokens, len(work), *sizes, WARPGROUPS=shape.warpgroups,
-                PRODUCER_REGISTERS=_PRODUCER_REGISTERS, CONSUMER_REGISTERS=_CONSUMER_REGISTERS, **constants,
+            # lists differ in length, and those of the last head end with its shortest
+            key_tiles = 0 if plan.mask is not None else block_count(tokens, shape.tile_k)
+            whole, shares = shared_out(len(work), places, key_tiles)
+            parts = (len(work) - whole) * shares
+            mean = q.new_empty((parts * tile_q, head_dim), dtype=torch.float32)
+            most, total = q.new_empty((2, parts * tile_q), dtype=torch.float32)
+            gluon_code.attend[(min(places, whole + parts),)](
+                *tensors, mean, most, total, counter, q, out, scale, tokens, whole, shares, whole + parts, *sizes,
+                WARPGROUPS=shape.warpgroups, SHARED_OUT=parts > 0, PRODUCER_REGISTERS=_PRODUCER_REGISTERS,
+                CONSUMER_REGISTERS=_CONSUMER_REGISTERS, **constants,
             )  # fmt: skip
+            if parts:
+                triton_code.merge[(len(work) - whole, tile_q // _MERGED)](
+                    mean, most, total, work[whole:], out, q if lse is None else lse, given.kinds, given.served, shares,
+                    tokens, tiles, heads, len(given.computed), given.served_most, *out.stride()[:3],
+                    TILE_Q=tile_q, ROWS=_MERGED, HEAD_DIM=head_dim, REUSE=reuse, WITH_LSE=with_lse,
+                )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,13 +156,28 @@ def launch_shape(block: tuple[int, int], head_dim: int) -> LaunchShape:
     )
 
 
+def shared_out(items: int, places: int, key_tiles: int) -> tuple[int, int]:
+    """Of tiles of queries that are alike, how many are computed whole, and in how many shares of its keys each other.
+
+    The last round would leave most places empty: 1,720 tiles are 13 rounds of 132, and 4 that take as long as one more.
+
+    Args:
+        items: tiles of queries.
+        places: that compute at a time.
+        key_tiles: tiles of keys that each has; 0 where they differ.
+    """
+    rest = items % places
+    shares = min(places // rest, key_tiles // _LEAST_SHARE) if rest else 1
+    return (items - rest, shares) if shares > 1 else (items, 1)
+
+
 def _work(
     plan: Plan, counts: Tensor, batch: int, tiles: int, tiles_a_block: int, reused_tiles: int
 ) -> Int32[Tensor, "items"]:
     """Every tile of queries that is to be computed: head by head, and of a head those with the longest lists first.
 
-    One head after the other, so that those under way at a time share its keys in the cache. The last head's shortest
-    lists end the launch, so no tile is waited for long.
+    One head after the other, so that those under way at a time share its keys in the cache. Masked heads come last, and
+    the last one's shortest lists end the launch, so no tile is waited for long.
     """
     items = _items(plan.kinds, tiles, reused_tiles, counts.device)
     if plan.mask is not None:
@@ -165,8 +198,9 @@ def _work(
 @functools.lru_cache(maxsize=256)
 def _items(kinds: Sequence[HeadKind], tiles: int, reused_tiles: int, device: torch.device) -> Int[Tensor, "items"]:
     """What there is to compute, by number (head × tiles + tile): reused heads have fewer tiles than the others."""
-    counts = [reused_tiles if kind == "reused" else tiles for kind in kinds]
-    return torch.cat([head * tiles + torch.arange(count) for head, count in enumerate(counts)]).to(device)
+    heads = sorted(range(len(kinds)), key=lambda head: kinds[head] == "masked")
+    counts = [reused_tiles if kinds[head] == "reused" else tiles for head in heads]
+    return torch.cat([head * tiles + torch.arange(count) for head, count in zip(heads, counts, strict=True)]).to(device)
 
 
 def _triton_version() -> tuple[int, int]:

@@ -203,11 +203,26 @@ def attend(
         HEAD_DIM, NOTE, LEAVE, TMA, INT8, SCALE_K, True,
     )  # fmt: skip
 
-    mean = _divided(mean, total).to(out.dtype.element_ty)
-    logsum = most * _LN2 + tl.log(total)
+    out += batch * out_batch + head * out_head
+    lse += (batch * heads + head) * tokens
+    _give(
+        _divided(mean, total), most * _LN2 + tl.log(total), place, rows, reused, out, lse, served, served_most,
+        out_token, HEAD_DIM, REUSE, WITH_LSE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _give(
+    mean, logsum, place, rows, reused, out, lse, served, served_most, out_token,
+    HEAD_DIM: tl.constexpr, REUSE: tl.constexpr, WITH_LSE: tl.constexpr,
+):  # fmt: skip
+    """Store what some queries of a head have come to, theirs or that of all tokens that take it."""
+    channel = tl.arange(0, HEAD_DIM)
+    real = place < rows
     turns = 1
     if REUSE:
         turns = tl.where(reused, served_most, 1)
+        gathered = place < tl.where(reused, rows, 0)
     for turn in range(turns):
         token = place
         wanted = real
@@ -215,12 +230,48 @@ def attend(
             # a computed row without as many takers is filled up with -1
             token = tl.where(gathered, tl.load(served + place * served_most + turn, mask=gathered, other=-1), place)
             wanted = real & (token >= 0)
-        tl.store(
-            out + batch * out_batch + head * out_head + token[:, None].to(tl.int64) * out_token + channel[None, :],
-            mean, mask=wanted[:, None],
-        )  # fmt: skip
+        here = out + token[:, None].to(tl.int64) * out_token + channel[None, :]
+        tl.store(here, mean.to(out.dtype.element_ty), mask=wanted[:, None])
         if WITH_LSE:
-            tl.store(lse + (batch * heads + head) * tokens + token, logsum, mask=wanted)
+            tl.store(lse + token, logsum, mask=wanted)
+
+
+@triton.jit
+def merge(
+    mean, most, total, work, out, lse, kinds, served, shares, tokens, tiles, heads, computed_count, served_most,
+    out_batch, out_head, out_token,
+    TILE_Q: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, REUSE: tl.constexpr, WITH_LSE: tl.constexpr,
+):  # fmt: skip
+    """Some queries of a tile whose keys were shared out: each share weighs as much as its part of the sum.
+
+    Maxima are in powers of two; what the shares give is not divided yet.
+    """
+    item = tl.load(work + tl.program_id(0))
+    tile, head, batch = item % tiles, item // tiles % heads, (item // (tiles * heads)).to(tl.int64)
+    reused = tl.load(kinds + head) == _REUSED
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, HEAD_DIM)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    sums = tl.zeros([ROWS], tl.float32)
+    sum_of_means = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    for share in range(shares):
+        here = (tl.program_id(0) * shares + share) * TILE_Q + row
+        own = tl.load(most + here)
+        new_top = tl.maximum(top, own)
+        old, new = tl.exp2(top - new_top), tl.exp2(own - new_top)
+        sums = sums * old + tl.load(total + here) * new
+        own_mean = tl.load(mean + here[:, None] * HEAD_DIM + channel[None, :])
+        sum_of_means = sum_of_means * old[:, None] + own_mean * new[:, None]
+        top = new_top
+    rows = tokens
+    if REUSE:
+        rows = tl.where(reused, computed_count, tokens)
+    out += batch * out_batch + head * out_head
+    lse += (batch * heads + head) * tokens
+    _give(
+        _divided(sum_of_means, sums), top * _LN2 + tl.log(sums), tile * TILE_Q + row, rows, reused, out, lse, served,
+        served_most, out_token, HEAD_DIM, REUSE, WITH_LSE,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,15 +14,19 @@ import pytest
 import torch
 import triton
 
-from calibatt.kernels import gluon_hopper
+from calibatt.kernels import gluon_hopper, oracle
 from calibatt.kernels.base import Task
+from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.gluon_hopper import Gluon, launch_shape
 from calibatt.kernels.plan import BlockMask, Plan, RowReuse
 
 # CUDA's programming guide, compute capability 9.0: registers and bytes of shared memory of a multiprocessor, and what
 # each of its thread blocks takes of the latter for the system
 REGISTERS, SHARED, SYSTEM = 65536, 228 * 1024, 1024
-CASES = {
+# a plan without a mask has blocks of 128 × 128, and its last tiles of queries are shared out
+CASES: dict[str, tuple[tuple[int, int] | None, int]] = {
+    "rows": (None, 128),
+    "rows-dim64": (None, 64),
     "128x128": ((128, 128), 128),
     "128x64": ((128, 64), 128),
     "256x128": ((256, 128), 128),
@@ -89,7 +94,29 @@ def test_reused_heads_have_the_tiles_of_their_computed_rows_only() -> None:
     counts = torch.tensor([[9, 9, 9, 9], [1, 2, 1, 4], [7, 9, 8, 9]], dtype=torch.int32)
     plan = _plan("reused", "masked", "dense", keep=torch.ones(3, 4, 4, dtype=torch.bool))
     work = gluon_hopper._work(plan, counts, batch=1, tiles=4, tiles_a_block=1, reused_tiles=2)
-    assert work.tolist() == [0, 1, 7, 5, 4, 6, 8, 9, 10, 11]
+    # masked heads come last, to end with short lists
+    assert work.tolist() == [0, 1, 8, 9, 10, 11, 7, 5, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("items", "places", "key_tiles", "expected"),
+    [
+        # 480p, 5 of 30 rows in 40 heads, on 132 multiprocessors
+        (1720, 132, 256, (1716, 32)),
+        # 720p, 5 of 45 rows: 20 whole rounds
+        (2640, 132, 591, (2640, 1)),
+        # the last round is more than half full, or keys are few, or lists differ
+        (10_240, 132, 256, (10_240, 1)),
+        (1720, 132, 15, (1720, 1)),
+        (1720, 132, 0, (1720, 1)),
+        # less than a round
+        (40, 132, 64, (0, 3)),
+    ],
+)
+def test_the_keys_of_the_last_tiles_are_shared_out_where_places_would_be_empty(
+    items: int, places: int, key_tiles: int, expected: tuple[int, int]
+) -> None:
+    assert gluon_hopper.shared_out(items, places, key_tiles) == expected
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +133,10 @@ def compiled() -> dict[str, dict[str, Any]]:
 def test_as_many_thread_blocks_fit_a_multiprocessor_as_it_counts_on(
     compiled: dict[str, dict[str, Any]], case: str
 ) -> None:
-    told, shape = compiled[case], launch_shape(*CASES[case])
+    block, head_dim = CASES[case]
+    told, shape = compiled[case], launch_shape(block or (128, 128), head_dim)
+    # one warpgroup alone takes one tile a thread block
+    assert told["shared_out"] == (block is None and head_dim == 128)
     threads = 32 * told["warps"]
     # the hardware gives registers to warps in units of 256, that is 8 a thread
     assert shape.thread_blocks * threads * -(-shape.registers // 8) * 8 <= REGISTERS
@@ -114,7 +144,7 @@ def test_as_many_thread_blocks_fit_a_multiprocessor_as_it_counts_on(
     assert told["wgmma"]
 
 
-def _compile(block: tuple[int, int], head_dim: int) -> dict[str, Any]:
+def _compile(block: tuple[int, int] | None, head_dim: int) -> dict[str, Any]:
     """Compile the launch of a plan with all kinds of heads, with the arguments that the launch itself makes."""
     made: list[Any] = []
 
@@ -132,7 +162,7 @@ def _compile(block: tuple[int, int], head_dim: int) -> dict[str, Any]:
         def get_current_stream(self, device: int | None = None) -> int:
             return 0
 
-    from calibatt.kernels import gluon_code
+    from calibatt.kernels import gluon_code, triton_code
 
     class Entry:
         """Compiles in place of launching."""
@@ -147,32 +177,104 @@ def _compile(block: tuple[int, int], head_dim: int) -> dict[str, Any]:
     # there is no GPU to load the code into
     triton.compiler.CompiledKernel._init_handles = lambda self: None
     torch.cuda.get_device_properties = lambda device: type("Properties", (), {"multi_processor_count": 132})
-    tokens, heads = 500, 3
-    shape = (heads, -(-tokens // block[0]), -(-tokens // block[1]))
-    mask = BlockMask.from_keep(torch.ones(shape, dtype=torch.bool), tokens=tokens, block_q=block[0], block_k=block[1])
-    plan = Plan(
-        tokens=tokens,
-        kinds=("masked", "reused", "dense"),
-        mask=mask,
-        reuse=RowReuse(computed=torch.tensor([0]), source=torch.zeros(tokens, dtype=torch.int64)),
-    )
+    tokens, heads = 2500, 3
+    reuse = RowReuse(computed=torch.tensor([0]), source=torch.zeros(tokens, dtype=torch.int64))
+    shape = (heads, 1, 1)
+    if block is None:
+        plan = Plan(tokens=tokens, kinds=("reused", "reused", "dense"), reuse=reuse)
+    else:
+        shape = (heads, -(-tokens // block[0]), -(-tokens // block[1]))
+        keep = torch.ones(shape, dtype=torch.bool)
+        mask = BlockMask.from_keep(keep, tokens=tokens, block_q=block[0], block_k=block[1])
+        plan = Plan(tokens=tokens, kinds=("masked", "reused", "dense"), mask=mask, reuse=reuse)
     q = torch.zeros((1, tokens, heads, head_dim), dtype=torch.bfloat16).transpose(1, 2)
     lists = (torch.zeros(shape, dtype=torch.int32), torch.zeros(shape[:2], dtype=torch.int32))
     import calibatt.kernels.one_launch
 
     calibatt.kernels.one_launch.block_lists = lambda plan: lists
-    entries = {name: getattr(gluon_code, name) for name in ("attend", "attend_alone")}
-    for name, function in entries.items():
-        setattr(gluon_code, name, Entry(function))
+    entries = [(gluon_code, "attend"), (gluon_code, "attend_alone"), (triton_code, "merge")]
+    functions = [getattr(module, name) for module, name in entries]
+    for (module, name), function in zip(entries, functions, strict=True):
+        setattr(module, name, Entry(function))
     Gluon()._launch(q, q, q, torch.empty_like(q), torch.empty(q.shape[:3]), plan)
-    for name, function in entries.items():
-        setattr(gluon_code, name, function)
-    (code,) = made
+    for (module, name), function in zip(entries, functions, strict=True):
+        setattr(module, name, function)
+    code = made[0]
     return {
+        "shared_out": len(made) == 2,
         "shared": code.metadata.shared,
         "warps": code.metadata.num_warps,
         "wgmma": "wgmma" in code.asm["ptx"],
     }
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("reused", [True, False])
+def test_shares_of_keys_are_put_together_as_if_there_were_one(device: str, reused: bool) -> None:
+    from calibatt.kernels import triton_code
+
+    # two heads of which the second is cut in tiles of 32 queries, the last of them with 8; three shares of 40 keys
+    heads, tokens, head_dim, tile, shares = 2, 40, 64, 32, 3
+    generator = torch.Generator().manual_seed(0)
+    scores = 4 * torch.randn(2 * tile, 3, 40, generator=generator)
+    values = torch.randn(3, 40, head_dim, generator=generator)
+    computed = 36 if reused else tokens
+    # all tokens take the output of a computed one, four of them that of another
+    served = torch.full((computed, 2), -1)
+    served[:, 0] = torch.arange(computed)
+    served[: tokens - computed, 1] = torch.arange(computed, tokens)
+    most = scores.amax(-1)
+    weights = (scores - most[..., None]).exp2()
+    mean = torch.einsum("rsk,skd->rsd", weights, values)
+
+    def parts(x: torch.Tensor) -> torch.Tensor:
+        # tile after tile, of each its shares
+        return x.unflatten(0, (2, tile)).transpose(1, 2).contiguous().to(device)
+
+    out = torch.full((1, heads, tokens, head_dim), 7.0, device=device)
+    lse = torch.full((1, heads, tokens), 7.0, device=device)
+    kinds = torch.tensor([0, 2 if reused else 1], dtype=torch.int32, device=device)
+    work = torch.tensor([2, 3], dtype=torch.int32, device=device)
+    triton_code.merge[(2, 2)](
+        parts(mean), parts(most), parts(weights.sum(-1)), work, out, lse, kinds, served.to(torch.int32).to(device),
+        shares, tokens, 2, heads, computed, 2, *out.stride()[:3],
+        TILE_Q=tile, ROWS=16, HEAD_DIM=head_dim, REUSE=reused, WITH_LSE=True,
+    )  # fmt: skip
+    together = scores.flatten(1)
+    expected = (together * math.log(2)).softmax(-1) @ values.flatten(0, 1)
+    sums = (together * math.log(2)).logsumexp(-1)
+    source = torch.arange(tokens)
+    if reused:
+        source[computed:] = torch.arange(tokens - computed)
+    torch.testing.assert_close(out[0, 1].cpu(), expected[source], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse[0, 1].cpu(), sums[source], rtol=1e-5, atol=1e-5)
+    # the other head's are not touched
+    assert bool((out[0, 0] == 7).all() and (lse[0, 0] == 7).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kinds", [("reused",) * 3, ("dense",) * 3, ("reused", "dense", "reused")])
+def test_tiles_whose_keys_are_shared_out_come_out_as_they_should(kinds: Any) -> None:
+    geometry = Geometry(grid=(5, 30, 18), heads=3, head_dim=128)
+    reuse = RowReuse.of_anchor_rows(geometry, (3, 9, 15, 21, 27)).to("cuda") if "reused" in kinds else None
+    plan = Plan(tokens=geometry.tokens, kinds=kinds, reuse=reuse)
+    kernel = Gluon()
+    q, k, v = torch.randn((3, 1, 3, geometry.tokens, 128), device="cuda").bfloat16()
+    refusal = kernel.refusal(Task.of(q, plan))
+    if refusal is not None:
+        pytest.skip(refusal.reason)
+    out, lse = kernel.attend_with_lse(q, k, v, plan)
+    exact = oracle.attend(q, k, v, plan)
+    assert (out.double() - exact).abs().max().item() <= oracle.error_budget(q, k, v, plan, exact)
+    scores = (q.double() @ k.double().mT / math.sqrt(128)).logsumexp(-1)
+    for head, kind in enumerate(kinds):
+        expected = scores[0, head]
+        if kind == "reused":
+            assert reuse is not None
+            expected = expected[reuse.computed[reuse.source].long()]
+        torch.testing.assert_close(lse[0, head].double(), expected, rtol=1e-5, atol=1e-5)
+    # which share is done when is of no matter
+    assert torch.equal(kernel.attend(q, k, v, plan), out)
 
 
 if __name__ == "__main__":
