@@ -15,7 +15,7 @@ from calibatt.bench.record import Outcome, Record, Suite
 from calibatt.bench.stage import Stage
 from calibatt.kernels.base import Kernel, Task, Unsupported
 from calibatt.kernels.catalogue import KERNELS
-from calibatt.kernels.default import name_of
+from calibatt.kernels.default import ran_on
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Planner
 
@@ -150,7 +150,7 @@ def passed(stage: Stage, suite: Suite, one: Ready) -> dict[str, Any]:
     return {
         **facts(stage, suite, one.arm),
         "outcome": "ok",
-        "kernel": name_of(one.kernel, tasks),
+        "ran_on": ran_on(one.kernel, tasks),
         "block": one.block,
         "recall": one.truth.recall,
         "kernel_error": one.truth.kernel_error,

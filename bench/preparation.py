@@ -44,6 +44,6 @@ def _calibration(stage: Stage, arm: Arm) -> Record:
         samples_s=(stage.calibration_s,),
         calibration_cost_ratio=made.provenance.cost_ratio,
         mask_agreement=made.provenance.mask_agreement,
-        plan_memory_bytes=made.bits.nbytes,
+        plan_memory_bytes=made.bits.nbytes + (0 if made.levels is None else made.levels.nbytes),
         density=made.density().mean().item(),
     )

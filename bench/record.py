@@ -44,7 +44,8 @@ class Record:
             none; `equal_fidelity` those that give target_psnr_db. In the kernel suite the method is `blocks` and the
             preset the density that was asked for.
         dense_steps, dense_layers: shares of the first steps and layers that are dense in every arm of the run.
-        kernel, block: the kernel, and tokens of a query and of a key block.
+        kernel, block: the kernel as it was asked for, and tokens of a query and of a key block.
+        ran_on: what the default kernel chose, for the sparse plans where there are any.
         block_choice: how the blocks were chosen: `native`, the preset's own, or a size; absent for the model's.
         mask: where a kernel benchmark's mask comes from; `rows` for row reuse, `mixed` for both in one layer.
         baseline: the dense kernel that times are compared with.
@@ -105,6 +106,7 @@ class Record:
     dense_steps: float | None = None
     dense_layers: float | None = None
     block_choice: str | None = None
+    ran_on: str | None = None
     block: tuple[int, int] | None = None
     mask: Literal["random", "banded", "captured", "rows", "mixed"] | None = None
     baseline: str | None = None
@@ -180,6 +182,11 @@ class Record:
             return None
         saved = median(self.baseline_samples_s) - median(self.samples_s)
         return self.preparation_s / saved if saved > 0 else None
+
+    @property
+    def computed_by(self) -> str:
+        """The kernel that ran."""
+        return self.kernel if self.ran_on is None else self.ran_on
 
     @property
     def arm(self) -> str:

@@ -28,7 +28,7 @@ from calibatt.kernels import oracle
 from calibatt.kernels.base import Attender, Kernel, Task, Unsupported, dtype_name
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Method, Planner
+from calibatt.methods.base import Knob, Method, Planner
 from calibatt.methods.catalogue import METHODS, build, learner
 from calibatt.methods.learning import Learnt
 from calibatt.methods.scheduled import Scheduled
@@ -219,9 +219,9 @@ class Stage:
         if self.workload.resampled:
             return None
         if METHODS[arm.method].offline:
-            # where the knob is the density, one that was given needs nothing learnt
+            # where the knob is the density, one that is not CalibAtt's needs nothing learnt
             knob = METHODS[arm.method].knob
-            free = knob is not None and knob.field == "density" and arm.density is not None
+            free = knob is not None and knob.field == "density" and (arm.density or arm.psnr_db) is not None
             return None if free else self.calibration_s
         return self._learnt[_learner_of(arm)][0] if self.learnt(arm) is not None else None
 
@@ -229,12 +229,11 @@ class Stage:
         """The arm's method, its knob turned where the mode asks for it; or why it does not apply."""
         kind = METHODS[arm.method]
         knob = kind.knob if arm.mode in ("equal_density", "equal_fidelity") else None
-        if knob is not None:
-            try:
-                learner(arm.method, preset=arm.preset, **{**_settings(arm), knob.field: knob.low})
-            except ValueError as error:
-                # a preset may be set by another field
-                return Unsupported(f"its {knob.field} cannot be turned: {error}")
+        low = {} if knob is None else {knob.field: knob.low}
+        # before anything is learnt: a preset may be set by another field
+        stuck = _stuck(knob, lambda: learner(arm.method, preset=arm.preset, **{**_settings(arm), **low}))
+        if stuck is not None:
+            return stuck
         source = self.calibration if kind.offline else self.learnt(arm)
 
         def at(**turned: float) -> Method | Scheduled:
@@ -244,9 +243,10 @@ class Stage:
                 return method
             return Scheduled(method, steps=arm.dense_first[0], layers=arm.dense_first[1])
 
-        turned = {} if knob is None else {knob.field: knob.low}
+        # a calibration may have masks of one density only
+        stuck = _stuck(knob, lambda: at(**low))
         geometry = self.videos.geometry
-        refusal = at().refusal(geometry) or at(**turned).refusal(geometry)
+        refusal = stuck or at().refusal(geometry) or at(**low).refusal(geometry)
         if refusal is not None:
             return refusal
         if knob is None:
@@ -331,6 +331,17 @@ class Stage:
 def _settings(arm: Arm) -> Mapping[str, Any]:
     """Settings of the arm's method that the run asks for: none of its own dense steps where all arms have the same."""
     return {} if arm.dense_first is None else METHODS[arm.method].without_dense
+
+
+def _stuck(knob: Knob | None, make: Callable[[], object]) -> Unsupported | None:
+    """Why a knob cannot be turned, where making something with its lowest value says so."""
+    if knob is None:
+        return None
+    try:
+        make()
+    except ValueError as error:
+        return Unsupported(f"its {knob.field} cannot be turned: {error}")
+    return None
 
 
 def _learner_of(arm: Arm) -> Arm:

@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--method", default="dense", help="see `calibatt methods`; default: %(default)s")
     command.add_argument("--preset", default="default", help="of the method; default: %(default)s")
     command.add_argument(
-        "--kernel", default="default", help="see `calibatt kernels`; default: for each call the fastest of them here"
+        "--kernel",
+        default="default",
+        help="see `calibatt kernels`; default: one for each kind of call, by docs/kernels.md",
     )
     command.add_argument("--calibration", type=Path, help="file of `calibatt calibrate`, for methods that need one")
     command.add_argument("--compare", action="store_true", help="make the dense video first; print both times and PSNR")
@@ -59,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prompts", type=Path, help="file of prompts, one a line; default: the model's own")
     command.add_argument("--count", type=int, help="how many prompts; default: all of the file, or 16")
     command.add_argument(
-        "--levels", action="store_true", help="of calibatt: also what masks of another density need, a byte a block"
+        "--levels",
+        action="store_true",
+        help="of calibatt: also what masks of other densities need, a byte a block; meanwhile one a block and prompt",
     )
     command.add_argument("--seed", type=int, default=10_000, help="of the first prompt's noise; default: %(default)s")
     command.set_defaults(run=_calibrate)
@@ -105,6 +109,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     check_video_path(arguments.out)
     entry, resolution, device = _model(arguments)
+    entry.checked_loader()
     steps = arguments.steps or entry.steps_at(resolution)
     kind = look_up(METHODS, arguments.method, "method")
     kernel = look_up(KERNELS, arguments.kernel, "kernel")
@@ -162,9 +167,10 @@ def _task(method: Any, geometry: Any, steps: int, layers: int, device: Any) -> A
     from calibatt.methods.base import Site
     from calibatt.models.device import working_dtype
 
-    q, k = torch.randn(
-        (2, geometry.heads, geometry.tokens, geometry.head_dim), device=device, dtype=working_dtype(device)
-    )
+    # of a generator of its own: the global one is the video's
+    shape = (2, geometry.heads, geometry.tokens, geometry.head_dim)
+    generator = torch.Generator(device).manual_seed(0)
+    q, k = torch.randn(shape, generator=generator, device=device, dtype=working_dtype(device))
     where = {"step": steps - 1, "steps": steps, "layer": layers - 1, "layers": layers}
     plan = method.plan(q, k, Site(geometry=geometry, sigma=0.0, branch="cond", **where))
     method.reset()

@@ -16,7 +16,6 @@ from calibatt.calibration.file import UnusableCalibration, read, write
 from calibatt.calibration.levels import keep_at
 from calibatt.calibration.repetition import anchor_rows
 from calibatt.calibration.schedule import Schedule
-from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, HeadKind, Plan, RowReuse
 from calibatt.methods.base import Site
@@ -101,9 +100,10 @@ class Calibration:
 
     Args:
         bits: the masks, packed as in `BlockMask`.
-        levels: how much loss each block withstands, `levels.loss_levels`; None where no other loss than 1 is asked for.
         similarity: how alike each head attends from all rows of a frame, mean over prompts.
         gamma: heads at least this similar reuse rows. To try another: `dataclasses.replace(calibration, gamma=…)`.
+        levels: how much loss each block withstands, `levels.loss_levels`; None where no other loss than 1 is asked for.
+        loss: what the bits lose of the attention mass, in multiples of what the schedule leaves out.
         provenance: where it comes from.
 
     Raises:
@@ -115,6 +115,7 @@ class Calibration:
     gamma: float
     provenance: Provenance
     levels: UInt8[Tensor, "steps layers heads q_blocks k_blocks"] | None = None
+    loss: float = 1.0
 
     def __post_init__(self) -> None:
         heads = (self.provenance.steps, self.layers, self.provenance.geometry.heads)
@@ -124,7 +125,7 @@ class Calibration:
                 f"{heads[0]} steps, {heads[1]} layers and {heads[2]} heads"
             )
         # the mask itself refuses bits of another number of tokens
-        mask = self._mask(0, 0, 1.0)
+        mask = self._mask(0, 0)
         if self.levels is not None and tuple(self.levels.shape) != (*self.bits.shape[:3], mask.q_blocks, mask.k_blocks):
             raise ValueError(
                 f"levels {list(self.levels.shape)} are not those of masks {list(self.bits.shape[:3])} of "
@@ -141,30 +142,43 @@ class Calibration:
         """Heads that reuse rows."""
         return self.similarity >= self.gamma
 
-    def refusal(self, *, loss: float) -> Unsupported | None:
-        """Why there are no plans for a loss, or None when there are."""
-        if loss == 1 or self.levels is not None:
-            return None
-        return Unsupported(
-            f"the calibration has masks for a loss of 1, not for {loss:g}: make one by `calibatt calibrate --levels`"
-        )
+    def at(self, loss: float) -> Calibration:
+        """The same calibration with masks that lose another multiple of what the schedule leaves out.
 
-    def plan(self, site: Site, *, repetition: bool = True, loss: float = 1.0) -> Plan:
+        Raises:
+            ValueError: there are no levels, or they do not reach that loss.
+        """
+        if loss == self.loss:
+            return self
+        if self.levels is None:
+            raise ValueError(
+                f"the calibration has masks for a loss of {self.loss:g}, not for {loss:g}: "
+                "make one by `calibatt calibrate --levels`"
+            )
+        block_q, block_k = self.provenance.block
+        tokens = self.provenance.geometry.tokens
+        # layer by layer: unpacked, all masks of a large model are eight times their size
+        bits = [
+            BlockMask.from_keep(keep_at(levels, loss), tokens=tokens, block_q=block_q, block_k=block_k).bits
+            for levels in self.levels.flatten(0, 1)
+        ]
+        stacked = torch.stack(bits).view(self.bits.shape).to(self.bits.device)
+        return replace(self, bits=stacked, loss=loss)
+
+    def plan(self, site: Site, *, repetition: bool = True) -> Plan:
         """The plan for a site, the same for both branches: repetitive heads reuse rows, the others have a mask.
 
         Args:
             site: where the call happens.
             repetition: without it, every head has its mask.
-            loss: attention mass that masks may lose, in multiples of what the schedule leaves out.
 
         Raises:
             CalibrationMismatch: the site has another geometry, number of steps or of layers.
-            ValueError: the loss is another than 1 and there are no levels, or they do not reach it.
         """
         self.check_run(site.geometry, site.steps)
         if site.layers != self.layers:
             raise self._mismatch(f"{self.layers} layers", f"{site.layers}")
-        return self._plan(site.step, site.layer, repetition, loss)
+        return self._plan(site.step, site.layer, repetition)
 
     def check_model(self, model: str, weights: str) -> None:
         """Refuse another model, or other weights of the same.
@@ -192,11 +206,11 @@ class Calibration:
         if steps != own.steps:
             raise self._mismatch(f"{own.steps} steps", f"{steps}")
 
-    def density(self, *, repetition: bool = True, loss: float = 1.0) -> Float[Tensor, "steps layers heads"]:
+    def density(self, *, repetition: bool = True) -> Float[Tensor, "steps layers heads"]:
         """Computed fraction of the query-key products of every head."""
         return torch.stack(
             [
-                torch.stack([self._plan(step, layer, repetition, loss).density() for layer in range(self.layers)])
+                torch.stack([self._plan(step, layer, repetition).density() for layer in range(self.layers)])
                 for step in range(self.provenance.steps)
             ]
         )
@@ -211,7 +225,7 @@ class Calibration:
         Raises:
             OSError: it cannot be written.
         """
-        facts = {"gamma": self.gamma, "provenance": self.provenance.to_json()}
+        facts = {"gamma": self.gamma, "loss": self.loss, "provenance": self.provenance.to_json()}
         tensors = {"bits": self.bits, "similarity": self.similarity}
         write(path, SCHEMA, tensors if self.levels is None else {**tensors, "levels": self.levels}, facts)
 
@@ -225,40 +239,34 @@ class Calibration:
         tensors, facts = read(path, SCHEMA)
         try:
             provenance = Provenance.from_json(facts["provenance"])
-            return cls(gamma=facts["gamma"], provenance=provenance, **tensors)
+            # files from before there were levels have no loss
+            return cls(gamma=facts["gamma"], loss=facts.get("loss", 1.0), provenance=provenance, **tensors)
         except (KeyError, TypeError, ValueError) as error:
             raise UnusableCalibration(f"{path} contradicts itself: {error}") from None
 
-    def _plan(self, step: int, layer: int, repetition: bool, loss: float) -> Plan:
-        key = (step, layer, repetition, loss)
+    def _plan(self, step: int, layer: int, repetition: bool) -> Plan:
+        key = (step, layer, repetition)
         if key not in self._plans:
             self._plans[key] = self._build(*key)
         return self._plans[key]
 
-    def _build(self, step: int, layer: int, repetition: bool, loss: float) -> Plan:
+    def _build(self, step: int, layer: int, repetition: bool) -> Plan:
         reused = self.repetitive[step, layer].tolist()
         kinds: tuple[HeadKind, ...] = tuple("reused" if repetition and head else "masked" for head in reused)
         return Plan(
             tokens=self.provenance.geometry.tokens,
             kinds=kinds,
-            mask=self._mask(step, layer, loss) if "masked" in kinds else None,
+            mask=self._mask(step, layer) if "masked" in kinds else None,
             reuse=self._reuse if "reused" in kinds else None,
         )
 
-    def _mask(self, step: int, layer: int, loss: float) -> BlockMask:
+    def _mask(self, step: int, layer: int) -> BlockMask:
         block_q, block_k = self.provenance.block
         tokens = self.provenance.geometry.tokens
-        if loss == 1:
-            return BlockMask(bits=self.bits[step, layer], tokens=tokens, block_q=block_q, block_k=block_k)
-        refusal = self.refusal(loss=loss)
-        if refusal is not None:
-            raise ValueError(refusal.reason)
-        assert self.levels is not None
-        keep = keep_at(self.levels[step, layer], loss)
-        return BlockMask.from_keep(keep, tokens=tokens, block_q=block_q, block_k=block_k).to(self.bits.device)
+        return BlockMask(bits=self.bits[step, layer], tokens=tokens, block_q=block_q, block_k=block_k)
 
     @cached_property
-    def _plans(self) -> dict[tuple[int, int, bool, float], Plan]:
+    def _plans(self) -> dict[tuple[int, int, bool], Plan]:
         return {}
 
     @cached_property

@@ -43,9 +43,9 @@ class Task:
     int8: tuple[int, int] | None = None
 
     @property
-    def sparse(self) -> bool:
-        """Whether something is left out."""
-        return self.block is not None or self.variable or self.reuses or self.skips
+    def plain(self) -> bool:
+        """Whether it is dense attention: nothing is left out, nor rounded on purpose."""
+        return self.block is None and not (self.variable or self.reuses or self.skips or self.int8)
 
     @classmethod
     def of(cls, q: Tensor, plan: Plan) -> Task:

@@ -8,12 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.base import Kernel, Task, Unsupported, check, check_accepted
+from calibatt.kernels.base import Kernel, Task, Unsupported, check
 from calibatt.kernels.plan import Plan
 
 
 class Default:
-    """For any device: hands every plan to the kernel that was measured to be fastest for plans like it.
+    """Hands every plan to the kernel that was measured to be fastest for plans like it, on Hopper and on CPUs.
+
+    On other GPUs the order is that of what each can do there.
 
     Args:
         kernels: those to choose from, by name.
@@ -25,7 +27,7 @@ class Default:
         self._kernels = kernels
 
     def chosen(self, task: Task) -> Kernel | Unsupported:
-        """The first in the order of speed that can do the task on this machine; why each cannot where none can."""
+        """The first in order that can do the task on this machine; why each cannot where none can."""
         reasons = []
         for name in _order(task):
             refusal = self._kernels[name].refusal(task)
@@ -52,27 +54,27 @@ class Default:
             ValueError: inputs and plan do not belong together, or no kernel has their dtype or sizes.
         """
         check(q, k, v, plan)
-        check_accepted(self, q, plan)
         chosen = self.chosen(Task.of(q, plan))
-        assert not isinstance(chosen, Unsupported)
+        if isinstance(chosen, Unsupported):
+            raise ValueError(chosen.reason)
         return chosen.attend(q, k, v, plan)
 
 
-def name_of(kernel: Kernel, tasks: Sequence[Task]) -> str:
-    """The name of what computed some tasks, which a default has chosen: for those that are sparse, if any is."""
+def ran_on(kernel: Kernel, tasks: Sequence[Task]) -> str | None:
+    """Names of what the default chose for some tasks, those that are not plain where any is; None for other kernels."""
     if not isinstance(kernel, Default):
-        return kernel.name
+        return None
     names = {task: chosen.name for task in tasks if not isinstance(chosen := kernel.chosen(task), Unsupported)}
-    sparse = [name for task, name in names.items() if task.sparse]
-    return "+".join(dict.fromkeys(sparse or names.values()))
+    special = [name for task, name in names.items() if not task.plain]
+    return "+".join(sorted(set(special or names.values())))
 
 
 def _order(task: Task) -> Sequence[str]:
     """Names from the fastest to the slowest, by bench/results/h200 where the GPU is Hopper's."""
     if task.device.type != "cuda":
-        return ("flex", "triton") if task.sparse or task.int8 else ("sdpa-flash", "flex")
-    if not (task.sparse or task.int8):
-        return ("fa3", "fa4", "sdpa-cudnn", "sdpa-flash")
+        return ("sdpa-flash", "flex") if task.plain else ("flex", "triton")
+    if task.plain:
+        return ("fa3", "fa4", "sdpa-cudnn", "sdpa-flash", "flex")
     if torch.cuda.get_device_capability(task.device) != (9, 0):
         return ("fa4", "triton", "flex")
     # rows that reuse others in the same launch, or loads that FlashAttention-4 does not hide

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from calibatt.kernels.base import Task, Unsupported, check, triton_only
+from calibatt.kernels.base import Task, Unsupported, check, dtype_name, triton_only
 from calibatt.kernels.ordered import in_order
 from calibatt.kernels.plan import Plan
 
@@ -60,22 +61,35 @@ class Dense:
         return self._compute(q, k, v)
 
 
-def _sdpa(name: str, backend: SDPBackend, devices: tuple[str, ...]) -> Dense:
-    """scaled_dot_product_attention, pinned to a backend that runs on these types of device."""
+# of FlashAttention-2's and cuDNN's kernels in torch
+_LEAST_CAPABILITY = (8, 0)
+
+
+def _sdpa(name: str, backend: SDPBackend, devices: tuple[str, ...], *, half: bool) -> Dense:
+    """scaled_dot_product_attention, pinned to a backend that runs on these types of device; on CUDA in halves only."""
 
     def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             return scaled_dot_product_attention(q, k, v)
 
     def objection(task: Task) -> str | None:
-        if task.device.type in devices:
+        if task.device.type not in devices:
+            return f"{name} runs on {' and '.join(devices)}, not on {task.device.type}"
+        if task.device.type != "cuda" or not half:
             return None
-        return f"{name} runs on {' and '.join(devices)}, not on {task.device.type}"
+        if task.dtype not in (torch.bfloat16, torch.float16):
+            return f"{name} computes bfloat16 and float16 on cuda, not {dtype_name(task.dtype)}"
+        capability = torch.cuda.get_device_capability(task.device)
+        return (
+            f"{name} runs on sm80 and newer, not sm{capability[0]}{capability[1]}"
+            if capability < _LEAST_CAPABILITY
+            else None
+        )
 
     return Dense(name, compute, objection)
 
 
 # on CUDA torch's flash backend is FlashAttention-2; on a CPU it is torch's own tiled kernel
-SDPA_FLASH = _sdpa("sdpa-flash", SDPBackend.FLASH_ATTENTION, ("cpu", "cuda"))
-SDPA_CUDNN = _sdpa("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION, ("cuda",))
-SDPA_MATH = _sdpa("sdpa-math", SDPBackend.MATH, ("cpu", "cuda"))
+SDPA_FLASH = _sdpa("sdpa-flash", SDPBackend.FLASH_ATTENTION, ("cpu", "cuda"), half=True)
+SDPA_CUDNN = _sdpa("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION, ("cuda",), half=True)
+SDPA_MATH = _sdpa("sdpa-math", SDPBackend.MATH, ("cpu", "cuda"), half=False)

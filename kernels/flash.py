@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -143,14 +144,24 @@ def _fa4_masked(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     return _operators()[1](q, k, v, indices, counts, plan.mask.block_q, plan.mask.block_k)
 
 
-def _keep_compiled() -> None:
-    """Have FlashAttention-4 keep what it compiles on disk, which is off by default, and read when it is imported.
+def _interface() -> Any:
+    """FlashAttention-4's module, which keeps on disk what it compiles: off by default, and read when it is imported.
 
-    In a folder of the user's: what lies there is loaded and run, and its own default is one that all users share.
+    In a folder of the user's: what lies there is loaded and run, and its own default is one that all users share. Where
+    there can be no such folder, nothing is kept.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache / "calibatt" / "flash-attention-4"))
+    if "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED" not in os.environ:
+        try:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            own = os.environ.setdefault(
+                "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache / "calibatt" / "flash-attention-4")
+            )
+            Path(own).mkdir(parents=True, exist_ok=True)
+            os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"
+        # no home, or none to write to
+        except (OSError, RuntimeError):
+            pass
+    return importlib.import_module("flash_attn.cute")
 
 
 @functools.cache
@@ -158,14 +169,10 @@ def _operators() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """FlashAttention-4 as operators that torch.compile leaves whole: dense, and block sparse."""
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        _keep_compiled()
-        from flash_attn.cute import flash_attn_func
-
-        return _tokens_first(flash_attn_func, q, k, v)
+        return _tokens_first(_interface().flash_attn_func, q, k, v)
 
     def blocks(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, block_q: int, block_k: int) -> Tensor:
-        _keep_compiled()
-        from flash_attn.cute import flash_attn_func
+        attend = _interface().flash_attn_func
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
         # All blocks are "full": none is masked inside. The other list must be there, though nothing is on it.
@@ -176,7 +183,7 @@ def _operators() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
             full_block_idx=indices[None],
             block_size=(block_q, block_k),
         )
-        return _tokens_first(functools.partial(flash_attn_func, block_sparse_tensors=lists), q, k, v)
+        return _tokens_first(functools.partial(attend, block_sparse_tensors=lists), q, k, v)
 
     def alike(q: Tensor, *_: Any) -> Tensor:
         # what _tokens_first returns: tokens before heads in memory

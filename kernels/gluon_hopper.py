@@ -203,6 +203,7 @@ def _items(kinds: Sequence[HeadKind], tiles: int, reused_tiles: int, device: tor
     return torch.cat([head * tiles + torch.arange(count) for head, count in zip(heads, counts, strict=True)]).to(device)
 
 
+@functools.cache
 def _triton_version() -> tuple[int, int]:
     """Major and minor version; zeros where there is no Triton."""
     try:

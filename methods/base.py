@@ -67,15 +67,19 @@ class Site:
 class PlanSource(Protocol):
     """Something learnt offline that has a plan for every site; the calibration store is one."""
 
-    def refusal(self, *, loss: float) -> Unsupported | None:
-        """Why it has no plans for a loss, or None when it has; all have them for 1."""
-        ...
-
-    def plan(self, site: Site, *, repetition: bool = True, loss: float = 1.0) -> Plan:
-        """The plan for a site; without repetition, a block mask for every head; sparser for a larger loss.
+    def at(self, loss: float) -> PlanSource:
+        """The same with masks that lose a multiple of the attention mass that those of 1 lose.
 
         Raises:
-            ValueError: it was learnt for another model, geometry or number of steps, or for one loss only.
+            ValueError: it has no masks for that loss.
+        """
+        ...
+
+    def plan(self, site: Site, *, repetition: bool = True) -> Plan:
+        """The plan for a site; without repetition, a block mask for every head.
+
+        Raises:
+            ValueError: it was learnt for another model, geometry or number of steps.
         """
         ...
 

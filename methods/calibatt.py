@@ -24,10 +24,18 @@ class CalibAttConfig:
         repetition: repetitive heads compute their anchor rows only; without it they have a block mask like the others.
         loss: attention mass that masks may lose, in multiples of what the schedule that was calibrated with leaves out.
             Another than 1 needs a calibration with levels.
+
+    Raises:
+        ValueError: the loss is negative.
     """
 
     repetition: bool = True
     loss: float = 1.0
+
+    def __post_init__(self) -> None:
+        # written so that NaN fails too
+        if not self.loss >= 0:
+            raise ValueError(f"calibatt's loss is a multiple, 0 or more: got {self.loss}")
 
 
 class CalibAtt:
@@ -49,11 +57,11 @@ class CalibAtt:
 
     def __init__(self, config: CalibAttConfig, source: PlanSource) -> None:
         self.config = config
-        self._source = source
+        self._source = source if config.loss == 1 else source.at(config.loss)
 
     def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies wherever the calibration has plans for the loss; it refuses other geometries when asked."""
-        return self._source.refusal(loss=self.config.loss)
+        """Applies wherever there is a calibration, which itself refuses another geometry."""
+        return None
 
     def plan(
         self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
@@ -63,7 +71,7 @@ class CalibAtt:
         Raises:
             ValueError: the calibration is for another model, geometry or number of steps.
         """
-        return self._source.plan(site, repetition=self.config.repetition, loss=self.config.loss)
+        return self._source.plan(site, repetition=self.config.repetition)
 
     def reset(self) -> None:
         """There is no state."""

@@ -117,6 +117,18 @@ class ModelEntry:
             text_side=self.text_side,
         )  # fmt: skip
 
+    def checked_loader(self) -> Loader:
+        """What makes the pipeline.
+
+        Raises:
+            ValueError: the model has no loader.
+        """
+        if self.loader is None:
+            raise ValueError(
+                f"{self.name} cannot generate here: its attention alone is measured, by pytest bench -k test_kernels"
+            )
+        return self.loader
+
     def load(self, *, resolution: str, device: torch.device, dtype: torch.dtype, weights: Path | None = None) -> Any:
         """The Diffusers pipeline, on the device, with the resolution's schedule.
 
@@ -128,12 +140,9 @@ class ModelEntry:
             ValueError: the model has no loader.
             OSError: the weights cannot be had.
         """
-        if self.loader is None:
-            raise ValueError(
-                f"{self.name} cannot generate here: its attention alone is measured, by pytest bench -k test_kernels"
-            )
+        loader = self.checked_loader()
         shift = self.resolution(resolution).flow_shift
-        pipe = self.loader(device, dtype, weights)
+        pipe = loader(device, dtype, weights)
         if shift is not None:
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=shift)
         return pipe

@@ -273,7 +273,7 @@ def ideal(entries: Sequence[Entry]) -> Figure | None:
     for entry in entries:
         record = entry.record
         if record.suite == "kernel" and record.of_ideal is not None and record.density is not None and record.block:
-            name = f"{record.kernel}, {record.block[0]}×{record.block[1]}, {record.mask}"
+            name = f"{record.computed_by}, {record.block[0]}×{record.block[1]}, {record.mask}"
             lines.setdefault(name, []).append((record.density, record.of_ideal))
     if max(map(len, lines.values()), default=0) < 2:
         return None

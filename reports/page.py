@@ -156,7 +156,7 @@ def tables(run: Run) -> str:
         timed = [arm for arm in arms if arm.record.outcome == "ok"]
         cells = [[read(arm) for title, _, read in _COLUMNS if title in _BRIEF] for arm in timed]
         titles = [title for title, _, _ in _COLUMNS if title in _BRIEF]
-        kernels = {arm.record.kernel for arm in timed if arm.record.method != DENSE}
+        kernels = {arm.record.computed_by for arm in timed if arm.record.method != DENSE}
         # labels tell kernels apart only where an arm ran on several
         told = records[0].suite == "kernel" or len(kernels) < 2
         shown = [
@@ -427,7 +427,7 @@ _COLUMNS: Sequence[tuple[str, str, Callable[[Entry], str]]] = (
     ("moves", "into the method's order of tokens and back", lambda entry: _phases(entry, "permute", "unpermute")),
     ("preset", "named settings of the method", lambda entry: entry.record.preset or ""),
     ("mode", "own settings, or one schedule, density or fidelity", lambda e: (e.record.mode or "").replace("_", " ")),
-    ("kernel", "what computes the chosen blocks", lambda entry: entry.record.kernel),
+    ("kernel", "what computes the chosen blocks", lambda entry: entry.record.computed_by),
     ("kernel error", "largest, against fp64, of what is allowed", _kernel_error),
     ("of the ideal", "speedup against 1 / density", lambda entry: _percent(entry.record.of_ideal)),
     ("TFLOP/s", "of the blocks kept", lambda entry: _number(entry.record.tflops, "{:.3g}")),

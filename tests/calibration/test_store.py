@@ -139,21 +139,20 @@ def test_masks_of_another_loss_come_from_levels_and_those_of_the_schedule_from_t
 ) -> None:
     adjustable = replace(calibration, levels=LEVELS)
     for loss in (0.0, 1.0, 4.0):
-        assert adjustable.refusal(loss=loss) is None
-        plan = adjustable.plan(site(step=2, layer=0), repetition=False, loss=loss)
-        assert plan.mask is not None
-        expected = KEEP[2, 0] if loss == 1 else keep_at(LEVELS[2, 0], loss)
-        assert torch.equal(plan.mask.keep(), expected)
-    assert adjustable.density(loss=0.25).mean() > adjustable.density(loss=4.0).mean()
+        other = adjustable.at(loss)
+        assert other.loss == loss
+        mask = other.plan(site(step=2, layer=0), repetition=False).mask
+        assert mask is not None
+        assert torch.equal(mask.keep(), KEEP[2, 0] if loss == 1 else keep_at(LEVELS[2, 0], loss))
+    assert adjustable.at(0.25).density().mean() > adjustable.at(4.0).density().mean()
+    # from there to any other
+    assert torch.equal(adjustable.at(4.0).at(0.25).bits, adjustable.at(0.25).bits)
 
 
 def test_without_levels_another_loss_is_refused(calibration: Calibration) -> None:
-    assert calibration.refusal(loss=1.0) is None
-    refusal = calibration.refusal(loss=2.0)
-    assert refusal is not None
-    assert "calibrate --levels" in refusal.reason
-    with pytest.raises(ValueError, match="a loss of 1, not for 2"):
-        calibration.plan(site(), loss=2.0)
+    assert calibration.at(1.0) is calibration
+    with pytest.raises(ValueError, match=r"a loss of 1, not for 2: make one by `calibatt calibrate --levels`"):
+        calibration.at(2.0)
 
 
 def test_levels_of_other_blocks_cannot_be_a_calibrations(calibration: Calibration) -> None:
@@ -166,8 +165,10 @@ def test_a_saved_calibration_comes_back_bit_for_bit(
     calibration: Calibration, tmp_path: Path, levels: torch.Tensor | None
 ) -> None:
     path = tmp_path / "new folder" / "toy.safetensors"
-    replace(calibration, levels=levels).save(path)
+    calibration = calibration if levels is None else replace(calibration, levels=levels).at(2.0)
+    calibration.save(path)
     back = Calibration.load(path)
+    assert back.loss == (1.0 if levels is None else 2.0)
     assert (back.levels is None) == (levels is None)
     assert levels is None or (back.levels is not None and torch.equal(back.levels, levels))
     assert torch.equal(back.bits, calibration.bits)

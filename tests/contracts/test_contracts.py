@@ -127,10 +127,10 @@ class Calibrated:
 
     geometry: Geometry
 
-    def refusal(self, *, loss: float) -> None:
-        """It has a plan for every loss, the same."""
+    def at(self, loss: float) -> Calibrated:
+        return self
 
-    def plan(self, site: Site, *, repetition: bool = True, loss: float = 1.0) -> Plan:
+    def plan(self, site: Site, *, repetition: bool = True) -> Plan:
         if site.geometry != self.geometry:
             raise ValueError(f"learnt for {self.geometry}, not for {site.geometry}")
         kinds: tuple[HeadKind, ...] = ("masked", "reused", "dense") if repetition else ("masked", "masked", "masked")

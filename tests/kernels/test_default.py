@@ -13,7 +13,7 @@ from calibatt.bench.record import Record, load_run
 from calibatt.kernels import oracle
 from calibatt.kernels.base import Task, Unsupported
 from calibatt.kernels.catalogue import DEFAULT, KERNELS
-from calibatt.kernels.default import name_of
+from calibatt.kernels.default import ran_on
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import BlockMask, Plan, RowReuse
 
@@ -41,6 +41,9 @@ def chosen(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, **what:
         ((9, 0), {}, "fa3"),
         # FlashAttention-3 is built without it
         ((9, 0), {"dtype": torch.float16}, "fa4"),
+        # what no dense kernel has: torch chooses by itself
+        ((9, 0), {"dtype": torch.float32}, "flex"),
+        ((7, 5), {"dtype": torch.float16}, "flex"),
         ((9, 0), {"block": (128, 128)}, "fa4"),
         ((9, 0), {"block": (64, 64)}, "gluon"),
         ((9, 0), {"block": (128, 128), "head_dim": 64}, "gluon"),
@@ -93,12 +96,13 @@ def test_what_no_kernel_can_do_is_refused_with_every_reason(monkeypatch: pytest.
     assert "\n" not in refusal.reason
 
 
-def test_the_name_is_that_of_what_ran_sparse_where_anything_did() -> None:
+def test_what_ran_is_told_of_what_is_not_plain_where_anything_is() -> None:
     cpu = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 64}
     dense, sparse = Task(**cpu), Task(**cpu, block=(64, 64))
-    assert name_of(DEFAULT, [dense]) == "sdpa-flash"
-    assert name_of(DEFAULT, [dense, sparse, sparse]) == "flex"
-    assert name_of(KERNELS["triton"], [dense, sparse]) == "triton"
+    assert ran_on(DEFAULT, [dense]) == "sdpa-flash"
+    assert ran_on(DEFAULT, [dense, sparse, sparse]) == "flex"
+    assert ran_on(DEFAULT, [Task(**cpu, int8=(64, 64)), dense, sparse]) == "flex+triton"
+    assert ran_on(KERNELS["triton"], [dense, sparse]) is None
 
 
 @pytest.mark.slow

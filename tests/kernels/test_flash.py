@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,18 +118,46 @@ def test_its_operators_tell_the_compiler_their_shapes() -> None:
         assert out.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("own", [None, "/elsewhere"])
-def test_what_is_compiled_stays_on_disk_in_the_users_own_folder(
-    own: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    given = {"XDG_CACHE_HOME": str(tmp_path)}
-    if own is not None:
-        given["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] = own
+def _environment_at_import(monkeypatch: pytest.MonkeyPatch, folder: Path, given: dict[str, str]) -> dict[str, str]:
+    """The environment in which FlashAttention-4 would be imported."""
+    package = folder / "flash_attn" / "cute"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").write_text("import os\nfound = dict(os.environ)\n")
+    names = ("flash_attn", "flash_attn.cute")
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr(os, "environ", given)
-    flash._keep_compiled()
-    assert given["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1"
-    expected = str(tmp_path / "calibatt" / "flash-attention-4") if own is None else own
-    assert given["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] == expected
+    try:
+        found: dict[str, str] = flash._interface().found
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
+    return found
+
+
+def test_what_is_compiled_stays_on_disk_in_the_users_own_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = _environment_at_import(monkeypatch, tmp_path / "site", {"XDG_CACHE_HOME": str(tmp_path)})
+    assert found["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1"
+    folder = Path(found["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"])
+    assert folder == tmp_path / "calibatt" / "flash-attention-4"
+    assert folder.is_dir()
+
+
+@pytest.mark.parametrize("enabled", ["0", None])
+def test_nothing_is_kept_where_it_is_not_wanted_or_there_is_no_room(
+    enabled: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    taken = tmp_path / "file"
+    taken.touch()
+    given = {"XDG_CACHE_HOME": str(taken)}
+    if enabled is not None:
+        given["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = enabled
+    found = _environment_at_import(monkeypatch, tmp_path / "site", given)
+    assert found.get("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED") == enabled
 
 
 def _mixed(block: tuple[int, int], tokens: int) -> BlockMask:

@@ -60,8 +60,12 @@ def test_it_takes_a_task_or_says_why_not(change: dict[str, Any], said: str | Non
 
 
 @pytest.mark.usefixtures("hopper")
-def test_another_gpu_or_an_older_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_gpu_or_an_older_triton_is_refused(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     task = Task(device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=128)
+    request.addfinalizer(gluon_hopper._triton_version.cache_clear)
+    gluon_hopper._triton_version.cache_clear()
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.5.1")
     assert "3.6 or newer, here is 3.5" in str(Gluon().refusal(task))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))

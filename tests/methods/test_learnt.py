@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.names import UnknownName
 from calibatt.kernels.plan import BlockMask, Plan, RowReuse
@@ -34,6 +33,12 @@ def masked() -> Plan:
     return Plan.masked(BlockMask.from_keep(keep.expand(3, -1, -1), tokens=1000, block_q=32, block_k=16), 3)
 
 
+def half() -> Plan:
+    return Plan.masked(
+        BlockMask.from_keep(torch.ones(3, 32, 63, dtype=torch.bool), tokens=1000, block_q=32, block_k=16), 3
+    )
+
+
 def mixed() -> Plan:
     reuse = RowReuse.of_anchor_rows(GEOMETRY, (1, 3))
     return Plan(tokens=1000, kinds=("masked", "reused", "dense"), mask=masked().mask, reuse=reuse)
@@ -44,13 +49,13 @@ class Source:
     """Answers with one plan, and remembers what it was asked."""
 
     answer: Plan
-    asked: list[tuple[Site, bool, float]] = field(default_factory=list)
+    asked: list[tuple[Site, bool]] = field(default_factory=list)
 
-    def refusal(self, *, loss: float) -> Unsupported | None:
-        return Unsupported("one loss only") if loss == 0 else None
+    def at(self, loss: float) -> Source:
+        return Source(half()) if loss == 2 else self
 
-    def plan(self, site: Site, *, repetition: bool = True, loss: float = 1.0) -> Plan:
-        self.asked.append((site, repetition, loss))
+    def plan(self, site: Site, *, repetition: bool = True) -> Plan:
+        self.asked.append((site, repetition))
         return self.answer
 
 
@@ -63,18 +68,19 @@ def counts(plan: Plan) -> torch.Tensor:
 def test_calibatt_hands_on_what_was_learnt(preset: str, repetition: bool) -> None:
     source = Source(mixed())
     assert build("calibatt", preset=preset, source=source).plan(Q, Q, site()) is source.answer
-    assert source.asked == [(site(), repetition, 1.0)]
+    assert source.asked == [(site(), repetition)]
 
 
-def test_calibatt_asks_for_its_loss_and_says_where_there_is_none() -> None:
+def test_calibatt_takes_the_masks_of_its_loss() -> None:
     source = Source(mixed())
-    method = build("calibatt", source=source, loss=2.5)
-    assert method.refusal(site().geometry) is None
-    method.plan(Q, Q, site())
-    assert source.asked == [(site(), True, 2.5)]
-    refusal = build("calibatt", source=source, loss=0.0).refusal(site().geometry)
-    assert refusal is not None
-    assert refusal.reason == "one loss only"
+    assert build("calibatt", source=source, loss=2.0).plan(Q, Q, site()).kinds == half().kinds
+    assert not source.asked
+
+
+@pytest.mark.parametrize("loss", [-0.5, float("nan")])
+def test_calibatt_loses_nothing_negative(loss: float) -> None:
+    with pytest.raises(ValueError, match="0 or more"):
+        build("calibatt", source=Source(mixed()), loss=loss)
 
 
 def test_random_keeps_as_many_blocks_of_every_row_as_its_source() -> None:
