@@ -11,6 +11,7 @@ import pytest
 
 from calibatt.bench.cells import DENSE, Arm
 from calibatt.bench.record import load_run
+from calibatt.cli import main
 from calibatt.kernels.names import UnknownName
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -120,6 +121,23 @@ def test_a_wanted_fidelity_is_solved_for_under_the_runs_own_dense_schedule(tmp_p
     assert sparse.density is not None
     # solved on four calls of another video
     assert sparse.density == pytest.approx(0.6, abs=0.03)
+
+
+@pytest.mark.slow
+def test_a_stored_calibration_without_levels_is_of_one_density_only(tmp_path: Path) -> None:
+    stored, path = tmp_path / "quick.safetensors", tmp_path / "bench.json"
+    assert main(["calibrate", "--resolution", "quick", "--steps", "2", "--count", "1", "-o", str(stored)]) == 0
+    done = _bench(
+        "-k", "test_attention", "--methods", "dense,calibatt,calibatt=0.35", "--steps", "2", "--rounds", "1",
+        "--calibration", str(stored), f"--benchmark-json={path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {record.mode: record for record in load_run(path).records if record.method == "calibatt"}
+    assert found["native"].outcome == "ok"
+    assert found["equal_density"].outcome == "unsupported"
+    assert "its loss cannot be turned: the calibration has masks for a loss of 1" in (
+        found["equal_density"].reason or ""
+    )
 
 
 @pytest.mark.slow

@@ -96,7 +96,8 @@ def test_what_no_kernel_can_do_is_refused_with_every_reason(monkeypatch: pytest.
     assert "\n" not in refusal.reason
 
 
-def test_what_ran_is_told_of_what_is_not_plain_where_anything_is() -> None:
+def test_what_ran_is_told_of_what_is_not_plain_where_anything_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calibatt.kernels.triton_sparse.interpreted", lambda: True)
     cpu = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 64}
     dense, sparse = Task(**cpu), Task(**cpu, block=(64, 64))
     assert ran_on(DEFAULT, [dense]) == "sdpa-flash"
