@@ -28,7 +28,7 @@ from calibatt.kernels import oracle
 from calibatt.kernels.base import Attender, Kernel, Task, Unsupported, dtype_name
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Knob, Method, Planner
+from calibatt.methods.base import Foreseen, Knob, Method, Planner
 from calibatt.methods.catalogue import METHODS, build, learner
 from calibatt.methods.learning import Learnt
 from calibatt.methods.scheduled import Scheduled
@@ -267,7 +267,7 @@ class Stage:
             measure, target, quantity, tolerance = self._fidelity_db, arm.psnr_db, "PSNRs in dB", PSNR_TOLERANCE_DB
         else:
             target = self.calibration.density().mean().item() if arm.density is None else arm.density
-            measure = self._density_of_video if knob.over_videos else self._density_of_probes
+            measure = self._density_of_video if knob.over_videos else self._density
             quantity, tolerance = "densities", DENSITY_TOLERANCE
         value = solve(
             lambda x: measure(at(**{knob.field: x}), kernel), knob, target, tolerance=tolerance, quantity=quantity
@@ -292,8 +292,9 @@ class Stage:
             for i, prompt in enumerate(self._calibration_prompts[:_FIDELITY_VIDEOS])
         )
 
-    def _density_of_probes(self, method: Planner, kernel: Attender) -> float:
-        return density_of(method, self.probes, kernel)
+    def _density(self, method: Planner, kernel: Attender) -> float:
+        """Mean density over all calls of a video where it is known before; else of the plans of the probes."""
+        return method.mean_density() if isinstance(method, Foreseen) else density_of(method, self.probes, kernel)
 
     def _density_of_video(self, method: Planner, kernel: Attender) -> float:
         """Mean density of the plans of one video of a calibration prompt."""

@@ -75,6 +75,10 @@ class PlanSource(Protocol):
         """
         ...
 
+    def density(self, *, repetition: bool = True) -> Float[Tensor, "steps layers heads"]:
+        """Computed fraction of the query-key products of every head at every site."""
+        ...
+
     def plan(self, site: Site, *, repetition: bool = True) -> Plan:
         """The plan for a site; without repetition, a block mask for every head.
 
@@ -115,6 +119,15 @@ class Planner(Protocol):
 
     def reset(self) -> None:
         """Forget everything about the last video. Called at the start of each."""
+        ...
+
+
+@runtime_checkable
+class Foreseen(Protocol):
+    """A planner whose plans are known before any call."""
+
+    def mean_density(self) -> float:
+        """Of all plans of a video."""
         ...
 
 

@@ -73,5 +73,9 @@ class CalibAtt:
         """
         return self._source.plan(site, repetition=self.config.repetition)
 
+    def mean_density(self) -> float:
+        """Of all plans of a video."""
+        return self._source.density(repetition=self.config.repetition).mean().item()
+
     def reset(self) -> None:
         """There is no state."""

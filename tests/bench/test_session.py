@@ -166,8 +166,8 @@ def test_a_run_leaves_records_of_what_was_and_of_what_could_not_be_timed(tmp_pat
     # in a folder that is not there yet
     path = tmp_path / "out" / "bench.json"
     done = _bench(
-        "--methods", "dense,calibatt,radial,svg/learnt", "--kernels", "flex,sdpa-math", "--steps", "2", "--rounds", "2",
-        "--calibration-prompts", "1", f"--benchmark-json={path}",
+        "--methods", "dense,calibatt,calibatt/masks-only=0.6,radial,svg/learnt", "--kernels", "flex,sdpa-math",
+        "--steps", "2", "--rounds", "2", "--calibration-prompts", "1", f"--benchmark-json={path}",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "video 2 of 2" in done.stdout
@@ -198,6 +198,9 @@ def test_a_run_leaves_records_of_what_was_and_of_what_could_not_be_timed(tmp_pat
     assert len(sparse.psnr_db) == len(sparse.samples_s or ()) == len(sparse.baseline_samples_s or ()) == 2
     assert sparse.density is not None
     assert 0 < sparse.density < 1
+    # whole videos have the density that was asked for: it is known from the calibration
+    (solved,) = [r for r in run.records if r.suite == "denoise" and r.target_density == 0.6 and r.outcome == "ok"]
+    assert solved.density == pytest.approx(0.6, abs=0.02)
     assert {"torch", "diffusers", "calibatt"} <= set(run.machine["versions"])
 
 

@@ -130,6 +130,9 @@ class Calibrated:
     def at(self, loss: float) -> Calibrated:
         return self
 
+    def density(self, *, repetition: bool = True) -> Tensor:
+        raise NotImplementedError
+
     def plan(self, site: Site, *, repetition: bool = True) -> Plan:
         if site.geometry != self.geometry:
             raise ValueError(f"learnt for {self.geometry}, not for {site.geometry}")

@@ -11,7 +11,7 @@ import torch
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.names import UnknownName
 from calibatt.kernels.plan import BlockMask, Plan, RowReuse
-from calibatt.methods.base import Site
+from calibatt.methods.base import Foreseen, Site
 from calibatt.methods.catalogue import METHODS, build
 from calibatt.methods.catalogue import learner as build_learner
 from calibatt.methods.learning import Learnt
@@ -54,6 +54,9 @@ class Source:
     def at(self, loss: float) -> Source:
         return Source(half()) if loss == 2 else self
 
+    def density(self, *, repetition: bool = True) -> torch.Tensor:
+        return torch.tensor([[[0.5]], [[0.1 if repetition else 0.3]]])
+
     def plan(self, site: Site, *, repetition: bool = True) -> Plan:
         self.asked.append((site, repetition))
         return self.answer
@@ -75,6 +78,13 @@ def test_calibatt_takes_the_masks_of_its_loss() -> None:
     source = Source(mixed())
     assert build("calibatt", source=source, loss=2.0).plan(Q, Q, site()).kinds == half().kinds
     assert not source.asked
+
+
+@pytest.mark.parametrize(("preset", "expected"), [("default", 0.3), ("masks-only", 0.4)])
+def test_calibatts_density_is_known_before_any_call(preset: str, expected: float) -> None:
+    method = build("calibatt", preset=preset, source=Source(mixed()))
+    assert isinstance(method, Foreseen)
+    assert method.mean_density() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("loss", [-0.5, float("nan")])
