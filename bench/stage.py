@@ -245,8 +245,7 @@ class Stage:
 
         # a calibration may have masks of one density only
         stuck = _stuck(knob, lambda: at(**low))
-        geometry = self.videos.geometry
-        refusal = stuck or at().refusal(geometry) or at(**low).refusal(geometry)
+        refusal = stuck or at().refusal(self.videos.geometry)
         if refusal is not None:
             return refusal
         if knob is None:

@@ -24,7 +24,7 @@ _ROWS = 64
 _WARPS = 4
 # keys of a tile at the most
 _MOST_KEYS = 128
-# tiles of keys of a share at the least: to begin and end a tile of queries costs about as much as one of them
+# tiles of keys of a share at the least: to begin and end a tile of queries costs two or three of them (docs/kernels.md)
 _LEAST_SHARE = 8
 # queries that `triton_code.merge` puts together at a time
 _MERGED = 16

@@ -131,7 +131,7 @@ class Calibrated:
         return self
 
     def density(self, *, repetition: bool = True) -> Tensor:
-        raise NotImplementedError
+        return torch.stack([self.plan(site(self.geometry), repetition=repetition).density()])[None]
 
     def plan(self, site: Site, *, repetition: bool = True) -> Plan:
         if site.geometry != self.geometry:
