@@ -141,7 +141,7 @@ class BlockArm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MoveArm:
+class PermutationArm:
     """Queries, keys and values into another order, as one thing to measure; the baseline is a copy of them.
 
     Args:
@@ -155,7 +155,7 @@ class MoveArm:
         return f"permute-{self.order}"
 
 
-AnyArm = Arm | BlockArm | MoveArm
+AnyArm = Arm | BlockArm | PermutationArm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

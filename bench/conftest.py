@@ -80,7 +80,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options; a wrong one is one line and exit code 4, before anything runs."""
-    from calibatt.bench.choice import cells, open_session
+    from calibatt.bench.options import cells, open_session
 
     try:
         config.stash[_SESSION] = open_session(config.option, _PytestConsole(config))
@@ -95,7 +95,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test a cell."""
-    from calibatt.bench.choice import cells
+    from calibatt.bench.options import cells
 
     if "cell" in metafunc.fixturenames:
         metafunc.parametrize("cell", cells(metafunc.config.option, metafunc.module.SUITE), ids=str)

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, HeadKind, Plan, RowReuse, block_count
+from calibatt.kernels.mask import BlockMask, block_count
+from calibatt.kernels.plan import HeadKind, Plan, RowReuse
 
 MaskSource = Literal["random", "banded", "captured"]
 # `rows`: heads that reuse rows; `mixed`: every other head reuses rows, the others have a random mask

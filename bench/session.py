@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from calibatt.bench import attention, denoise, kernel, preparation
 from calibatt.bench.cells import DENSE, AnyArm, Arm, Cell, Workload
 from calibatt.bench.console import Console
 from calibatt.bench.record import Record, Suite
 from calibatt.bench.stage import Stage
+from calibatt.bench.suites import attention, calibration, denoise, kernel
 from calibatt.models.catalogue import SHAPES
 
 
@@ -79,7 +79,7 @@ class BenchSession:
             return kernel.measure(workload, chosen, self.console).items()
         stage, arms = self._staged(workload), [arm for arm in chosen if isinstance(arm, Arm)]
         if suite == "calibration":
-            return [(arm, preparation.measure(stage, arm)) for arm in arms]
+            return [(arm, calibration.measure(stage, arm)) for arm in arms]
         # the baseline is measured even where nobody asked to see it
         arms = [DENSE, *(arm for arm in arms if arm != DENSE)]
         if suite == "attention":

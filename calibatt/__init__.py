@@ -34,7 +34,7 @@ _HOMES = {
     "Geometry": "kernels.geometry",
     "Site": "methods.base",
     "Plan": "kernels.plan",
-    "BlockMask": "kernels.plan",
+    "BlockMask": "kernels.mask",
     "RowReuse": "kernels.plan",
     "Task": "kernels.base",
     "Unsupported": "kernels.base",

@@ -20,7 +20,8 @@ from calibatt.calibration.store import Calibration, Provenance
 from calibatt.calibration.videos import DenseVideos, Stopwatch, Videos
 from calibatt.kernels.base import Attender
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, block_count
+from calibatt.kernels.mask import BlockMask, block_count
+from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Site
 from calibatt.methods.energy import block_energy
 from calibatt.methods.selection import smallest_set

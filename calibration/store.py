@@ -17,7 +17,8 @@ from calibatt.calibration.levels import keep_at
 from calibatt.calibration.repetition import anchor_rows
 from calibatt.calibration.schedule import Schedule
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, HeadKind, Plan, RowReuse
+from calibatt.kernels.mask import BlockMask
+from calibatt.kernels.plan import HeadKind, Plan, RowReuse
 from calibatt.methods.base import Site
 
 SCHEMA = "calibatt-calibration-1"

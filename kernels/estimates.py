@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from calibatt.kernels.plan import block_count
+from calibatt.kernels.mask import block_count
 from calibatt.kernels.tiles import compute_capability, descriptor, has_tma, tile_of
 
 # log-sum-exps held at a time, 1 GiB in fp32: six heads of a 720p Wan video (75,600 tokens) and blocks of 128 keys

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float32, Int8, Int32
 from torch import Tensor
 
-from calibatt.kernels.plan import BlockMask, HeadKind, Plan, VariableBlockMask, block_count
+from calibatt.kernels.mask import BlockMask, VariableBlockMask, block_count
+from calibatt.kernels.plan import HeadKind, Plan
 
 # as the device code counts them
 KINDS: tuple[HeadKind, ...] = ("masked", "dense", "reused")

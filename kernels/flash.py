@@ -15,11 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from calibatt.kernels.base import Task, Unsupported, check, check_accepted, dtype_name, triton_only, variable_refusal
-from calibatt.kernels.by_kind import attend_by_kind
 from calibatt.kernels.dense import Dense
 from calibatt.kernels.expand import block_lists
+from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.ordered import in_order
-from calibatt.kernels.plan import BlockMask, Plan
+from calibatt.kernels.per_head import attend_per_head
+from calibatt.kernels.plan import Plan
 
 _HEAD_DIMS = (64, 128)
 _HALVES = (torch.bfloat16, torch.float16)
@@ -117,7 +118,7 @@ class Flash4:
         """
         check(q, k, v, plan)
         check_accepted(self, q, plan)
-        return attend_by_kind(q, k, v, plan, masked=_fa4_masked, dense=_fa4_dense)
+        return attend_per_head(q, k, v, plan, masked=_fa4_masked, dense=_fa4_dense)
 
 
 def _block_objection(capability: tuple[int, int], block: tuple[int, int]) -> str | None:

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt.kernels.base import Task, Unsupported, check, check_accepted, triton_only, variable_refusal
-from calibatt.kernels.by_kind import attend_by_kind
 from calibatt.kernels.dense import Dense
+from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.ordered import in_order
-from calibatt.kernels.plan import BlockMask, Plan
+from calibatt.kernels.per_head import attend_per_head
+from calibatt.kernels.plan import Plan
 
 # a suite that walks over geometries compiles more variants than Dynamo's default limit of 8, past which it would
 # give up; fullgraph makes it raise instead of running eager in silence
@@ -60,7 +61,7 @@ class Flex:
         """
         check(q, k, v, plan)
         check_accepted(self, q, plan)
-        return attend_by_kind(q, k, v, plan, masked=_launch, dense=scaled_dot_product_attention)
+        return attend_per_head(q, k, v, plan, masked=_launch, dense=scaled_dot_product_attention)
 
 
 def _launch(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:

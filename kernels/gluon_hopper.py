@@ -15,8 +15,9 @@ from torch import Tensor
 
 from calibatt.kernels.base import Task, Unsupported, dtype_name, triton_only, variable_refusal
 from calibatt.kernels.expand import KINDS, kinds_on
-from calibatt.kernels.one_launch import Launch, OneLaunch
-from calibatt.kernels.plan import HeadKind, Plan, block_count
+from calibatt.kernels.fused import FusedKernel, Launch
+from calibatt.kernels.mask import block_count
+from calibatt.kernels.plan import HeadKind, Plan
 from calibatt.kernels.tiles import tensor_map_fits
 
 # queries of a warpgroup: the rows of one wgmma
@@ -35,7 +36,7 @@ _LEAST_TRITON = (3, 6)
 _PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 24, 240
 
 
-class Gluon(OneLaunch):
+class Gluon(FusedKernel):
     """For Hopper: tiles of queries are computed head by head, those with the longest lists of a head first."""
 
     name = "gluon"

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Float32, Int8
 from torch import Tensor
 
-from calibatt.kernels.plan import block_count
+from calibatt.kernels.mask import block_count
 
 # the largest integer that both signs have
 _MOST = 127

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from calibatt.kernels.plan import block_count
+from calibatt.kernels.mask import block_count
 
 # of one program: 64 rows of 256 bytes are 16 KiB, of which enough are under way at a time to fill the memory's pipes
 _ROWS = 64

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from calibatt.kernels.base import Task, Unsupported, dtype_name
 from calibatt.kernels.expand import floats_on, key_tiles, query_tiles
+from calibatt.kernels.fused import FusedKernel, Launch
 from calibatt.kernels.int8 import key_mean
-from calibatt.kernels.one_launch import Launch, OneLaunch
-from calibatt.kernels.plan import Plan, VariableBlockMask, block_count
+from calibatt.kernels.mask import VariableBlockMask, block_count
+from calibatt.kernels.plan import Plan
 from calibatt.kernels.tiles import compute_capability, descriptor, has_tma, interpreted, tile_of
 
 # queries of a tile at the most: more do not fit the registers
@@ -26,7 +27,7 @@ _VARIABLE = (128, 64)
 _LEAST_TILE = 16
 
 
-class Triton(OneLaunch):
+class Triton(FusedKernel):
     """For any NVIDIA GPU: masked heads walk their lists, dense ones all keys, reused ones compute a few rows.
 
     Blocks that differ in size (`plan.VariableBlockMask`) have device code of their own.

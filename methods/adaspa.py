@@ -18,7 +18,8 @@ from torch import Tensor
 
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan
+from calibatt.kernels.mask import BlockMask
+from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Branch, Knob, Site
 from calibatt.methods.blocks import text_blocks
 from calibatt.methods.energy import block_mass

@@ -28,7 +28,7 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan, Skip
 from calibatt.methods.base import Knob, Site
 from calibatt.methods.learning import Learnt
-from calibatt.methods.low import LEAST, MOST, all_blocks, gaps, without_low
+from calibatt.methods.skipping import LEAST, MOST, all_blocks, gaps, without_low
 
 # λ of the calibration, from 1e-12 to 0.99: 22 of them, as there; evenly in the logarithm, which is ours
 LAMBDAS = tuple(np.geomspace(1e-12, 0.99, 22).tolist())

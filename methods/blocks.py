@@ -8,7 +8,7 @@ from torch import Tensor
 
 from calibatt.kernels import estimates
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import block_count, block_sizes
+from calibatt.kernels.mask import block_count, block_sizes
 
 
 def pooled(x: Float[Tensor, "heads tokens head_dim"], block: int) -> Float[Tensor, "heads blocks head_dim"]:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from calibatt.kernels import estimates
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import Plan, TokenOrder, VariableBlockMask
+from calibatt.kernels.mask import VariableBlockMask
+from calibatt.kernels.plan import Plan, TokenOrder
 from calibatt.methods.blocks import with_text
 from calibatt.methods.energy import products
 

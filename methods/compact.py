@@ -33,7 +33,8 @@ from torch import Tensor
 
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, TokenOrder
+from calibatt.kernels.mask import BlockMask
+from calibatt.kernels.plan import Plan, TokenOrder
 from calibatt.methods.base import Knob, Site
 from calibatt.methods.energy import CHUNK, exponentials
 from calibatt.methods.learning import Learnt

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from calibatt.kernels import estimates
-from calibatt.kernels.plan import block_count, block_sizes
+from calibatt.kernels.mask import block_count, block_sizes
 from calibatt.methods.blocks import block_sums
 
 # attention weights held at a time: 256 MiB in fp32, enough to keep a GPU busy with one launch

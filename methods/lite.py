@@ -24,9 +24,10 @@ from torch import Tensor
 
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, Skip
+from calibatt.kernels.mask import BlockMask
+from calibatt.kernels.plan import Plan, Skip
 from calibatt.methods.base import Branch, Knob, Site
-from calibatt.methods.low import LEAST, MOST, all_blocks, without_low
+from calibatt.methods.skipping import LEAST, MOST, all_blocks, without_low
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

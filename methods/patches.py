@@ -7,7 +7,7 @@ from jaxtyping import Int, Int32
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import block_count
+from calibatt.kernels.mask import block_count
 from calibatt.methods.blocks import with_text
 
 

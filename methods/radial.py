@@ -18,7 +18,8 @@ from torch import Tensor
 
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, block_count
+from calibatt.kernels.mask import BlockMask, block_count
+from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Knob, Site
 
 # a block is kept where more than this share of its non-empty columns …

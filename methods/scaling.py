@@ -26,7 +26,8 @@ from torch import Tensor
 
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, block_count
+from calibatt.kernels.mask import BlockMask, block_count
+from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Knob, Site
 from calibatt.methods.blocks import text_blocks
 from calibatt.methods.energy import block_energy

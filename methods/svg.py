@@ -36,7 +36,8 @@ from torch import Tensor
 
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, TokenOrder, block_count
+from calibatt.kernels.mask import BlockMask, block_count
+from calibatt.kernels.plan import Plan, TokenOrder
 from calibatt.methods.base import Knob, Site
 from calibatt.methods.blocks import block_ends, text_blocks, with_text
 from calibatt.methods.energy import products

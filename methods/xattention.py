@@ -19,7 +19,8 @@ from torch import Tensor
 
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan
+from calibatt.kernels.mask import BlockMask
+from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Knob, Site
 from calibatt.methods.energy import block_mass
 from calibatt.methods.selection import smallest_set

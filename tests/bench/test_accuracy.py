@@ -13,7 +13,8 @@ from calibatt.bench.arms import block_of
 from calibatt.bench.meter import Probe
 from calibatt.kernels import oracle
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, TokenOrder, VariableBlockMask
+from calibatt.kernels.mask import BlockMask, VariableBlockMask
+from calibatt.kernels.plan import Plan, TokenOrder
 from calibatt.methods.base import Site
 
 GEOMETRY = Geometry(grid=(2, 6, 8), heads=2, head_dim=16)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from calibatt.bench.denoise import _some_masks
+from calibatt.bench.suites.denoise import _some_masks
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, VariableBlockMask
+from calibatt.kernels.mask import BlockMask, VariableBlockMask
+from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Site
 
 GEOMETRY = Geometry(grid=(1, 10, 25), heads=2, head_dim=8)

@@ -10,7 +10,8 @@ from calibatt.bench.solve import DENSITY_TOLERANCE, density_of, solve
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan
+from calibatt.kernels.mask import BlockMask
+from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Knob, Site
 
 GEOMETRY = Geometry(grid=(4, 16, 16), heads=2, head_dim=16)

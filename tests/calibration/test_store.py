@@ -15,7 +15,8 @@ from calibatt.calibration.repetition import anchor_rows
 from calibatt.calibration.schedule import Schedule
 from calibatt.calibration.store import Calibration, CalibrationMismatch, Provenance, UnusableCalibration
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, RowReuse
+from calibatt.kernels.mask import BlockMask
+from calibatt.kernels.plan import RowReuse
 from calibatt.methods.base import Site
 
 STEPS, LAYERS, HEADS = 3, 2, 4

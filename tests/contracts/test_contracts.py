@@ -19,20 +19,13 @@ from calibatt.kernels import oracle
 from calibatt.kernels.base import Kernel, Task
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import (
-    BlockMask,
-    HeadKind,
-    Plan,
-    RowReuse,
-    TokenOrder,
-    VariableBlockMask,
-    block_count,
-)
+from calibatt.kernels.mask import BlockMask, VariableBlockMask, block_count
+from calibatt.kernels.plan import HeadKind, Plan, RowReuse, TokenOrder
 from calibatt.methods.base import Method, Site
 from calibatt.methods.catalogue import METHODS, build
 from calibatt.methods.catalogue import learner as build_learner
 from calibatt.methods.learning import Learnt
-from calibatt.methods.low import without_low
+from calibatt.methods.skipping import without_low
 
 HEADS = 3
 GEOMETRIES = {

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from calibatt.kernels import estimates
 from calibatt.kernels.catalogue import KERNELS
+from calibatt.kernels.fused import FusedKernel
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.one_launch import OneLaunch
-from calibatt.kernels.plan import BlockMask, Plan, RowReuse, Skip, TokenOrder, VariableBlockMask, block_count
+from calibatt.kernels.mask import BlockMask, VariableBlockMask, block_count
+from calibatt.kernels.plan import Plan, RowReuse, Skip, TokenOrder
 from calibatt.methods.blocks import alike_blocks
 from calibatt.methods.clusters import regroup
 from calibatt.methods.energy import block_mass
@@ -50,7 +51,7 @@ def plans(geometry: Geometry) -> Iterator[Plan]:
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> int:
     """Calls of our own kernels that compute the plan; their outputs have no NaN."""
     calls = 0
-    for kernel in (kernel for kernel in KERNELS.values() if isinstance(kernel, OneLaunch)):
+    for kernel in (kernel for kernel in KERNELS.values() if isinstance(kernel, FusedKernel)):
         try:
             out = kernel.attend(q, k, v, plan)
         except ValueError:

@@ -15,7 +15,8 @@ from calibatt.kernels.base import Task, Unsupported
 from calibatt.kernels.catalogue import DEFAULT, KERNELS
 from calibatt.kernels.default import ran_on
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, RowReuse
+from calibatt.kernels.mask import BlockMask
+from calibatt.kernels.plan import Plan, RowReuse
 
 GEOMETRY = Geometry(grid=(2, 8, 8), heads=3, head_dim=64)
 

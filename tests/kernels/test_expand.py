@@ -8,7 +8,8 @@ import torch
 from calibatt.kernels import tiles
 from calibatt.kernels.expand import block_lists, key_tiles, query_tiles
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, RowReuse, VariableBlockMask
+from calibatt.kernels.mask import BlockMask, VariableBlockMask
+from calibatt.kernels.plan import Plan, RowReuse
 
 pytestmark = pytest.mark.skipif(
     not (tiles.interpreted() or torch.cuda.is_available()), reason="needs Triton's interpreter or a CUDA GPU"

@@ -14,7 +14,8 @@ from calibatt.kernels import flash
 from calibatt.kernels.base import Task
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan
+from calibatt.kernels.mask import BlockMask
+from calibatt.kernels.plan import Plan
 
 
 def _task(block: tuple[int, int] | None = None, **change: object) -> Task:

@@ -8,7 +8,8 @@ import torch
 from calibatt.kernels import flex, oracle
 from calibatt.kernels.base import Task
 from calibatt.kernels.flex import Flex
-from calibatt.kernels.plan import BlockMask, Plan
+from calibatt.kernels.mask import BlockMask
+from calibatt.kernels.plan import Plan
 
 CPU = Task(device=torch.device("cpu"), dtype=torch.float32, head_dim=64)
 

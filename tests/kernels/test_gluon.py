@@ -18,7 +18,8 @@ from calibatt.kernels import gluon_hopper, oracle
 from calibatt.kernels.base import Task
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.gluon_hopper import Gluon, launch_shape
-from calibatt.kernels.plan import BlockMask, Plan, RowReuse
+from calibatt.kernels.mask import BlockMask
+from calibatt.kernels.plan import Plan, RowReuse
 
 # CUDA's programming guide, compute capability 9.0: registers and bytes of shared memory of a multiprocessor, and what
 # each of its thread blocks takes of the latter for the system
@@ -193,9 +194,9 @@ def _compile(block: tuple[int, int] | None, head_dim: int) -> dict[str, Any]:
         plan = Plan(tokens=tokens, kinds=("masked", "reused", "dense"), mask=mask, reuse=reuse)
     q = torch.zeros((1, tokens, heads, head_dim), dtype=torch.bfloat16).transpose(1, 2)
     lists = (torch.zeros(shape, dtype=torch.int32), torch.zeros(shape[:2], dtype=torch.int32))
-    import calibatt.kernels.one_launch
+    import calibatt.kernels.fused
 
-    calibatt.kernels.one_launch.block_lists = lambda plan: lists
+    calibatt.kernels.fused.block_lists = lambda plan: lists
     entries = [(gluon_code, "attend"), (gluon_code, "attend_alone"), (triton_code, "merge")]
     functions = [getattr(module, name) for module, name in entries]
     for (module, name), function in zip(entries, functions, strict=True):

@@ -14,7 +14,8 @@ from calibatt.kernels.base import Kernel, Task
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.int8 import dequantise, key_mean, quantise
-from calibatt.kernels.plan import BlockMask, Plan, RowReuse, Skip, TokenOrder
+from calibatt.kernels.mask import BlockMask
+from calibatt.kernels.plan import Plan, RowReuse, Skip, TokenOrder
 
 # 126 tokens: neither 64 nor 32 divides them
 GEOMETRY = Geometry(grid=(2, 7, 9), heads=3, head_dim=64)

@@ -9,7 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt.kernels import oracle
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, RowReuse, TokenOrder
+from calibatt.kernels.mask import BlockMask
+from calibatt.kernels.plan import Plan, RowReuse, TokenOrder
 
 GEOMETRY = Geometry(grid=(2, 5, 6), heads=3, head_dim=16)
 

@@ -8,16 +8,8 @@ import pytest
 import torch
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import (
-    BlockMask,
-    Plan,
-    RowReuse,
-    Skip,
-    TokenOrder,
-    VariableBlockMask,
-    block_count,
-    block_sizes,
-)
+from calibatt.kernels.mask import BlockMask, VariableBlockMask, block_count, block_sizes
+from calibatt.kernels.plan import Plan, RowReuse, Skip, TokenOrder
 
 # tokens, block_q, block_k: tidy; a shorter last block; exactly one 32-bit word of key blocks; one more; one block
 SHAPES = [(1024, 64, 64), (1000, 64, 48), (512, 128, 16), (513, 128, 16), (63, 128, 128)]

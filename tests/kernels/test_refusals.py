@@ -11,7 +11,8 @@ from torch import Tensor
 from calibatt.kernels.base import Kernel, Task, check
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, RowReuse, Skip, VariableBlockMask
+from calibatt.kernels.mask import BlockMask, VariableBlockMask
+from calibatt.kernels.plan import Plan, RowReuse, Skip
 
 GEOMETRY = Geometry(grid=(1, 8, 8), heads=2, head_dim=16)
 

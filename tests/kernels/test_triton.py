@@ -17,7 +17,8 @@ from torch import Tensor
 from calibatt.kernels import oracle, tiles, triton_code, triton_sparse
 from calibatt.kernels.base import Task
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, RowReuse, TokenOrder, VariableBlockMask, block_count
+from calibatt.kernels.mask import BlockMask, VariableBlockMask, block_count
+from calibatt.kernels.plan import Plan, RowReuse, TokenOrder
 from calibatt.kernels.triton_sparse import Triton
 
 pytestmark = pytest.mark.skipif(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask
+from calibatt.kernels.mask import BlockMask
 from calibatt.methods import clusters
 from calibatt.methods.clusters import (
     Grouped,

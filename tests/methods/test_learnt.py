@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.names import UnknownName
-from calibatt.kernels.plan import BlockMask, Plan, RowReuse
+from calibatt.kernels.plan import Plan, RowReuse
 from calibatt.methods.base import Foreseen, Site
 from calibatt.methods.catalogue import METHODS, build
 from calibatt.methods.catalogue import learner as build_learner

@@ -13,7 +13,7 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.methods.base import Site
 from calibatt.methods.catalogue import build
 from calibatt.methods.learning import Learnt
-from calibatt.methods.low import without_low
+from calibatt.methods.skipping import without_low
 from calibatt.methods.sparge import SIMILARITIES, SpargeConfig, SpargeSearch, search
 
 # 64 tokens are 4 blocks of 16

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import Plan, VariableBlockMask
+from calibatt.kernels.mask import VariableBlockMask
+from calibatt.kernels.plan import Plan
 from calibatt.methods import clusters
 from calibatt.methods.base import Site
 from calibatt.methods.catalogue import build

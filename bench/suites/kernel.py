@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.bench import moves
+from calibatt.bench import permutation
 from calibatt.bench.accuracy import spot_error
 from calibatt.bench.arms import Failure, guarded
 from calibatt.bench.baseline import fastest_dense
-from calibatt.bench.cells import DENSE, AnyArm, Arm, BlockArm, MoveArm, Workload
+from calibatt.bench.cells import DENSE, AnyArm, Arm, BlockArm, PermutationArm, Workload
 from calibatt.bench.console import Console
 from calibatt.bench.masks import make_plan
 from calibatt.bench.record import Record
@@ -113,7 +113,7 @@ class _Bench:
         maps = [block_energy(probe.q[0], probe.k[0], block_q=block_q, block_k=block_k) for probe in stage.probes]
         return torch.cat(maps).float().cpu()
 
-    def moves(self, arms: Sequence[MoveArm]) -> dict[AnyArm, Record]:
+    def moves(self, arms: Sequence[PermutationArm]) -> dict[AnyArm, Record]:
         """Time permutations."""
         # they are Triton's wherever they run
         task = Task(device=self.workload.device, dtype=self.workload.dtype, head_dim=self.geometry.head_dim)
@@ -121,14 +121,14 @@ class _Bench:
         if refusal is not None:
             return {arm: Record(**self.facts(arm), outcome="unsupported", reason=refusal.reason) for arm in arms}
         self.log(f"timing {len(arms)} permutations")
-        return moves.measure(arms, (self.q, self.k, self.v), self.geometry, self.facts, ROUNDS)
+        return permutation.measure(arms, (self.q, self.k, self.v), self.geometry, self.facts, ROUNDS)
 
     def facts(self, arm: AnyArm) -> dict[str, Any]:
         """The fields of a record that say what was run."""
         what: dict[str, Any]
         if isinstance(arm, Arm):
             what = {"method": arm.method, "preset": arm.preset, "kernel": self.dense.name, "baseline": None}
-        elif isinstance(arm, MoveArm):
+        elif isinstance(arm, PermutationArm):
             what = {"method": "permute", "preset": arm.order, "kernel": arm.kernel, "baseline": "copy"}
         else:
             what = {
@@ -151,9 +151,9 @@ def measure(workload: Workload, arms: Sequence[AnyArm], console: Console) -> dic
     """Time kernels in turns with the fastest dense one; lists that a kernel makes of a mask's bits are its own time."""
     bench = _Bench(workload, console)
     records: dict[AnyArm, Record] = {}
-    if moved := [arm for arm in arms if isinstance(arm, MoveArm)]:
+    if moved := [arm for arm in arms if isinstance(arm, PermutationArm)]:
         records.update(bench.moves(moved))
-    attending = [arm for arm in arms if not isinstance(arm, MoveArm)]
+    attending = [arm for arm in arms if not isinstance(arm, PermutationArm)]
     readied = {arm: bench.ready(arm) for arm in dict.fromkeys((DENSE, *attending))}
     timed_arms = {arm: one for arm, one in readied.items() if isinstance(one, _Ready)}
     bench.log(f"timing {len(timed_arms)} arms, {ROUNDS} rounds")

@@ -14,7 +14,7 @@ Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 Masked = Callable[[Tensor, Tensor, Tensor, Plan], Tensor]
 
 
-def attend_by_kind(
+def attend_per_head(
     q: Float[Tensor, "batch heads tokens head_dim"],
     k: Float[Tensor, "batch heads tokens head_dim"],
     v: Float[Tensor, "batch heads tokens head_dim"],

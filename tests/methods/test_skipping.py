@@ -13,12 +13,13 @@ from torch import Tensor
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import BlockMask, Plan, Skip
+from calibatt.kernels.mask import BlockMask
+from calibatt.kernels.plan import Plan, Skip
 from calibatt.methods.base import Site
 from calibatt.methods.blasst import LAMBDAS, fitted_threshold
 from calibatt.methods.catalogue import build, learner
 from calibatt.methods.learning import Learnt
-from calibatt.methods.low import all_blocks, gaps, without_low
+from calibatt.methods.skipping import all_blocks, gaps, without_low
 
 # 60 tokens are 4 blocks of 16, the last one shorter; a head dim that Triton has
 GEOMETRY = Geometry(grid=(1, 6, 10), heads=1, head_dim=64)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int32
 from torch import Tensor
 
-from calibatt.bench.cells import AnyArm, MoveArm, Order
+from calibatt.bench.cells import AnyArm, Order, PermutationArm
 from calibatt.bench.record import Record
 from calibatt.bench.rounds import in_turns
 from calibatt.bench.timer import PhaseTimer
@@ -39,18 +39,18 @@ _ORDERS: Mapping[Order, Callable[[Geometry], Tensor]] = MappingProxyType(
 
 
 def measure(
-    arms: Sequence[MoveArm],
+    arms: Sequence[PermutationArm],
     tensors: Sequence[Tensor],
     geometry: Geometry,
-    facts: Callable[[MoveArm], dict[str, Any]],
+    facts: Callable[[PermutationArm], dict[str, Any]],
     rounds: int,
 ) -> dict[AnyArm, Record]:
     """Time permutations in turns with a copy of the tensors: a speedup of 1 is the bandwidth of a copy."""
     orders = {arm: _ORDERS[arm.order](geometry).to(tensors[0].device) for arm in arms}
-    works: dict[MoveArm | None, Callable[[], Any]] = {None: lambda: [x.clone() for x in tensors]}
+    works: dict[PermutationArm | None, Callable[[], Any]] = {None: lambda: [x.clone() for x in tensors]}
     works.update({arm: partial(permute, tensors, order) for arm, order in orders.items()})
     timer = PhaseTimer(tensors[0].device)
-    seconds: dict[MoveArm | None, list[float]] = {arm: [] for arm in works}
+    seconds: dict[PermutationArm | None, list[float]] = {arm: [] for arm in works}
     # the first round warms up
     for round_, arm in in_turns(list(works), rounds + 1):
         timer.lead()

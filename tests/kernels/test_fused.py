@@ -14,9 +14,10 @@ from torch import Tensor
 from calibatt.kernels import oracle
 from calibatt.kernels.base import Task
 from calibatt.kernels.catalogue import KERNELS
+from calibatt.kernels.fused import FusedKernel
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.one_launch import OneLaunch
-from calibatt.kernels.plan import BlockMask, Plan, RowReuse, block_count
+from calibatt.kernels.mask import BlockMask, block_count
+from calibatt.kernels.plan import Plan, RowReuse
 
 GEOMETRY = Geometry(grid=(4, 9, 9), heads=3, head_dim=64)
 BLOCK = 64
@@ -27,7 +28,7 @@ PLACES = [
 
 
 Place = tuple[str, torch.dtype]
-Case = tuple[OneLaunch, Tensor, Tensor, Tensor, Plan]
+Case = tuple[FusedKernel, Tensor, Tensor, Tensor, Plan]
 
 
 @pytest.fixture(params=PLACES)
@@ -36,11 +37,11 @@ def place(request: pytest.FixtureRequest) -> Place:
     return chosen
 
 
-@pytest.fixture(params=[name for name, kernel in KERNELS.items() if isinstance(kernel, OneLaunch)])
+@pytest.fixture(params=[name for name, kernel in KERNELS.items() if isinstance(kernel, FusedKernel)])
 def case(request: pytest.FixtureRequest, place: Place) -> Case:
     """A kernel, inputs, and a plan with a head of each kind, whose second row of blocks has no key."""
     kernel, (device, dtype), tokens = KERNELS[request.param], place, GEOMETRY.tokens
-    assert isinstance(kernel, OneLaunch)
+    assert isinstance(kernel, FusedKernel)
     refusal = kernel.refusal(
         Task(device=torch.device(device), dtype=dtype, head_dim=GEOMETRY.head_dim, block=(BLOCK, BLOCK))
     )

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from calibatt.kernels.plan import BlockMask, block_count
+from calibatt.kernels.mask import BlockMask, block_count
 
 # the range of thresholds: from the least power of two in fp32, whose weights are nothing beside 1, to just below 1
 LEAST, MOST = -126.0, math.log2(0.999)

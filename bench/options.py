@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from calibatt.bench.cells import DENSE, ORDERS, AnyArm, Arm, BlockArm, Cell, MoveArm, Order, Workload
+from calibatt.bench.cells import DENSE, ORDERS, AnyArm, Arm, BlockArm, Cell, Order, PermutationArm, Workload
 from calibatt.bench.console import Console
 from calibatt.bench.masks import PATTERNS, Pattern
 from calibatt.bench.record import Suite
@@ -104,7 +104,7 @@ def _kernel_cells(options: Namespace) -> list[Cell]:
     catalogue: dict[str, Pattern] = {pattern: pattern for pattern in PATTERNS}
     patterns = [look_up(catalogue, name, "mask") for name in _names(options.masks)]
     orders: dict[str, Order] = {order: order for order in ORDERS}
-    moves = [MoveArm(order=look_up(orders, name, "order")) for name in _names(options.orders)]
+    moves = [PermutationArm(order=look_up(orders, name, "order")) for name in _names(options.orders)]
     found: list[Cell] = []
     # the same geometry at another number of steps is the same
     for workload in dict.fromkeys(replace(workload, steps=0) for workload in _workloads(options)):

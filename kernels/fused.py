@@ -12,8 +12,9 @@ from torch import Tensor
 
 from calibatt.kernels.base import Task, Unsupported, check, check_accepted
 from calibatt.kernels.expand import block_lists, kinds_on
+from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.ordered import attend_ordered
-from calibatt.kernels.plan import BlockMask, Plan, block_count
+from calibatt.kernels.plan import Plan
 
 # tokens of a block where a plan has none
 _BLOCK = 128
@@ -57,7 +58,7 @@ class Launch:
         )  # fmt: skip
 
 
-class OneLaunch(ABC):
+class FusedKernel(ABC):
     """A kernel that computes masked, dense and reused heads at once.
 
     A reused head's rows are gathered when they are loaded, and each is written to every token that takes its output:
