@@ -13,7 +13,8 @@ from calibatt.bench.timer import PhaseTimer
 from calibatt.kernels.base import Attender
 from calibatt.kernels.ordered import attend_ordered
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Planner, Site
+from calibatt.methods.base import Planner
+from calibatt.methods.site import Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -18,7 +18,8 @@ from calibatt.calibration.videos import Videos
 from calibatt.kernels.base import Attender
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Planner, Site
+from calibatt.methods.base import Planner
+from calibatt.methods.site import Site
 from calibatt.models.catalogue import SHAPES
 
 

@@ -32,7 +32,7 @@ _HOMES = {
     "KERNELS": "kernels.catalogue",
     "MODELS": "models.catalogue",
     "Geometry": "kernels.geometry",
-    "Site": "methods.base",
+    "Site": "methods.site",
     "Plan": "kernels.plan",
     "BlockMask": "kernels.mask",
     "RowReuse": "kernels.plan",

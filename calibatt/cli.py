@@ -164,7 +164,7 @@ def _task(method: Any, geometry: Any, steps: int, layers: int, device: Any) -> A
     import torch
 
     from calibatt.kernels.base import Task
-    from calibatt.methods.base import Site
+    from calibatt.methods.site import Site
     from calibatt.models.device import working_dtype
 
     # of a generator of its own: the global one is the video's

@@ -22,9 +22,9 @@ from calibatt.kernels.base import Attender
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Site
 from calibatt.methods.energy import block_energy
 from calibatt.methods.selection import smallest_set
+from calibatt.methods.site import Site
 from calibatt.models.catalogue import ModelEntry
 
 

@@ -15,9 +15,9 @@ from calibatt.calibration.videos import DenseVideos, Stopwatch, Videos
 from calibatt.kernels.base import Attender
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Site
 from calibatt.methods.catalogue import learner as new_learner
 from calibatt.methods.learning import Learner, Learnt
+from calibatt.methods.site import Site
 from calibatt.models.catalogue import ModelEntry
 
 SCHEMA = "calibatt-learnt-1"

@@ -19,7 +19,7 @@ from calibatt.calibration.schedule import Schedule
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import HeadKind, Plan, RowReuse
-from calibatt.methods.base import Site
+from calibatt.methods.site import Site
 
 SCHEMA = "calibatt-calibration-1"
 

@@ -19,20 +19,23 @@ Phase = Callable[[str], AbstractContextManager[None]]
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def attend_ordered(attend: Attend, q: Tensor, k: Tensor, v: Tensor, plan: Plan, phase: Phase | None = None) -> Tensor:
+def untimed(name: str) -> AbstractContextManager[None]:
+    """A phase that nobody times."""
+    return nullcontext()
+
+
+def attend_ordered(attend: Attend, q: Tensor, k: Tensor, v: Tensor, plan: Plan, phase: Phase = untimed) -> Tensor:
     """Attention under a plan, by what computes it on tokens that stand in the plan's order.
 
     Args:
         attend: a kernel's.
         q, k, v: [batch, heads, tokens, head_dim], in the sequence's order.
         plan: with an order or without.
-        phase: entered as `permute`, `attend` and `unpermute`, the first and last where there is an order; None times
-            nothing.
+        phase: entered as `permute`, `attend` and `unpermute`, the first and last where there is an order.
 
     Raises:
         ValueError: inputs and plan do not belong together.
     """
-    phase = _untimed if phase is None else phase
     order = plan.order
     if order is None:
         with phase("attend"):
@@ -47,10 +50,6 @@ def attend_ordered(attend: Attend, q: Tensor, k: Tensor, v: Tensor, plan: Plan, 
         out = attend(q, k, v, plan.unordered())
     with phase("unpermute"):
         return unpermute(out, order.queries)
-
-
-def _untimed(name: str) -> AbstractContextManager[None]:
-    return nullcontext()
 
 
 def in_order(attend: _F) -> _F:

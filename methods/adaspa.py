@@ -20,9 +20,10 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Branch, Knob, Site
+from calibatt.methods.base import Knob
 from calibatt.methods.blocks import text_blocks
 from calibatt.methods.energy import block_mass
+from calibatt.methods.site import Branch, Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

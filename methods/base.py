@@ -1,91 +1,21 @@
-"""What a method is, and where it is asked."""
+"""What a method is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-
-Branch = Literal["cond", "uncond"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
-    """Where one attention call happens.
-
-    Args:
-        geometry: layout of its tokens.
-        step, steps: index of the denoising step (0 is the noisiest) and their number.
-        sigma: noise level of the step, 1 is pure noise.
-        branch: conditional or unconditional pass of classifier-free guidance.
-        layer, layers: index of the transformer layer and their number.
-        sample: which video of a batch; a method's state belongs to one sample of one branch.
-
-    Raises:
-        ValueError: step or layer lies outside its range.
-    """
-
-    geometry: Geometry
-    step: int
-    steps: int
-    sigma: float
-    branch: Branch
-    layer: int
-    layers: int
-    sample: int = 0
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.step < self.steps and 0 <= self.layer < self.layers):
-            raise ValueError(f"step {self.step} of {self.steps} or layer {self.layer} of {self.layers} does not exist")
-
-    def in_warmup(self, steps: float, layers: float = 0.0, *, whole: Callable[[float], int] = round) -> bool:
-        """Whether it is in the first share of the steps, or of the layers: where many methods stay dense.
-
-        Args:
-            steps, layers: the shares.
-            whole: makes them whole steps and layers, as the original does.
-        """
-        return self.step < whole(steps * self.steps) or self.layer < whole(layers * self.layers)
-
-    def generator(self, seed: int, device: torch.device) -> torch.Generator:
-        """What a method draws from here: the same for both branches and all samples, another at every step and layer.
-
-        Nothing is kept between calls, and the global generator, which the video is made with, is not touched.
-        """
-        return torch.Generator(device).manual_seed((seed * self.steps + self.step) * self.layers + self.layer)
-
-
-@runtime_checkable
-class PlanSource(Protocol):
-    """Something learnt offline that has a plan for every site; the calibration store is one."""
-
-    def at(self, loss: float) -> PlanSource:
-        """The same with masks that lose a multiple of the attention mass that those of 1 lose.
-
-        Raises:
-            ValueError: it has no masks for that loss.
-        """
-        ...
-
-    def density(self, *, repetition: bool = True) -> Float[Tensor, "steps layers heads"]:
-        """Computed fraction of the query-key products of every head at every site."""
-        ...
-
-    def plan(self, site: Site, *, repetition: bool = True) -> Plan:
-        """The plan for a site; without repetition, a block mask for every head.
-
-        Raises:
-            ValueError: it was learnt for another model, geometry or number of steps.
-        """
-        ...
+from calibatt.methods.learning import Learner, Learnt
+from calibatt.methods.site import Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +42,10 @@ class Planner(Protocol):
         self,
         q: Float[Tensor, "heads tokens head_dim"],
         k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
         site: Site,
     ) -> Plan:
-        """Decide what is computed at this site, for one sample; q and k are those that attention will see."""
+        """Decide what is computed at this site, for one sample; q, k and v are those that attention will see."""
         ...
 
     def reset(self) -> None:
@@ -131,24 +62,56 @@ class Foreseen(Protocol):
         ...
 
 
-@runtime_checkable
-class Method(Planner, Protocol):
-    """A published way to decide plans. Built as `cls(config)`, or `cls(config, source)` where offline.
+class Method(ABC):
+    """A published way to decide plans. A method is a subclass in a file of its own, and a line of the catalogue.
+
+    Built as `cls(config)`; as `cls(config, learnt)` where the config needs something learnt (see `learner`, `needs`).
 
     Class attributes:
         name: as in the catalogue.
+        label, colour, marker: how reports show it: its name as its authors write it, a colour "#rrggbb", and a marker
+            that matplotlib knows.
         presets: named configs, each with its source; "default" is always one of them.
-        offline: whether it is built with a PlanSource.
         knob: what to turn for a given density; None where there is nothing to turn.
         without_dense: settings with which the method itself keeps no step and no layer dense.
+        needs: the method whose learnt tables it plans by, where that is another; None otherwise.
+
+    Attributes:
+        learnt: what it was built with; None where it needs nothing learnt.
     """
 
     name: ClassVar[str]
+    label: ClassVar[str]
+    colour: ClassVar[str]
+    marker: ClassVar[str]
     presets: ClassVar[Mapping[str, Any]]
-    offline: ClassVar[bool]
-    knob: ClassVar[Knob | None]
-    without_dense: ClassVar[Mapping[str, Any]]
+    knob: ClassVar[Knob | None] = None
+    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    needs: ClassVar[str | None] = None
+    learnt: Learnt | None = None
+
+    @classmethod
+    def learner(cls, config: Any) -> Learner | None:
+        """What learns offline for these settings; None where nothing has to be learnt, as by default."""
+        return None
 
     def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Why the method does not apply to a geometry, or None when it does."""
-        ...
+        """Why the method does not apply to a geometry, or None when it does, as by default."""
+        return None
+
+    @abstractmethod
+    def plan(
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
+    ) -> Plan:
+        """Decide what is computed at this site, for one sample; q, k and v are those that attention will see.
+
+        Raises:
+            ValueError: what was learnt is for other videos.
+        """
+
+    def reset(self) -> None:  # noqa: B027 (most methods keep no state)
+        """Forget everything about the last video. Called at the start of each."""

@@ -26,8 +26,9 @@ from torch import Tensor
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan, Skip
-from calibatt.methods.base import Knob, Site
+from calibatt.methods.base import Knob
 from calibatt.methods.learning import Learnt
+from calibatt.methods.site import Site
 from calibatt.methods.skipping import LEAST, MOST, all_blocks, gaps, without_low
 
 # λ of the calibration, from 1e-12 to 0.99: 22 of them, as there; evenly in the logarithm, which is ours

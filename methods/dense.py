@@ -13,7 +13,8 @@ from torch import Tensor
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Knob, Site
+from calibatt.methods.base import Knob
+from calibatt.methods.site import Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

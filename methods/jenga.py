@@ -33,8 +33,9 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan, TokenOrder
-from calibatt.methods.base import Knob, Site
+from calibatt.methods.base import Knob
 from calibatt.methods.blocks import pooled, video_blocks, with_text
+from calibatt.methods.site import Site
 
 # the share dropped rises over a tenth of the schedule: step_normed in jenga_wan.py
 _RAMP = 10

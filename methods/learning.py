@@ -1,9 +1,9 @@
-"""What some methods learn from dense videos before they make any plan: tables over steps, layers and heads."""
+"""What was learnt offline, and from what: tables over steps and layers, whatever the method."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,52 +12,97 @@ from jaxtyping import Float
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.methods.base import Site
+from calibatt.methods.site import Site
 
 
 @runtime_checkable
 class Learner(Protocol):
-    """Watches the self-attention of dense videos and sums up at once, so that memory does not grow with the videos."""
+    """What a method learns from dense videos, call by call: a frozen dataclass, whose fields are all it depends on.
 
-    def watch(
+    It has no state: notes are kept, merged and stored for it.
+    """
+
+    def note(
         self,
         q: Float[Tensor, "heads tokens head_dim"],
         k: Float[Tensor, "heads tokens head_dim"],
         v: Float[Tensor, "heads tokens head_dim"],
         site: Site,
-    ) -> None:
-        """One call of the conditional branch; the calls of a video come in order, videos one after the other."""
+        prompt: int,
+    ) -> Mapping[str, Tensor]:
+        """What is to be kept of one call of the conditional branch of one prompt's video.
+
+        Args:
+            q, k, v: what attention sees.
+            site: where; every site of a video is noted once.
+            prompt: index of the prompt.
+
+        Returns:
+            Tensors by name, on any device; names, shapes and dtypes are the same at every site and for every prompt.
+        """
         ...
 
-    def tables(self) -> Mapping[str, Tensor]:
-        """What was learnt so far, on the CPU; the first two dimensions of every table are steps and layers."""
+    def merge(self, notes: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """What a site's notes of all prompts, in their order and on the CPU, come to; the same names at every site."""
         ...
 
 
-@runtime_checkable
-class Learning(Protocol):
-    """A method with presets that learn. Those are built as `cls(config, learnt)`, all others as `cls(config)`."""
+class CalibrationMismatch(ValueError):
+    """Something learnt for other videos than it is used on; the message is one line that names both."""
 
-    @classmethod
-    def learner(cls, config: Any) -> Learner | None:
-        """A new learner for these settings; None where they need none."""
-        ...
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """A pipeline, as far as its attention depends on it.
+
+    Args:
+        model: what people call it; not compared, since a pipeline of one's own may have no name.
+        weights: digest of all its transformers, with the adapters that are switched on.
+        scheduler: class and shift of the noise schedule.
+    """
+
+    model: str
+    weights: str
+    scheduler: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where something learnt comes from.
+
+    Args:
+        origin: the pipeline.
+        geometry: layout of the tokens; where the prompt's length varies, with the most text tokens that were seen.
+        steps, layers: of the videos; layers of a pipeline with two transformers are those of one.
+        guidance: classifier-free guidance scale of the videos.
+        prompts: in order; prompt i started from noise of seed + i.
+        seed: of the first prompt's noise.
+        cost_ratio: time of the videos while notes were taken over that of the same videos without, same kernel.
+        versions: of calibatt, torch and diffusers.
+        created: UTC, ISO 8601.
+    """
+
+    origin: Origin
+    geometry: Geometry
+    steps: int
+    layers: int
+    guidance: float
+    prompts: tuple[str, ...]
+    seed: int
+    cost_ratio: float
+    versions: Mapping[str, str] = field(default_factory=dict)
+    created: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Learnt:
-    """What a learner learnt, and from what.
+    """What a method's learner learnt, and from what.
 
     Args:
-        method, preset: names in the catalogue; presets differ in what they watch.
-        geometry, steps, layers: of the videos watched.
+        method, preset: names in the catalogue.
+        settings: the config's fields that it was learnt under, as JSON has them.
         tables: by name; the first two dimensions of each are steps and layers.
-        model, weights: name in the catalogue, and digest of the weights.
-        prompts: of the videos, in order; prompt i started from noise of seed + i.
-        seed: of the first prompt's noise.
-        guidance: of the videos.
-        cost_ratio: time of the videos with the learner watching over that without it, same kernel; None where that was
-            not measured.
+        provenance: where they come from.
 
     Raises:
         ValueError: a table has other dimensions.
@@ -65,58 +110,65 @@ class Learnt:
 
     method: str
     preset: str
-    geometry: Geometry
-    steps: int
-    layers: int
+    settings: Mapping[str, Any]
     tables: Mapping[str, Tensor]
-    model: str = ""
-    weights: str = ""
-    prompts: tuple[str, ...] = ()
-    seed: int = 0
-    guidance: float = 0.0
-    cost_ratio: float | None = None
+    provenance: Provenance
 
     def __post_init__(self) -> None:
+        own = self.provenance
         for name, table in self.tables.items():
-            if tuple(table.shape[:2]) != (self.steps, self.layers):
+            if tuple(table.shape[:2]) != (own.steps, own.layers):
                 raise ValueError(
-                    f"{self.method}'s table {name} is {list(table.shape)}, for {self.steps} steps and "
-                    f"{self.layers} layers"
+                    f"{self.method}'s table {name} is {list(table.shape)}, "
+                    f"for {own.steps} steps and {own.layers} layers"
                 )
         object.__setattr__(self, "tables", MappingProxyType(dict(self.tables)))
-
-    def check(self, site: Site) -> None:
-        """Refuse a site of other videos than were watched.
-
-        Raises:
-            ValueError: geometry, steps or layers differ.
-        """
-        if (site.geometry, site.steps, site.layers) != (self.geometry, self.steps, self.layers):
-            raise ValueError(
-                f"{self.method} learnt for {self.geometry}, {self.steps} steps, {self.layers} layers: "
-                f"not for {site.geometry}, {site.steps} steps, {site.layers} layers"
-            )
-
-    def check_model(self, model: str, weights: str) -> None:
-        """Refuse another model, or other weights of the same.
-
-        Raises:
-            ValueError: it is another.
-        """
-        if (model, weights) != (self.model, self.weights):
-            raise ValueError(
-                f"{self.method} learnt from {self.model} with weights {self.weights}, "
-                f"not from {model} with weights {weights}: run `calibatt calibrate` for that"
-            )
 
     def at(self, name: str, site: Site) -> Tensor:
         """A table's part for one site.
 
         Raises:
-            ValueError: the site is of other videos than were watched.
+            CalibrationMismatch: the site is of other videos than were watched.
         """
         self.check(site)
         return self.tables[name][site.step, site.layer]
+
+    def check(self, site: Site) -> None:
+        """Refuse a site of other videos than were watched; a prompt may have fewer text tokens.
+
+        Raises:
+            CalibrationMismatch: geometry, steps or layers differ.
+        """
+        self.check_run(site.geometry, site.steps)
+        if site.layers != self.provenance.layers:
+            raise self._mismatch(f"{self.provenance.layers} layers", f"{site.layers}")
+
+    def check_run(self, geometry: Geometry, steps: int) -> None:
+        """Refuse another geometry or number of steps.
+
+        Raises:
+            CalibrationMismatch: it is another.
+        """
+        own = self.provenance
+        fitting = replace(geometry, text_tokens=min(geometry.text_tokens, own.geometry.text_tokens))
+        if fitting != geometry or replace(geometry, text_tokens=own.geometry.text_tokens) != own.geometry:
+            raise self._mismatch(f"{own.geometry}", f"{geometry}")
+        if steps != own.steps:
+            raise self._mismatch(f"{own.steps} steps", f"{steps}")
+
+    def check_origin(self, origin: Origin) -> None:
+        """Refuse another model, other weights of it, another adapter, or another noise schedule.
+
+        Raises:
+            CalibrationMismatch: it is another.
+        """
+        own = self.provenance.origin
+        if origin.weights != own.weights:
+            raise self._mismatch(
+                f"{own.model} with weights {own.weights}", f"{origin.model} with weights {origin.weights}"
+            )
+        if origin.scheduler != own.scheduler:
+            raise self._mismatch(own.scheduler, origin.scheduler)
 
     def to(self, device: torch.device | str) -> Learnt:
         """The same tables on another device."""
@@ -125,3 +177,8 @@ class Learnt:
     def nbytes(self) -> int:
         """Bytes of all tables."""
         return sum(table.nbytes for table in self.tables.values())
+
+    def _mismatch(self, own: str, other: str) -> CalibrationMismatch:
+        return CalibrationMismatch(
+            f"what {self.method} learnt is for {own}, not for {other}: run `calibatt calibrate` for that"
+        )

@@ -26,7 +26,8 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan, Skip
-from calibatt.methods.base import Branch, Knob, Site
+from calibatt.methods.base import Knob
+from calibatt.methods.site import Branch, Site
 from calibatt.methods.skipping import LEAST, MOST, all_blocks, without_low
 
 

@@ -29,9 +29,10 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Knob, Site
+from calibatt.methods.base import Knob
 from calibatt.methods.blocks import block_ends, pooled
 from calibatt.methods.energy import products
+from calibatt.methods.site import Site
 
 Pattern = Literal["vertical-slash", "block-sparse"]
 

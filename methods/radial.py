@@ -20,7 +20,8 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Knob, Site
+from calibatt.methods.base import Knob
+from calibatt.methods.site import Site
 
 # a block is kept where more than this share of its non-empty columns …
 _COLUMNS = 0.6

@@ -28,10 +28,11 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Knob, Site
+from calibatt.methods.base import Knob
 from calibatt.methods.blocks import text_blocks
 from calibatt.methods.energy import block_energy
 from calibatt.methods.learning import Learnt
+from calibatt.methods.site import Site
 
 # densities in steps of 1/255: from 0, the first block of a row alone, to 255, all
 LEVELS = 256

@@ -8,7 +8,8 @@ from torch import Tensor
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Method, Site
+from calibatt.methods.base import Method
+from calibatt.methods.site import Site
 
 
 class Scheduled:

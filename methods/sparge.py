@@ -32,10 +32,11 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan, Skip
-from calibatt.methods.base import Knob, Site
+from calibatt.methods.base import Knob
 from calibatt.methods.blocks import alike_blocks
 from calibatt.methods.energy import products
 from calibatt.methods.learning import Learnt
+from calibatt.methods.site import Site
 from calibatt.methods.skipping import below_largest, without_low
 
 # what the search tries, ascending. There, similarity runs from -1 to 1 (below 0 all are one), cdf from 0 to 1, and

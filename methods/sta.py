@@ -32,9 +32,10 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan, TokenOrder
-from calibatt.methods.base import Knob, Site
+from calibatt.methods.base import Knob
 from calibatt.methods.energy import CHUNK, exponentials
 from calibatt.methods.learning import Learnt
+from calibatt.methods.site import Site
 from calibatt.methods.tiles import Tile, tile_blocks, tile_counts, tile_order
 
 # tiles along frames, rows and columns

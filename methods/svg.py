@@ -38,10 +38,11 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan, TokenOrder
-from calibatt.methods.base import Knob, Site
+from calibatt.methods.base import Knob
 from calibatt.methods.blocks import block_ends, text_blocks, with_text
 from calibatt.methods.energy import products
 from calibatt.methods.learning import Learnt
+from calibatt.methods.site import Site
 
 # attention weights held at a time, 128 MiB in fp32: 64 queries of six heads of a 720p Wan video (75,600 tokens)
 _CHUNK = 2**25

@@ -28,7 +28,7 @@ from torch import Tensor
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Branch, Knob, Site
+from calibatt.methods.base import Knob
 from calibatt.methods.clusters import (
     attention,
     choose,
@@ -39,6 +39,7 @@ from calibatt.methods.clusters import (
     kmeans,
     random_tokens,
 )
+from calibatt.methods.site import Branch, Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ from torch import Tensor
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan, TokenOrder
-from calibatt.methods.base import Branch, Knob, Site
+from calibatt.methods.base import Knob
 from calibatt.methods.clusters import (
     Grouped,
     attention,
@@ -43,6 +43,7 @@ from calibatt.methods.clusters import (
 )
 from calibatt.methods.energy import products
 from calibatt.methods.learning import Learnt
+from calibatt.methods.site import Branch, Site
 
 # the table's name in what was learnt
 _SHARE = "share"

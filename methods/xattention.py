@@ -21,9 +21,10 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Knob, Site
+from calibatt.methods.base import Knob
 from calibatt.methods.energy import block_mass
 from calibatt.methods.selection import smallest_set
+from calibatt.methods.site import Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from calibatt.kernels.base import Attender
 from calibatt.kernels.geometry import Geometry
-from calibatt.methods.base import Branch, Planner, Site
+from calibatt.methods.base import Planner
+from calibatt.methods.site import Branch, Site
 
 
 @dataclass(slots=True)

@@ -24,7 +24,7 @@ from calibatt.bench.rounds import in_turns
 from calibatt.bench.stage import Stage
 from calibatt.bench.telemetry import Reading, read
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Site
+from calibatt.methods.site import Site
 
 # videos and masks that go into the report's pictures
 _SHOWN_VIDEOS = 3

@@ -15,7 +15,7 @@ from calibatt.kernels import oracle
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, VariableBlockMask
 from calibatt.kernels.plan import Plan, TokenOrder
-from calibatt.methods.base import Site
+from calibatt.methods.site import Site
 
 GEOMETRY = Geometry(grid=(2, 6, 8), heads=2, head_dim=16)
 

@@ -7,7 +7,7 @@ import torch
 from calibatt.bench.arms import first_of_layers
 from calibatt.bench.meter import Probe
 from calibatt.kernels.geometry import Geometry
-from calibatt.methods.base import Site
+from calibatt.methods.site import Site
 
 GEOMETRY = Geometry(grid=(1, 2, 2), heads=1, head_dim=8)
 

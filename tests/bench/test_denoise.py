@@ -8,7 +8,7 @@ from calibatt.bench.suites.denoise import _some_masks
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, VariableBlockMask
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Site
+from calibatt.methods.site import Site
 
 GEOMETRY = Geometry(grid=(1, 10, 25), heads=2, head_dim=8)
 SITE = Site(geometry=GEOMETRY, step=3, steps=5, sigma=1.0, branch="cond", layer=1, layers=2)

@@ -14,7 +14,8 @@ from calibatt.kernels.base import Attender
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Branch, Planner, Site
+from calibatt.methods.base import Planner
+from calibatt.methods.site import Branch, Site
 
 SMALL = Geometry(grid=(2, 3, 4), heads=2, head_dim=8)
 

@@ -12,7 +12,8 @@ from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Knob, Site
+from calibatt.methods.base import Knob
+from calibatt.methods.site import Site
 
 GEOMETRY = Geometry(grid=(4, 16, 16), heads=2, head_dim=16)
 SITE = Site(geometry=GEOMETRY, step=0, steps=1, sigma=1.0, branch="cond", layer=0, layers=1)

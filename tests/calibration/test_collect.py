@@ -21,9 +21,9 @@ from calibatt.calibration.store import Calibration
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Site
 from calibatt.methods.energy import block_energy
 from calibatt.methods.selection import smallest_set
+from calibatt.methods.site import Site
 from calibatt.models.adapter import attached
 from calibatt.models.catalogue import SHAPES, Resolution, weights_digest
 from calibatt.models.generate import generate

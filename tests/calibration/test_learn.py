@@ -16,8 +16,8 @@ from calibatt.calibration.file import UnusableCalibration
 from calibatt.calibration.learn import SCHEMA, Watcher, learn, load_learnt, save_learnt
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
-from calibatt.methods.base import Site
 from calibatt.methods.learning import Learnt
+from calibatt.methods.site import Site
 from calibatt.models.catalogue import SHAPES, Resolution
 from calibatt.models.shapes.pipeline import assemble, new_transformer
 

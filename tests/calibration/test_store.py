@@ -17,7 +17,7 @@ from calibatt.calibration.store import Calibration, CalibrationMismatch, Provena
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import RowReuse
-from calibatt.methods.base import Site
+from calibatt.methods.site import Site
 
 STEPS, LAYERS, HEADS = 3, 2, 4
 # 2 × 8 × 7 tokens in blocks of 16 × 10: a shorter last block along the keys

@@ -21,10 +21,11 @@ from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, VariableBlockMask, block_count
 from calibatt.kernels.plan import HeadKind, Plan, RowReuse, TokenOrder
-from calibatt.methods.base import Method, Site
+from calibatt.methods.base import Method
 from calibatt.methods.catalogue import METHODS, build
 from calibatt.methods.catalogue import learner as build_learner
 from calibatt.methods.learning import Learnt
+from calibatt.methods.site import Site
 from calibatt.methods.skipping import without_low
 
 HEADS = 3

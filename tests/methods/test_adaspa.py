@@ -13,8 +13,8 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
 from calibatt.methods import energy
 from calibatt.methods.adaspa import AdaSpa, AdaSpaConfig, head_budgets
-from calibatt.methods.base import Site
 from calibatt.methods.energy import block_mass
+from calibatt.methods.site import Site
 
 TOKENS = 4
 # heaviest on one diagonal, and on the other

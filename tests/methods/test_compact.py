@@ -12,7 +12,6 @@ from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Site
 from calibatt.methods.compact import (
     Compact,
     CompactConfig,
@@ -24,6 +23,7 @@ from calibatt.methods.compact import (
     windows,
 )
 from calibatt.methods.learning import Learnt
+from calibatt.methods.site import Site
 
 # 9 × 2 × 3 tiles of up to 12 tokens, smaller ones at the ends
 UNEVEN = Geometry(grid=(9, 5, 7), heads=2, head_dim=8)

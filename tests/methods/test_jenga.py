@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Method, Site
+from calibatt.methods.base import Method
 from calibatt.methods.jenga import (
     Jenga,
     JengaConfig,
@@ -22,6 +22,7 @@ from calibatt.methods.jenga import (
     heaviest_blocks,
     hilbert_index,
 )
+from calibatt.methods.site import Site
 
 # eight frames of one block each: frames are next to the one before and the one after
 FRAMES = Geometry(grid=(8, 4, 4), heads=1, head_dim=8)

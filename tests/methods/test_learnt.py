@@ -12,10 +12,11 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.names import UnknownName
 from calibatt.kernels.plan import Plan, RowReuse
-from calibatt.methods.base import Foreseen, Site
+from calibatt.methods.base import Foreseen
 from calibatt.methods.catalogue import METHODS, build
 from calibatt.methods.catalogue import learner as build_learner
 from calibatt.methods.learning import Learnt
+from calibatt.methods.site import Site
 
 # 1000 tokens in blocks of 32 × 16: 32 × 63 blocks, the last of each axis shorter
 GEOMETRY = Geometry(grid=(8, 5, 25), heads=3, head_dim=8)

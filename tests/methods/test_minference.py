@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.methods.base import Site
 from calibatt.methods.minference import MInference, MInferenceConfig
+from calibatt.methods.site import Site
 
 # 64 tokens are 4 blocks of 16
 TOKENS = 64

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Method, Site
+from calibatt.methods.base import Method
 from calibatt.methods.nabla import Nabla, heaviest, window_blocks
 from calibatt.methods.patches import patch_order
+from calibatt.methods.site import Site
 
 # four frames of one patch and one block each
 GEOMETRY = Geometry(grid=(4, 4, 4), heads=1, head_dim=4)

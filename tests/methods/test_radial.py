@@ -10,8 +10,8 @@ from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Site
 from calibatt.methods.catalogue import build
+from calibatt.methods.site import Site
 
 # frames of 16 tokens in 4 blocks of 4, 10 frames
 GEOMETRY = Geometry(grid=(10, 4, 4), heads=2, head_dim=8)

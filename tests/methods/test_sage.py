@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.methods.base import Site
 from calibatt.methods.catalogue import build
+from calibatt.methods.site import Site
 
 
 def test_everything_is_computed_with_a_scale_for_every_128_queries_and_64_keys() -> None:

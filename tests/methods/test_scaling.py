@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.methods.base import Site
 from calibatt.methods.energy import block_energy
 from calibatt.methods.learning import Learnt
 from calibatt.methods.scaling import LEVELS, Scaling, ScalingConfig, ScalingLearner, curves, entry_levels, levels
+from calibatt.methods.site import Site
 
 # 4 × 4 blocks of 16 tokens
 GEOMETRY = Geometry(grid=(4, 4, 4), heads=2, head_dim=8)

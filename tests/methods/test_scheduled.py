@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.methods.base import Site
 from calibatt.methods.catalogue import METHODS, build, learner
 from calibatt.methods.scheduled import Scheduled
+from calibatt.methods.site import Site
 
 GEOMETRY = Geometry(grid=(2, 16, 16), heads=2, head_dim=16)
 

@@ -15,10 +15,10 @@ from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan, Skip
-from calibatt.methods.base import Site
 from calibatt.methods.blasst import LAMBDAS, fitted_threshold
 from calibatt.methods.catalogue import build, learner
 from calibatt.methods.learning import Learnt
+from calibatt.methods.site import Site
 from calibatt.methods.skipping import all_blocks, gaps, without_low
 
 # 60 tokens are 4 blocks of 16, the last one shorter; a head dim that Triton has

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.methods.base import Site
 from calibatt.methods.catalogue import build
 from calibatt.methods.learning import Learnt
+from calibatt.methods.site import Site
 from calibatt.methods.skipping import without_low
 from calibatt.methods.sparge import SIMILARITIES, SpargeConfig, SpargeSearch, search
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from calibatt.kernels import oracle
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Site
 from calibatt.methods.learning import Learnt
+from calibatt.methods.site import Site
 from calibatt.methods.sta import SlidingTile, SlidingTileConfig
 from calibatt.methods.tiles import tile_order
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
 from calibatt.methods import svg
-from calibatt.methods.base import Site
 from calibatt.methods.learning import Learner, Learning, Learnt
+from calibatt.methods.site import Site
 from calibatt.methods.svg import (
     SparseVideoGen,
     SparseVideoGenConfig,

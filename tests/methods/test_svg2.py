@@ -13,9 +13,9 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import VariableBlockMask
 from calibatt.kernels.plan import Plan
 from calibatt.methods import clusters
-from calibatt.methods.base import Site
 from calibatt.methods.catalogue import build
 from calibatt.methods.clusters import Grouped
+from calibatt.methods.site import Site
 from calibatt.methods.svg2 import Svg2
 
 # 1280 tokens: 20 clusters of 64

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
 from calibatt.methods import svoo
-from calibatt.methods.base import Site
 from calibatt.methods.clusters import random_tokens
 from calibatt.methods.learning import Learner, Learning, Learnt
+from calibatt.methods.site import Site
 from calibatt.methods.svoo import Svoo, SvooConfig, cocluster, needed_share
 
 # 1280 tokens: 20 clusters of 64

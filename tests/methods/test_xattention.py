@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Site
+from calibatt.methods.site import Site
 from calibatt.methods.xattention import XAttention, antidiagonal_energy
 
 # 64 tokens are 4 blocks of 16, each of 4 groups of 4

@@ -9,7 +9,7 @@ import torch
 
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Site
+from calibatt.methods.site import Site
 from calibatt.models.adapter import attached
 from calibatt.models.shapes.pipeline import assemble, new_transformer
 
