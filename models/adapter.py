@@ -1,171 +1,350 @@
-"""Installs a method into a Diffusers pipeline, layer by layer, and takes it out again without a trace."""
+"""Installs an attention into a Diffusers pipeline, layer by layer, and takes it out again without a trace."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
+from weakref import ref
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from calibatt.kernels.base import Attender
+from calibatt.kernels.catalogue import DEFAULT
 from calibatt.kernels.geometry import Geometry
 from calibatt.methods.base import Planner
+from calibatt.methods.call import Attention, Observer, SparseAttention
+from calibatt.methods.catalogue import build
+from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Branch, Site
-
-
-@dataclass(slots=True)
-class _Where:
-    """Where the pipeline is right now; one instance is shared by all layers of a transformer."""
-
-    geometry: Geometry | None = None
-    step: int = 0
-    steps: int = 1
-    sigma: float = 1.0
-    branch: Branch = "cond"
+from calibatt.models.catalogue import FAMILIES
+from calibatt.models.entry import Family
+from calibatt.models.identity import origin_of, transformers_of
+from calibatt.models.processor import AttentionProcessor, GridSeen, enrol
 
 
 @contextmanager
-def attached(pipe: Any, method: Planner, kernel: Attender) -> Iterator[None]:
-    """While this context is open, the pipeline's self-attention is planned by the method and run by the kernel.
+def installed(pipe: Any, attention: Attention) -> Iterator[None]:
+    """While this context is open, an attention computes the pipeline's self-attention.
 
-    Works on every Diffusers pipeline whose `transformer` (and `transformer_2`, as in Wan 2.2) is a
-    `WanTransformer3DModel` and which announces step and branch through `cache_context`, as `WanPipeline` does. On
-    leaving, the processors, hooks and methods that were there before are back.
+    Steps are read off the pipeline's scheduler, branches off what the pipeline announces (`cache_context`), or off the
+    order of its passes where the family knows it. On leaving, the processors, hooks and methods that were there before
+    are back.
 
     Args:
-        pipe: the pipeline.
-        method: asked for a plan at every self-attention call, once for each sample; reset at the start of each video.
-        kernel: computes attention under that plan.
+        pipe: a Diffusers pipeline whose transformers are of a family in `models/families`; compiled or not.
+        attention: called for every sample of every self-attention call.
 
     Raises:
-        ValueError: the pipeline has no transformer that this adapter knows.
+        ValueError: the pipeline has no transformer that is known here, or is in a state that does not fit.
     """
-    transformers = [
-        t for t in (getattr(pipe, "transformer", None), getattr(pipe, "transformer_2", None)) if t is not None
-    ]
-    unknown = [type(t).__name__ for t in transformers if type(t).__name__ != "WanTransformer3DModel"]
-    if unknown or not transformers:
-        found = ", ".join(unknown) or "no transformer"
-        raise ValueError(f"{type(pipe).__name__} has {found}: this adapter knows WanTransformer3DModel")
-    undo: list[Callable[[], object]] = []
-    try:
-        for transformer in transformers:
-            undo += _attach(transformer, method, kernel)
+    with ExitStack() as undo:
+        _install(pipe, attention, undo)
         yield
-    finally:
-        for step in reversed(undo):
-            step()
 
 
-def _attach(transformer: Any, method: Planner, kernel: Attender) -> list[Callable[[], object]]:
-    """Hook one transformer; returns what undoes it."""
-    where = _Where()
-    undo: list[Callable[[], object]] = []
+@contextmanager
+def attached(
+    pipe: Any,
+    method: Planner,
+    kernel: Attender = DEFAULT,
+    *,
+    observers: Iterable[Observer] = (),
+    trusted: bool = False,
+) -> Iterator[None]:
+    """While this context is open, the pipeline's self-attention is planned by a method and run by a kernel.
 
-    announce = transformer.cache_context
+    Args:
+        pipe: as for `installed`.
+        method: asked for a plan at every self-attention call, once for each sample; reset at the start of each video.
+        kernel: computes attention under that plan.
+        observers: told of every call.
+        trusted: do not check that what the method learnt was learnt from this pipeline's weights and noise schedule.
 
-    def cache_context(name: str, **progress: Any) -> AbstractContextManager[None]:
-        if "step_index" not in progress:
-            raise ValueError("this pipeline does not announce its steps: Diffusers 0.42 or newer and WanPipeline do")
-        where.branch, where.step = cast(Branch, name), progress["step_index"]
-        where.steps, where.sigma = progress["num_inference_steps"], progress["sigma"]
-        if where.step == 0 and where.branch == "cond":
-            method.reset()
-        return cast(AbstractContextManager[None], announce(name, **progress))
-
-    transformer.cache_context = cache_context
-    undo.append(lambda: transformer.__dict__.pop("cache_context"))
-
-    def see_shape(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        where.geometry = _geometry(module.config, hidden_states.shape)
-
-    undo.append(transformer.register_forward_pre_hook(see_shape, with_kwargs=True).remove)
-
-    for layer, block in enumerate(transformer.blocks):
-        attention = block.attn1
-        undo.append(partial(setattr, attention, "processor", attention.processor))
-        attention.processor = _SelfAttention(method, kernel, where, layer, len(transformer.blocks))
-    return undo
+    Raises:
+        CalibrationMismatch: the method learnt from other weights or another noise schedule.
+        ValueError: as `installed`.
+    """
+    with installed(pipe, _checked(pipe, method, kernel, observers, trusted)):
+        yield
 
 
-def _geometry(config: Any, shape: torch.Size) -> Geometry:
-    frames, rows, columns = (extent // patch for extent, patch in zip(shape[2:], config.patch_size, strict=True))
-    return Geometry(grid=(frames, rows, columns), heads=config.num_attention_heads, head_dim=config.attention_head_dim)
+def sparsify(
+    pipe: Any,
+    method: Planner | str,
+    *,
+    kernel: Attender = DEFAULT,
+    preset: str = "default",
+    calibration: Learnt | None = None,
+    trusted: bool = False,
+    **settings: Any,
+) -> Any:
+    """Give a pipeline's self-attention to a method, until `restore`.
+
+    Args:
+        pipe: as for `installed`.
+        method: a name in the catalogue, or a method that is built.
+        kernel: computes attention under its plans.
+        preset, calibration, settings: as for `build`, where the method is a name.
+        trusted: as for `attached`.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        UnknownName: there is no such method or preset.
+        CalibrationMismatch: the method learnt from other weights or another noise schedule.
+        ValueError: as `build` and `installed`.
+    """
+    if isinstance(method, str):
+        # tables are read where the model computes; masks that lie on the CPU would be copied at every call
+        there = None if calibration is None else calibration.to(_device(pipe))
+        method = build(method, preset=preset, calibration=there, **settings)
+    elif calibration is not None or settings or preset != "default":
+        raise ValueError("preset, calibration and settings are for a method that is given by its name")
+    with ExitStack() as undo:
+        _install(pipe, _checked(pipe, method, kernel, (), trusted), undo)
+        # nothing went wrong: the context stays open
+        transformers_of(pipe)[0]._calibatt_undo = undo.pop_all()
+    return pipe
 
 
-class _SelfAttention:
-    """Wan's self-attention with the attention itself left to a method and a kernel."""
+def restore(pipe: Any) -> None:
+    """Give a pipeline back as it was before `sparsify`.
 
-    def __init__(self, method: Planner, kernel: Attender, where: _Where, layer: int, layers: int) -> None:
-        self._method = method
-        self._kernel = kernel
-        self._where = where
-        self._layer = layer
-        self._layers = layers
+    Raises:
+        ValueError: it was not sparsified.
+    """
+    for transformer in transformers_of(pipe):
+        undo = transformer.__dict__.pop("_calibatt_undo", None)
+        if undo is not None:
+            undo.close()
+            return
+    raise ValueError("this pipeline is not sparsified: there is nothing to restore")
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Float[Tensor, "batch tokens channels"],
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Float[Tensor, "batch tokens channels"]:
-        if encoder_hidden_states is not None or attention_mask is not None or rotary_emb is None:
-            raise ValueError("this processor is for Wan's self-attention, without a mask and with rotary embeddings")
-        if getattr(attn, "fused_projections", False):
-            q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        q, k = attn.norm_q(q), attn.norm_k(k)
-        q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (q, k, v))
-        q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
-        out = self._attend(*(x.transpose(1, 2) for x in (q, k, v)))
-        out = out.transpose(1, 2).flatten(2).type_as(q)
-        return cast(Tensor, attn.to_out[1](attn.to_out[0](out)))
 
-    def _attend(
-        self,
-        q: Float[Tensor, "batch heads tokens head_dim"],
-        k: Float[Tensor, "batch heads tokens head_dim"],
-        v: Float[Tensor, "batch heads tokens head_dim"],
-    ) -> Float[Tensor, "batch heads tokens head_dim"]:
-        outs = []
-        for sample in range(q.shape[0]):
-            one = slice(sample, sample + 1)
-            plan = self._method.plan(q[sample], k[sample], self._site(sample))
-            outs.append(self._kernel.attend(q[one], k[one], v[one], plan))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+def _checked(
+    pipe: Any, method: Planner, kernel: Attender, observers: Iterable[Observer], trusted: bool
+) -> SparseAttention:
+    learnt = getattr(method, "learnt", None)
+    if learnt is not None and not trusted:
+        _family_of(pipe)
+        learnt.check_origin(origin_of(pipe))
+    return SparseAttention(method, kernel, observers=observers)
 
-    def _site(self, sample: int) -> Site:
-        where = self._where
-        if where.geometry is None:
-            raise ValueError("call the whole transformer, not one of its layers: the layer cannot know its geometry")
-        return Site(
-            geometry=where.geometry,
-            step=where.step,
-            steps=where.steps,
-            sigma=where.sigma,
-            branch=where.branch,
-            layer=self._layer,
-            layers=self._layers,
-            sample=sample,
+
+def _device(pipe: Any) -> torch.device:
+    """Where the pipeline computes; offloaded weights lie elsewhere meanwhile."""
+    return cast(torch.device, getattr(pipe, "_execution_device", None) or pipe.device)
+
+
+def _family_of(pipe: Any) -> Family:
+    """The family of a pipeline's transformers.
+
+    Raises:
+        ValueError: there is no transformer, or one that no family has.
+    """
+    known = {family.transformer: family for family in FAMILIES}
+    kinds = {type(transformer).__name__ for transformer in transformers_of(pipe)}
+    if len(kinds) != 1 or not kinds <= known.keys():
+        raise ValueError(
+            f"{type(pipe).__name__} has {', '.join(sorted(kinds)) or 'no transformer'}: "
+            f"this adapter knows {' and '.join(known)}"
+        )
+    return known[kinds.pop()]
+
+
+def _install(pipe: Any, attention: Attention, undo: ExitStack) -> None:
+    family = _family_of(pipe)
+    transformers = transformers_of(pipe)
+    _refuse_unfit(pipe, family, transformers)
+    run = _Run(pipe, family, attention)
+    number = enrol(run)
+    for transformer in transformers:
+        layers = family.attentions(transformer)
+        run.layers = len(layers)
+        for layer, module in enumerate(layers):
+            undo.callback(partial(setattr, module, "processor", module.processor))
+            module.processor = family.processor(run, number, layer, run.grid, module.processor)
+        see = partial(_see_grid, run.grid, family.patch(transformer.config))
+        undo.callback(transformer.register_forward_pre_hook(see, with_kwargs=True).remove)
+        announced = partial(run.announced, transformer, transformer.cache_context)
+        undo.callback(_replace(transformer, "cache_context", announced))
+
+
+def _refuse_unfit(pipe: Any, family: Family, transformers: list[Any]) -> None:
+    """Refuse a pipeline in which attention cannot be replaced, or its steps not be told.
+
+    Raises:
+        ValueError: it is such a one; the message says what to do.
+    """
+    for transformer in transformers:
+        for module in family.attentions(transformer):
+            if isinstance(module.processor, AttentionProcessor):
+                raise ValueError(
+                    "calibatt is in this pipeline already: call restore(pipe), or leave the other `with` block, first"
+                )
+            if getattr(module.processor, "_parallel_config", None) is not None:
+                raise ValueError("context parallelism is on: switch it off, this adapter computes whole sequences")
+    _refuse_two_calls(pipe.scheduler)
+
+
+def _refuse_two_calls(scheduler: Any) -> None:
+    if scheduler.order != 1:
+        raise ValueError(
+            f"{type(scheduler).__name__} calls the model {scheduler.order} times a step: take a scheduler that calls "
+            "it once, such as UniPCMultistepScheduler or FlowMatchEulerDiscreteScheduler"
         )
 
 
-def rotate(
-    x: Float[Tensor, "batch tokens heads head_dim"],
-    cosines: Float[Tensor, "1 tokens 1 head_dim"],
-    sines: Float[Tensor, "1 tokens 1 head_dim"],
-) -> Float[Tensor, "batch tokens heads head_dim"]:
-    """Rotary position embedding of neighbouring pairs of channels, by Wan's tables (each angle stands twice)."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    cosine, sine = cosines[..., 0::2], sines[..., 0::2]
-    turned = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1)
-    return turned.flatten(-2).type_as(x)
+def _see_grid(grid: GridSeen, patch: tuple[int, int, int], module: Any, args: Any, kwargs: Any) -> None:
+    """Note the grid of the pass that begins; where the whole transformer is compiled, so is this."""
+    hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    frames, rows, columns = hidden_states.shape[2:]
+    grid.frames, grid.rows, grid.columns = frames // patch[0], rows // patch[1], columns // patch[2]
+
+
+def _replace(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    """Set an attribute of one object; returns what brings back the one that was there, or that of its class."""
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+
+    def back() -> None:
+        if before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+    return back
+
+
+class _Run:
+    """Where a pipeline is, and what computes its attention; one for all layers of all its transformers."""
+
+    def __init__(self, pipe: Any, family: Family, attention: Attention) -> None:
+        self.grid = GridSeen()
+        self.layers = 0
+        # weak: whoever forgets to restore a pipeline should not keep it in memory
+        self._pipe = ref(pipe)
+        self._family = family
+        self._attention = attention
+        self._name: str | None = None
+        self._timesteps: Tensor | None = None
+        self._step = -1
+        self._pass = 0
+        self._sigma = 1.0
+
+    @contextmanager
+    def announced(self, transformer: Any, cache_context: Any, name: str, **progress: Any) -> Iterator[None]:
+        """Around the transformer's own `cache_context`, by which the pipeline says which pass begins."""
+        for module in self._family.attentions(transformer):
+            if getattr(module.processor, "owner", None) is not self:
+                raise ValueError(
+                    "another attention processor was set while calibatt was in the pipeline: call restore(pipe) first"
+                )
+        self._name = name
+        try:
+            with cache_context(name, **progress):
+                yield
+        finally:
+            self._name = None
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch tokens heads head_dim"],
+        k: Float[Tensor, "batch tokens heads head_dim"],
+        v: Float[Tensor, "batch tokens heads head_dim"],
+        text: Bool[Tensor, "batch text_tokens"] | None,
+        layer: int,
+        grid: tuple[int, int, int],
+    ) -> Float[Tensor, "batch tokens heads head_dim"]:
+        """Each sample's attention, without the padding of its text."""
+        branches = self._advance(layer)
+        batch = q.shape[0]
+        if batch % len(branches):
+            raise ValueError(f"a batch of {batch} has no equal parts for {len(branches)} branches of guidance")
+        samples = batch // len(branches)
+        outs = []
+        for row in range(batch):
+            q_row, k_row, v_row = (self._kept(x[row : row + 1], text, row) for x in (q, k, v))
+            site = self._site(q_row, layer, grid, branches[row // samples], row % samples)
+            out = self._attention(*(x.transpose(1, 2) for x in (q_row, k_row, v_row)), site).transpose(1, 2)
+            outs.append(torch.nn.functional.pad(out, (0, 0, 0, 0, 0, q.shape[1] - out.shape[1])))
+        return torch.cat(outs) if len(outs) > 1 else outs[0].contiguous()
+
+    def _kept(self, x: Tensor, text: Tensor | None, row: int) -> Tensor:
+        """A sample's tokens without padding."""
+        if text is None or text[row].all():
+            return x
+        video = x.shape[1] - text.shape[1]
+        return torch.cat((x[:, :video], x[:, video:][:, text[row]]), dim=1)
+
+    def _advance(self, layer: int) -> tuple[Branch, ...]:
+        """The branches of the pass that is under way, after noting whether a step, or a video, begins with it."""
+        pipe = self._pipe()
+        if pipe is None:
+            raise ValueError("the pipeline that calibatt was put into is gone: keep it for as long as its transformer")
+        timesteps = pipe.scheduler.timesteps
+        if timesteps is None:
+            raise ValueError(f"{type(pipe.scheduler).__name__} has no timesteps yet: call the whole pipeline")
+        if timesteps is not self._timesteps:
+            _refuse_two_calls(pipe.scheduler)
+            self._timesteps, self._step = timesteps, -1
+            self._attention.start_video()
+        step = self._index(pipe)
+        if step != self._step:
+            self._step, self._pass = step, 0
+            # once a step: it may have to be fetched from a GPU
+            sigma = float(pipe.scheduler.sigmas[step])
+            # Mochi's schedule counts from data to noise
+            self._sigma = 1 - sigma if pipe.scheduler.config.get("invert_sigmas") else sigma
+        elif layer == 0:
+            self._pass += 1
+        name = self._name
+        if name is None:
+            passes = self._family.passes
+            if self._pass >= len(passes):
+                raise ValueError(
+                    f"{type(pipe).__name__} calls its transformer without saying for which branch (cache_context): "
+                    "calibatt cannot tell its passes apart"
+                )
+            name = passes[self._pass]
+        branches = self._family.branches(pipe, name)
+        if not branches:
+            raise ValueError(f"{type(pipe).__name__} announces a pass named {name!r}, which is no branch of its family")
+        return branches
+
+    @staticmethod
+    def _index(pipe: Any) -> int:
+        """Index of the step that is under way, among all of the scheduler's."""
+        scheduler = pipe.scheduler
+        if scheduler.step_index is not None:
+            return int(scheduler.step_index)
+        if scheduler.begin_index is not None:
+            return int(scheduler.begin_index)
+        # before its first step, and where a part of the steps is left out (video to video), it is among the last ones
+        return len(scheduler.timesteps) - int(getattr(pipe, "num_timesteps", None) or len(scheduler.timesteps))
+
+    def _site(self, q: Tensor, layer: int, grid: tuple[int, int, int], branch: Branch, sample: int) -> Site:
+        if min(grid) < 1:
+            raise ValueError("call the whole transformer, not one of its layers: the layer cannot know its geometry")
+        _, tokens, heads, head_dim = q.shape
+        frames, rows, columns = grid
+        geometry = Geometry(
+            grid=grid, heads=heads, head_dim=head_dim, text_tokens=tokens - frames * rows * columns,
+            text_side=self._family.text_side or "last",
+        )  # fmt: skip
+        assert self._timesteps is not None
+        return Site(
+            geometry=geometry,
+            step=self._step,
+            steps=len(self._timesteps),
+            sigma=self._sigma,
+            branch=branch,
+            layer=layer,
+            layers=self.layers,
+            sample=sample,
+        )

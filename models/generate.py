@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.models.catalogue import ModelEntry
+from calibatt.models.entry import ModelEntry
 
 # formats that imageio writes here without further packages
 VIDEO_SUFFIXES = (".mp4", ".gif")
@@ -47,35 +48,37 @@ def generate(
         after_step: called when a step is done.
 
     Raises:
-        ValueError: the prompt is empty or not in the model's language, or there is less than one step.
+        ValueError: the prompt is empty or not in the model's language, there is less than one step, guidance is no
+            finite number, or the model cannot generate.
     """
-    if not prompt.strip():
-        raise ValueError("the prompt is empty: say what the video should show")
+    # callers without a type checker pass lists, and None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"a prompt is a text that says what the video should show: got {prompt!r}")
     steps = entry.steps_at(resolution) if steps is None else steps
     if steps < 1:
         raise ValueError(f"a generation needs at least one step: got {steps}")
-    size = entry.resolution(resolution)
+    guidance = entry.guidance if guidance is None else guidance
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance is a finite number: got {guidance}")
+    family, size = entry.checked_family(), entry.resolution(resolution)
     noise = torch.randn(entry.latent_shape(resolution), generator=torch.Generator().manual_seed(seed))
     pipe.set_progress_bar_config(disable=not progress)
 
     def interrupt(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        # Diffusers' documented way to stop a pipeline from a callback
-        pipe._interrupt = stop_after is not None and step + 1 >= stop_after
+        # Diffusers' documented way to stop a pipeline; only ever set, for others may set it too
+        if stop_after is not None and step + 1 >= stop_after:
+            pipe._interrupt = True
         after_step()
         return tensors
 
     frames = pipe(
         prompt=prompt,
-        negative_prompt=entry.negative_prompt,
-        height=size.height,
-        width=size.width,
-        num_frames=size.frames,
         num_inference_steps=steps,
-        guidance_scale=entry.guidance if guidance is None else guidance,
+        guidance_scale=guidance,
         latents=noise.to(pipe.device),
-        max_sequence_length=entry.prompt_tokens,
         output_type="pt",
         callback_on_step_end=interrupt,
+        **family.keywords(entry, size),
     ).frames[0]
     video: Tensor = frames.float().cpu().permute(1, 0, 2, 3).mul(2).sub(1)
     return video

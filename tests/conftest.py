@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +23,17 @@ if not torch.cuda.is_available():
 if already := sorted(name for name in sys.modules if name.split(".")[0] == "calibatt"):
     raise RuntimeError(f"imported before its shapes could be checked: {', '.join(already)}")
 # these are imported before the check, and so go without it: a record checks its own fields, since it is also read
-# from files, and its tests give it wrong ones; beartype takes numpy's str_ for strings of length 0; and device code is
-# no Python
-for name in ("bench.record", "reports.entries", *(f"kernels.{name}_code" for name in ("estimate", "gluon", "triton"))):
+# from files, and its tests give it wrong ones; beartype takes numpy's str_ for strings of length 0; what torch.compile
+# traces would be traced with the checks; and device code is no Python
+for name in (
+    "bench.record",
+    "reports.entries",
+    "models.adapter",
+    "models.families.wan",
+    "models.families.mochi",
+    "models.processor",
+    *(f"kernels.{name}_code" for name in ("estimate", "gluon", "triton")),
+):
     importlib.import_module(f"calibatt.{name}")
 # every other annotation of the library is enforced: shapes by jaxtyping, other types by beartype; an int is a float, as
 # everywhere in Python's typing
@@ -53,3 +62,51 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _poisoned(device: str, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+
+@pytest.fixture(scope="session")
+def mochi_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Mochi pipeline with random weights, saved as the hub has it: 2 layers of 2 heads, 32 text tokens."""
+    from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, MochiPipeline, MochiTransformer3DModel
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    torch.manual_seed(0)
+    words = [
+        "a",
+        "red",
+        "blue",
+        "circle",
+        "square",
+        "moving",
+        "left",
+        "right",
+        "over",
+        "stripes",
+        "and",
+        "dots",
+        "still",
+    ]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -1.0) for word in words)]
+    transformer = MochiTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=64, num_layers=2, pooled_projection_dim=48, text_embed_dim=32,
+        time_embed_dim=16, max_sequence_length=32,
+    )  # fmt: skip
+    # zeros would leave out rotary positions
+    torch.nn.init.normal_(transformer.pos_frequencies, std=0.5)
+    width = (32, 32, 32, 32)
+    pipe = MochiPipeline(
+        tokenizer=T5TokenizerFast(vocab=vocabulary, extra_ids=0),
+        text_encoder=T5EncoderModel(
+            T5Config(vocab_size=len(vocabulary), d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+        ),
+        transformer=transformer,
+        vae=AutoencoderKLMochi(
+            encoder_block_out_channels=width, decoder_block_out_channels=width, layers_per_block=(1, 1, 1, 1, 1),
+            add_attention_block=(False,) * 5,
+        ),
+        # Mochi's own schedule counts from data to noise
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("mochi")
+    pipe.save_pretrained(folder)
+    return folder

@@ -1,0 +1,198 @@
+"""A model: what it looks like to attention, how it is called, and where its weights come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from calibatt.kernels.geometry import Geometry, TextSide
+from calibatt.kernels.names import look_up
+from calibatt.methods.site import Branch
+
+# takes device and dtype, and a folder of weights to use in place of the model's own
+Loader = Callable[[torch.device, torch.dtype, "Path | None"], Any]
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Models that share a transformer of Diffusers: all that the adapter and `generate` have to know of it.
+
+    Args:
+        transformer: name of the transformer's class.
+        attentions: its self-attention modules, layer by layer; each has a `processor`.
+        patch: from the transformer's config, frames × rows × columns of latents that make one token.
+        processor: class of the processors that stand in its self-attention; see `processor.AttentionProcessor`.
+        branches: from the pipeline and the name that it announces a forward pass by (`cache_context`), the branches
+            that the batch holds, in order and in equal parts; empty for a name that the family does not use.
+        passes: names of the passes of one step, in their order, for pipelines that announce none; empty where such a
+            pipeline is refused.
+        text_side: where text tokens stand in self-attention; None where there are none.
+        keywords: from a model and a size, the arguments of its pipeline that fix them.
+    """
+
+    transformer: str
+    attentions: Callable[[Any], Sequence[Any]]
+    patch: Callable[[Any], Grid]
+    processor: Callable[..., Any]
+    branches: Callable[[Any, str], tuple[Branch, ...]]
+    passes: tuple[str, ...]
+    text_side: TextSide | None
+    keywords: Callable[[ModelEntry, Resolution], Mapping[str, Any]]
+
+
+def video_keywords(entry: ModelEntry, size: Resolution) -> Mapping[str, Any]:
+    """The keywords that most of Diffusers' text-to-video pipelines share."""
+    return {
+        "negative_prompt": entry.negative_prompt,
+        "height": size.height,
+        "width": size.width,
+        "num_frames": size.frames,
+        "max_sequence_length": entry.prompt_tokens,
+    }
+
+
+@runtime_checkable
+class Alignment(Protocol):
+    """Reads back from a video how much of its caption it shows, 0 to 1."""
+
+    def __call__(self, video: Float[Tensor, "3 frames height width"], caption: str) -> float:
+        """The score; the video's values are in [-1, 1]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolution:
+    """Size of a video.
+
+    Args:
+        height, width: pixels.
+        frames: number of frames.
+        flow_shift: shift of the flow-matching schedule at this size; None leaves the scheduler as it was saved.
+        steps: denoising steps at this size; None takes the model's.
+    """
+
+    height: int
+    width: int
+    frames: int
+    flow_shift: float | None = None
+    steps: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelEntry:
+    """A model: sizes, defaults, and how to load it.
+
+    Args:
+        name: as in the catalogue.
+        layers, heads, head_dim: of its transformer.
+        patch: frames × rows × columns of latents that make one token.
+        latent_stride: video frames and pixels per latent (time, space).
+        latent_channels: channels of a latent.
+        block: tokens of a query and of a key block that its masks use.
+        resolutions: by name, the first is the default.
+        steps, guidance: defaults of a generation.
+        prompt_tokens: length the prompt is padded to.
+        negative_prompt: prompt of the unconditional pass.
+        family: what the adapter knows of its transformer; None where only the attention can be measured, by itself.
+        loader: makes the pipeline; None likewise.
+        text_tokens, text_side: of the prompt in the sequence of self-attention, where it is there.
+        alignment: score of text alignment, where the model has one.
+        captions: the model's own prompts (`held_out` of them were never trained on), where it has a grammar for them.
+    """
+
+    name: str
+    layers: int
+    heads: int
+    head_dim: int
+    patch: tuple[int, int, int]
+    latent_stride: tuple[int, int]
+    latent_channels: int
+    block: tuple[int, int]
+    resolutions: Mapping[str, Resolution]
+    steps: int
+    guidance: float
+    prompt_tokens: int
+    family: Family | None = None
+    loader: Loader | None = None
+    text_tokens: int = 0
+    text_side: TextSide = "last"
+    negative_prompt: str = ""
+    alignment: Alignment | None = None
+    captions: Callable[[int, int], list[str]] | None = None
+
+    def resolution(self, name: str) -> Resolution:
+        """The resolution of that name.
+
+        Raises:
+            UnknownName: the model has no such resolution.
+        """
+        return look_up(self.resolutions, name, f"resolution of {self.name}")
+
+    def steps_at(self, resolution: str) -> int:
+        """Default number of denoising steps at a resolution."""
+        return self.resolution(resolution).steps or self.steps
+
+    def latent_shape(self, resolution: str) -> tuple[int, int, int, int, int]:
+        """Shape of the latents of one video: batch, channels, frames, rows, columns."""
+        size = self.resolution(resolution)
+        time, space = self.latent_stride
+        return (1, self.latent_channels, (size.frames - 1) // time + 1, size.height // space, size.width // space)
+
+    def geometry(self, resolution: str) -> Geometry:
+        """Layout of the tokens of one self-attention call."""
+        # latents that do not fill their last patch are padded
+        frames, rows, columns = (
+            -(-extent // patch) for extent, patch in zip(self.latent_shape(resolution)[2:], self.patch, strict=True)
+        )
+        return Geometry(
+            grid=(frames, rows, columns), heads=self.heads, head_dim=self.head_dim, text_tokens=self.text_tokens,
+            text_side=self.text_side,
+        )  # fmt: skip
+
+    def checked_loader(self) -> Loader:
+        """What makes the pipeline.
+
+        Raises:
+            ValueError: the model has no loader.
+        """
+        if self.loader is None:
+            raise ValueError(self._attention_only())
+        return self.loader
+
+    def checked_family(self) -> Family:
+        """What the adapter knows of its transformer.
+
+        Raises:
+            ValueError: the adapter knows none.
+        """
+        if self.family is None:
+            raise ValueError(self._attention_only())
+        return self.family
+
+    def _attention_only(self) -> str:
+        return f"{self.name} cannot generate here: its attention alone is measured, by pytest bench -k kernel"
+
+    def load(self, *, resolution: str, device: torch.device, dtype: torch.dtype, weights: Path | None = None) -> Any:
+        """The Diffusers pipeline, on the device, with the resolution's schedule.
+
+        Args:
+            weights: a folder in Diffusers' layout to load instead of the model's own weights.
+
+        Raises:
+            UnknownName: the model has no such resolution.
+            ValueError: the model has no loader.
+            OSError: the weights cannot be had.
+        """
+        loader = self.checked_loader()
+        shift = self.resolution(resolution).flow_shift
+        pipe = loader(device, dtype, weights)
+        if shift is not None:
+            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=shift)
+        return pipe

@@ -1,0 +1,108 @@
+"""Mochi 1: text behind the video in one sequence, without its padding; both branches of guidance in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor
+
+from calibatt.methods.site import Branch
+from calibatt.models.entry import Family, Grid, ModelEntry, Resolution, video_keywords
+from calibatt.models.processor import AttentionProcessor, rotated
+
+_REPOSITORY = "genmo/mochi-1-preview"
+
+
+class MochiSelfAttention(AttentionProcessor):
+    """Mochi's joint attention of video and text, but for the attention itself."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Float[Tensor, "batch video_tokens channels"],
+        encoder_hidden_states: Float[Tensor, "batch text_tokens text_channels"],
+        attention_mask: Num[Tensor, "batch text_tokens"],
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Float[Tensor, "batch video_tokens channels"], Float[Tensor, "batch text_tokens text_channels"]]:
+        """As `diffusers.models.attention_processor.MochiAttnProcessor2_0` is called."""
+        heads = attn.heads
+        q, k, v = (project(hidden_states).unflatten(2, (heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v))
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        text_q, text_k, text_v = (
+            project(encoder_hidden_states).unflatten(2, (heads, -1))
+            for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        )
+        text_q, text_k = attn.norm_added_q(text_q), attn.norm_added_k(text_k)
+        if image_rotary_emb is not None:
+            # in fp32, as Mochi has it
+            q, k = (rotated(x.float(), *image_rotary_emb).type_as(x) for x in (q, k))
+        joint = (torch.cat(parts, dim=1) for parts in ((q, text_q), (k, text_k), (v, text_v)))
+        out = self.attend(*joint, attention_mask.bool()).flatten(2)
+        video, text = out.split_with_sizes((hidden_states.shape[1], encoder_hidden_states.shape[1]), dim=1)
+        video = attn.to_out[1](attn.to_out[0](video))
+        # the last layer has no use for text
+        return video, attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
+
+
+def _attentions(transformer: Any) -> Sequence[Any]:
+    return [block.attn1 for block in transformer.transformer_blocks]
+
+
+def _patch(config: Any) -> Grid:
+    return (1, config.patch_size, config.patch_size)
+
+
+def _branches(pipe: Any, name: str) -> tuple[Branch, ...]:
+    if name != "cond_uncond":
+        return ()
+    return ("uncond", "cond") if pipe.do_classifier_free_guidance else ("cond",)
+
+
+FAMILY = Family(
+    transformer="MochiTransformer3DModel",
+    attentions=_attentions,
+    patch=_patch,
+    processor=MochiSelfAttention,
+    branches=_branches,
+    passes=(),
+    text_side="last",
+    keywords=video_keywords,
+)
+
+
+def _load(device: torch.device, dtype: torch.dtype, weights: Path | None) -> Any:
+    from diffusers import MochiPipeline
+
+    return MochiPipeline.from_pretrained(_REPOSITORY if weights is None else str(weights), dtype=dtype).to(device)
+
+
+# sizes, steps and guidance: Diffusers' documentation of MochiPipeline, and the transformer's configuration
+ENTRIES = (
+    ModelEntry(
+        name="mochi-1",
+        layers=48,
+        heads=24,
+        head_dim=128,
+        patch=(1, 2, 2),
+        latent_stride=(6, 8),
+        latent_channels=12,
+        block=(128, 128),
+        resolutions=MappingProxyType(
+            {
+                "85f": Resolution(height=480, width=848, frames=85),
+                "163f": Resolution(height=480, width=848, frames=163),
+            }
+        ),
+        steps=64,
+        guidance=4.5,
+        prompt_tokens=256,
+        text_tokens=256,
+        family=FAMILY,
+        loader=_load,
+    ),
+)

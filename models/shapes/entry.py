@@ -1,0 +1,57 @@
+"""The embedded model's place in the catalogue."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from calibatt.models.entry import ModelEntry, Resolution
+from calibatt.models.families import wan
+
+
+def _load(device: torch.device, dtype: torch.dtype, weights: Path | None) -> Any:
+    from calibatt.models.shapes.pipeline import load_pipeline
+
+    return load_pipeline(device=device, dtype=dtype, weights=weights)
+
+
+def _align(video: Float[Tensor, "3 frames height width"], caption: str) -> float:
+    from calibatt.models.shapes.reader import alignment
+
+    return alignment(video, caption)
+
+
+def _captions(count: int, seed: int) -> list[str]:
+    from calibatt.models.shapes.scenes import held_out_captions
+
+    return held_out_captions(count, seed=seed)
+
+
+SHAPES = ModelEntry(
+    name="shapes",
+    layers=8,
+    heads=4,
+    head_dim=64,
+    patch=(1, 4, 4),
+    latent_stride=(1, 1),
+    latent_channels=3,
+    block=(64, 64),
+    resolutions=MappingProxyType(
+        {
+            "quick": Resolution(height=64, width=96, frames=8, steps=6),
+            "standard": Resolution(height=64, width=96, frames=16),
+        }
+    ),
+    steps=20,
+    guidance=3.0,
+    prompt_tokens=24,
+    family=wan.FAMILY,
+    loader=_load,
+    alignment=_align,
+    captions=_captions,
+)
