@@ -26,7 +26,7 @@ from torch import Tensor
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan, Skip
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
 from calibatt.methods.skipping import LEAST, MOST, all_blocks, gaps, without_low
@@ -68,10 +68,13 @@ class BlasstConfig:
             raise ValueError(f"blasst's sparsity is a share of the blocks, from 0 to below 1: got {self.sparsity}")
 
 
-class Blasst:
+class Blasst(Method):
     """Keeps every block until its scores are known; the low ones lose their softmax and their values."""
 
     name: ClassVar[str] = "blasst"
+    label: ClassVar[str] = "BLASST"
+    colour: ClassVar[str] = "#CC79A7"
+    marker: ClassVar[str] = "*"
     presets: ClassVar[Mapping[str, BlasstConfig]] = MappingProxyType(
         {
             # λ = 0.1, wan22_skip_softmax.py
@@ -84,7 +87,6 @@ class Blasst:
             "calibrated-oracle": BlasstConfig(sparsity=0.5, oracle=True),
         }
     )
-    offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="threshold", low=LEAST, high=MOST)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_ends": 0})
 
@@ -107,7 +109,11 @@ class Blasst:
         return self._refusal
 
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """All blocks, of which the kernel leaves out the low ones; dense in the first and last layers.
 
@@ -124,9 +130,6 @@ class Blasst:
         if self.config.oracle:
             return Plan.masked(without_low(q, k, mask, self._threshold), heads)
         return Plan.masked(mask, heads, skip=Skip.of(mask, heads, threshold=self._threshold, leave=True))
-
-    def reset(self) -> None:
-        """There is no state."""
 
 
 class BlasstLearner:

@@ -35,7 +35,7 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan, TokenOrder
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.energy import CHUNK, exponentials
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
@@ -73,13 +73,16 @@ class CompactConfig:
             )
 
 
-class Compact:
+class Compact(Method):
     """Computes, for each head, windows of tiles that were found large enough offline; no input is looked at.
 
     Masks are made when first asked for, and kept; both branches have the same, learnt on the conditional one.
     """
 
     name: ClassVar[str] = "compact"
+    label: ClassVar[str] = "Compact Attention"
+    colour: ClassVar[str] = "#56B4E9"
+    marker: ClassVar[str] = "X"
     presets: ClassVar[Mapping[str, CompactConfig]] = MappingProxyType(
         {
             # the paper's for Wan: τ 0.9, λ 0.011, 15 of 50 steps dense
@@ -90,7 +93,6 @@ class Compact:
             "no-warmup": CompactConfig(recall=0.9, cost_weight=0.011, dense_steps=0.0),
         }
     )
-    offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="recall", low=0.0, high=1.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0})
 
@@ -105,12 +107,12 @@ class Compact:
         """Sums attention up by how far apart tiles are."""
         return CompactLearner(config)
 
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies wherever it has learnt."""
-        return None
-
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """The site's mask, over tokens in the order of tiles.
 
@@ -129,9 +131,6 @@ class Compact:
                 self._mask(site, q.device), site.geometry.heads, order=self._orders[q.device]
             )
         return self._plans[key]
-
-    def reset(self) -> None:
-        """Masks are of what was learnt, and stay."""
 
     def _mask(self, site: Site, device: torch.device) -> BlockMask:
         geometry, (block_q, block_k) = site.geometry, self.config.block

@@ -28,7 +28,7 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.blocks import text_blocks
 from calibatt.methods.energy import block_energy
 from calibatt.methods.learning import Learnt
@@ -67,13 +67,16 @@ class ScalingConfig:
             raise ValueError(f"density is a share of the blocks, 0 to 1: got {self.density}")
 
 
-class Scaling:
+class Scaling(Method):
     """Computes the blocks whose threshold in the map is at most the density of the site; no input is looked at.
 
     Masks are made when first asked for, and kept; both branches have the same, learnt on the conditional one.
     """
 
     name: ClassVar[str] = "scaling"
+    label: ClassVar[str] = "ScalingAttention"
+    colour: ClassVar[str] = "#E69F00"
+    marker: ClassVar[str] = "<"
     presets: ClassVar[Mapping[str, ScalingConfig]] = MappingProxyType(
         {
             # the paper's comparison at 45 % density; no step is dense
@@ -84,7 +87,6 @@ class Scaling:
             "uniform": ScalingConfig(density=0.45, alike="all", dense_steps=0.3),
         }
     )
-    offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="density", low=0.0, high=1.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0})
 
@@ -99,12 +101,12 @@ class Scaling:
         """Learns the map."""
         return ScalingLearner(config)
 
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies wherever it has learnt."""
-        return None
-
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """The site's mask.
 
@@ -121,9 +123,6 @@ class Scaling:
             mask = BlockMask.from_keep(keep, tokens=site.geometry.tokens, block_q=block_q, block_k=block_k)
             self._plans[key] = Plan.masked(mask, site.geometry.heads)
         return self._plans[key]
-
-    def reset(self) -> None:
-        """Masks are of what was learnt, and stay."""
 
 
 class ScalingLearner:

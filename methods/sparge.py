@@ -32,7 +32,7 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan, Skip
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.blocks import alike_blocks
 from calibatt.methods.energy import products
 from calibatt.methods.learning import Learnt
@@ -97,10 +97,13 @@ class SpargeConfig:
             raise ValueError(f"sparge's pv_threshold is how many powers of two below: above 0, got {self.pv_threshold}")
 
 
-class Sparge:
+class Sparge(Method):
     """Pools queries and keys by block at every call, and keeps the blocks with the most pooled attention."""
 
     name: ClassVar[str] = "sparge"
+    label: ClassVar[str] = "SpargeAttn"
+    colour: ClassVar[str] = "#009E73"
+    marker: ClassVar[str] = "s"
     presets: ClassVar[Mapping[str, SpargeConfig]] = MappingProxyType(
         {
             # spas_sage2_attn_meansim_topk_cuda, the call that its README recommends
@@ -118,9 +121,7 @@ class Sparge:
             "tuned-oracle": SpargeConfig(l1=0.06, l2=0.065, sink=True, oracle=True),
         }
     )
-    offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="topk", low=0.0, high=1.0)
-    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, config: SpargeConfig, learnt: Learnt | None = None) -> None:
         self.config = config
@@ -133,12 +134,12 @@ class Sparge:
         """The search, where there are bounds."""
         return None if config.l1 is None else SpargeSearch(config)
 
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies to every geometry."""
-        return None
-
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """Masks of this call's queries and keys; text is not special.
 
@@ -166,9 +167,6 @@ class Sparge:
             skip = Skip.of(mask, heads, threshold=thresholds, leave=True)
         plan = Plan.masked(mask, heads, skip=skip)
         return replace(plan, int8=config.block) if config.int8 else plan
-
-    def reset(self) -> None:
-        """There is no state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

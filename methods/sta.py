@@ -32,7 +32,7 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan, TokenOrder
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.energy import CHUNK, exponentials
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
@@ -90,13 +90,16 @@ class SlidingTileConfig:
         return self.candidates if self.window is None else (self.window,)
 
 
-class SlidingTile:
+class SlidingTile(Method):
     """Static masks: a window of tiles that slides over frames, rows and columns, one for all heads or each head's own.
 
     Both branches have the same masks; windows are found on the conditional one.
     """
 
     name: ClassVar[str] = "sta"
+    label: ClassVar[str] = "STA"
+    colour: ClassVar[str] = "#E69F00"
+    marker: ClassVar[str] = "^"
     presets: ClassVar[Mapping[str, SlidingTileConfig]] = MappingProxyType(
         {
             # one of WAN_CANDIDATES for all: that which favours no axis; skip_time_steps: 12 of 50 steps dense
@@ -110,7 +113,6 @@ class SlidingTile:
             "searched-no-warmup": SlidingTileConfig(candidates=WAN_CANDIDATES, dense_steps=0.0),
         }
     )
-    offline: ClassVar[bool] = False
     # from a tile that sees itself to a window of 1 that is all of 11 tiles: the 85 columns of CogVideoX 1.5, the most
     # that an axis of the catalogue's models has
     knob: ClassVar[Knob | None] = Knob(field="reach", low=0.0, high=11.0)
@@ -126,12 +128,12 @@ class SlidingTile:
         """The search, where there are candidates."""
         return WindowSearch(config) if config.candidates else None
 
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies to every geometry."""
-        return None
-
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """The mask of the geometry, or each head's own, over tokens in the order of tiles; dense in the first steps.
 
@@ -153,9 +155,6 @@ class SlidingTile:
             return plan
         found = self._learnt.at("distance", site).argmin(0)
         return replace(plan, mask=_chosen(masks, found.to(q.device)))
-
-    def reset(self) -> None:
-        """Masks depend on the geometry alone, and stay."""
 
 
 class WindowSearch:

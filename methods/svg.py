@@ -38,7 +38,7 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan, TokenOrder
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.blocks import block_ends, text_blocks, with_text
 from calibatt.methods.energy import products
 from calibatt.methods.learning import Learnt
@@ -103,13 +103,16 @@ _WAN = SparseVideoGenConfig(density=0.3, dense_steps=0.2, dense_layers=0.03, sin
 _NO_WARMUP = replace(_WAN, dense_steps=0.0, dense_layers=0.0)
 
 
-class SparseVideoGen:
+class SparseVideoGen(Method):
     """One band for all heads; each has its tokens in the order in which the band changes less.
 
     The draw is that of the site: the same for both branches and all samples. Nothing is kept between calls.
     """
 
     name: ClassVar[str] = "svg"
+    label: ClassVar[str] = "SVG"
+    colour: ClassVar[str] = "#56B4E9"
+    marker: ClassVar[str] = "s"
     presets: ClassVar[Mapping[str, SparseVideoGenConfig]] = MappingProxyType(
         {
             "default": _WAN,
@@ -122,7 +125,6 @@ class SparseVideoGen:
             "learnt": replace(_NO_WARMUP, choice="learnt"),
         }
     )
-    offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="density", low=0.0, high=1.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0, "dense_layers": 0.0})
 
@@ -137,12 +139,12 @@ class SparseVideoGen:
         """A new learner of the errors that the choice is made by; None where every call takes its own."""
         return OutputErrors(config) if config.choice == "learnt" else None
 
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies to every geometry."""
-        return None
-
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """The mask of the geometry over each head's own order, or dense in the first steps and layers.
 
@@ -165,9 +167,6 @@ class SparseVideoGen:
         # of equal errors the first is taken, which is the spatial one
         order = self._orders[key][(temporal < spatial).long()]
         return Plan.masked(self._masks[key], geometry.heads, order=TokenOrder.of_all(order))
-
-    def reset(self) -> None:
-        """Masks and orders depend on the geometry alone, and stay."""
 
 
 class OutputErrors:

@@ -29,7 +29,7 @@ from torch import Tensor
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan, TokenOrder
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.clusters import (
     Grouped,
     attention,
@@ -113,10 +113,13 @@ class _Coclusters:
     weights: Float[Tensor, "heads q_clusters k_clusters"]
 
 
-class Svoo:
+class Svoo(Method):
     """Co-clusters at every so many steps, and at each step keeps the clusters that weigh most, as its table has it."""
 
     name: ClassVar[str] = "svoo"
+    label: ClassVar[str] = "SVOO"
+    colour: ClassVar[str] = "#D55E00"
+    marker: ClassVar[str] = "v"
     presets: ClassVar[Mapping[str, SvooConfig]] = MappingProxyType(
         {
             # --first_times_fp and --first_layers_fp of the scripts for Wan
@@ -130,7 +133,6 @@ class Svoo:
             "clusters-no-warmup": SvooConfig(dense_steps=0.0, dense_layers=0.0, block=None),
         }
     )
-    offline: ClassVar[bool] = False
     # the table bounds density from below
     knob: ClassVar[Knob | None] = Knob(field="mass", low=0.0, high=1.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0, "dense_layers": 0.0})
@@ -145,12 +147,12 @@ class Svoo:
         """A new table."""
         return ShareLearner(config)
 
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies to every geometry; that of the table is asked for at each site."""
-        return None
-
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """The clusters of this call or blocks that cover them, or dense in the first steps and layers.
 
