@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan
@@ -93,7 +92,7 @@ class AdaSpa(Method):
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"search_steps": (0.0, 30 / 50)})
 
     def __init__(self, config: AdaSpaConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._searches: dict[tuple[Branch, int, int], _Search] = {}
 
     def plan(

@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan, TokenOrder
@@ -78,7 +77,7 @@ class Draft(Method):
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_sigma": 1.0, "dense_layers": 0})
 
     def __init__(self, config: DraftConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._orders: dict[tuple[Geometry, torch.device], Int32[Tensor, "1 tokens"]] = {}
 
     def plan(

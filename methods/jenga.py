@@ -29,7 +29,6 @@ import torch
 from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan, TokenOrder
@@ -114,7 +113,7 @@ class Jenga(Method):
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"ramp": False})
 
     def __init__(self, config: JengaConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._layouts: dict[tuple[Geometry, torch.device], _Layout] = {}
 
     def plan(

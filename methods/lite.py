@@ -16,14 +16,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
-from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan, Skip
 from calibatt.methods.base import Knob, Method
@@ -71,7 +69,7 @@ class Lite(Method):
     knob: ClassVar[Knob | None] = Knob(field="threshold", low=LEAST, high=MOST, over_videos=True)
 
     def __init__(self, config: LiteConfig) -> None:
-        self.config = config
+        super().__init__(config)
         # what was computed last, and what that call finds low, by layer, branch and sample
         self._last: dict[tuple[int, Branch, int], Plan | BlockMask] = {}
 

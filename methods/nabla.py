@@ -11,13 +11,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan, TokenOrder
@@ -73,7 +72,7 @@ class Nabla(Method):
     knob: ClassVar[Knob | None] = Knob(field="mass", low=0.0, high=1.0)
 
     def __init__(self, config: NablaConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._orders: dict[tuple[Geometry, torch.device], Int32[Tensor, "1 tokens"]] = {}
         self._windows: dict[tuple[Geometry, torch.device], Bool[Tensor, "q_blocks k_blocks"]] = {}
 

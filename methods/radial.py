@@ -68,7 +68,7 @@ class Radial(Method):
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0, "dense_layers": 0})
 
     def __init__(self, config: RadialConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._masks: dict[tuple[Geometry, torch.device], BlockMask] = {}
 
     def refusal(self, geometry: Geometry) -> Unsupported | None:

@@ -25,7 +25,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Knob, Method
@@ -121,7 +120,7 @@ class Svg2(Method):
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0, "dense_layers": 0.0})
 
     def __init__(self, config: Svg2Config) -> None:
-        self.config = config
+        super().__init__(config)
         self._centroids: dict[tuple[Branch, int, int], _Centroids] = {}
 
     def plan(
