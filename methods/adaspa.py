@@ -16,11 +16,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.blocks import text_blocks
 from calibatt.methods.energy import block_mass
 from calibatt.methods.site import Branch, Site
@@ -68,7 +67,7 @@ class _Search:
     lse_step: int
 
 
-class AdaSpa:
+class AdaSpa(Method):
     """Weighs every block exactly at the search steps, and keeps the heaviest of each row until the next of them.
 
     Searches after the first divide by the softmax sums (log-sum-exp, LSE) of the first, as the paper's do: it halves
@@ -77,6 +76,9 @@ class AdaSpa:
     """
 
     name: ClassVar[str] = "adaspa"
+    label: ClassVar[str] = "AdaSpa"
+    colour: ClassVar[str] = "#CC79A7"
+    marker: ClassVar[str] = "D"
     presets: ClassVar[Mapping[str, AdaSpaConfig]] = MappingProxyType(
         {
             # section 4.3: sparsity 0.8, searches at steps 10 and 30, of 50 in section 5
@@ -86,20 +88,19 @@ class AdaSpa:
             "no-warmup": AdaSpaConfig(sparsity=0.8, search_steps=(0.0, 30 / 50), head_adaptive=True),
         }
     )
-    offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="sparsity", low=0.0, high=1.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"search_steps": (0.0, 30 / 50)})
 
     def __init__(self, config: AdaSpaConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._searches: dict[tuple[Branch, int, int], _Search] = {}
 
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies to every geometry."""
-        return None
-
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """Dense before the first search, then the last mask; of this call's queries and keys where a search is due.
 

@@ -90,10 +90,21 @@ class Method(ABC):
     needs: ClassVar[str | None] = None
     learnt: Learnt | None = None
 
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
     @classmethod
     def learner(cls, config: Any) -> Learner | None:
         """What learns offline for these settings; None where nothing has to be learnt, as by default."""
         return None
+
+    @classmethod
+    def settled(cls, config: Any, learnt: Learnt) -> Any:
+        """The config to build with, given what was learnt; by default the config itself.
+
+        A method whose presets share one calibration takes from it what only its learner reads.
+        """
+        return config
 
     def refusal(self, geometry: Geometry) -> Unsupported | None:
         """Why the method does not apply to a geometry, or None when it does, as by default."""

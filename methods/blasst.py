@@ -13,7 +13,7 @@ threshold. What differs:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ from torch import Tensor
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan, Skip
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
 from calibatt.methods.skipping import LEAST, MOST, all_blocks, gaps, without_low
@@ -68,10 +68,13 @@ class BlasstConfig:
             raise ValueError(f"blasst's sparsity is a share of the blocks, from 0 to below 1: got {self.sparsity}")
 
 
-class Blasst:
+class Blasst(Method):
     """Keeps every block until its scores are known; the low ones lose their softmax and their values."""
 
     name: ClassVar[str] = "blasst"
+    label: ClassVar[str] = "BLASST"
+    colour: ClassVar[str] = "#CC79A7"
+    marker: ClassVar[str] = "*"
     presets: ClassVar[Mapping[str, BlasstConfig]] = MappingProxyType(
         {
             # λ = 0.1, wan22_skip_softmax.py
@@ -84,38 +87,42 @@ class Blasst:
             "calibrated-oracle": BlasstConfig(sparsity=0.5, oracle=True),
         }
     )
-    offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="threshold", low=LEAST, high=MOST)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_ends": 0})
 
     def __init__(self, config: BlasstConfig, learnt: Learnt | None = None) -> None:
-        self.config = config
-        self._learnt = learnt
-        self._threshold = config.threshold
-        self._refusal: Unsupported | None = None
-        if config.sparsity is not None and learnt is not None:
-            fitted = fitted_threshold(learnt.tables["left_out"], learnt.geometry.tokens, config.sparsity)
-            self._threshold, self._refusal = (None, fitted) if isinstance(fitted, Unsupported) else (fitted, None)
+        super().__init__(config)
+        self.learnt = learnt
+        self._threshold: float | Unsupported | None = config.threshold
+        if learnt is not None and config.sparsity is not None:
+            tokens = learnt.provenance.geometry.tokens
+            self._threshold = fitted_threshold(learnt.tables["left_out"], tokens, config.sparsity)
 
     @classmethod
     def learner(cls, config: BlasstConfig) -> BlasstLearner | None:
-        """Watches how many blocks every threshold would leave out, where a sparsity is asked for."""
-        return None if config.sparsity is None else BlasstLearner(config.block)
+        """Counts how many blocks every threshold would leave out, where a sparsity is asked for."""
+        return None if config.sparsity is None else BlasstLearner(block=config.block)
 
     def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies to every geometry but where nothing could be fitted; what was learnt itself refuses another one."""
-        return self._refusal
+        """Refuses where no threshold could be fitted."""
+        return self._threshold if isinstance(self._threshold, Unsupported) else None
 
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """All blocks, of which the kernel leaves out the low ones; dense in the first and last layers.
 
         Raises:
-            ValueError: it learnt from videos of another geometry, or of other steps or layers.
+            ValueError: no threshold could be fitted, or for other videos.
         """
-        if self._learnt is not None:
-            self._learnt.check(site)
+        if self.learnt is not None:
+            self.learnt.check(site)
+        if isinstance(self._threshold, Unsupported):
+            raise ValueError(self._threshold.reason)
         assert self._threshold is not None
         if not self.config.dense_ends <= site.layer < site.layers - self.config.dense_ends:
             return Plan.dense(site.geometry)
@@ -125,10 +132,8 @@ class Blasst:
             return Plan.masked(without_low(q, k, mask, self._threshold), heads)
         return Plan.masked(mask, heads, skip=Skip.of(mask, heads, threshold=self._threshold, leave=True))
 
-    def reset(self) -> None:
-        """There is no state."""
 
-
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BlasstLearner:
     """Shares of the blocks that each of 22 thresholds would leave out.
 
@@ -136,33 +141,24 @@ class BlasstLearner:
         block: tokens of a query and of a key block.
     """
 
-    def __init__(self, block: tuple[int, int]) -> None:
-        self._block = block
-        self._sums: Tensor | None = None
-        self._calls: Tensor | None = None
+    block: tuple[int, int]
 
-    def watch(
+    def note(
         self,
         q: Float[Tensor, "heads tokens head_dim"],
         k: Float[Tensor, "heads tokens head_dim"],
         v: Float[Tensor, "heads tokens head_dim"],
         site: Site,
-    ) -> None:
-        """Count for one call."""
-        if self._sums is None or self._calls is None:
-            self._sums = torch.zeros(site.steps, site.layers, len(LAMBDAS))
-            self._calls = torch.zeros(site.steps, site.layers, 1)
-        found = gaps(q, k, all_blocks(site.geometry.tokens, self._block, q.device)).flatten()
+        prompt: int,
+    ) -> Mapping[str, Tensor]:
+        """`left_out`: the shares at one call, by threshold."""
+        found = gaps(q, k, all_blocks(site.geometry.tokens, self.block, q.device)).flatten()
         thresholds = torch.tensor(LAMBDAS, device=q.device).log2()
-        shares = torch.stack([(found <= threshold).float().mean() for threshold in thresholds])
-        self._sums[site.step, site.layer] += shares.cpu()
-        self._calls[site.step, site.layer] += 1
+        return {"left_out": torch.stack([(found <= threshold).float().mean() for threshold in thresholds])}
 
-    def tables(self) -> Mapping[str, Tensor]:
-        """`left_out`: the shares, by threshold; NaN where no call was watched."""
-        if self._sums is None or self._calls is None:
-            raise ValueError("blasst has watched no call to learn from")
-        return {"left_out": self._sums / self._calls}
+    def merge(self, notes: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """`left_out`: the mean over the prompts."""
+        return {"left_out": torch.stack([note["left_out"] for note in notes]).mean(0)}
 
 
 def fitted_threshold(
@@ -173,7 +169,7 @@ def fitted_threshold(
     a and b are fitted by least squares in the logarithm, over the thresholds that leave out 10 to 90 % of the blocks in
     the mean of all calls. Where fewer than two thresholds do, there is none.
     """
-    shares = left_out.flatten(0, 1).nanmean(0).double().cpu().numpy()
+    shares = left_out.flatten(0, 1).mean(0).double().cpu().numpy()
     fitted = (shares >= _FITTED[0]) & (shares <= _FITTED[1])
     if fitted.sum() < 2:
         return Unsupported(

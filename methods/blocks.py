@@ -21,15 +21,15 @@ def pooled(x: Float[Tensor, "heads tokens head_dim"], block: int) -> Float[Tenso
     return torch.cat((means, x[:, -rest:].mean(1, keepdim=True, dtype=torch.float32)), dim=1)
 
 
-def alike_blocks(
+def self_similarity(
     x: Float[Tensor, "heads tokens head_dim"], block: int, centre: Float[Tensor, "heads head_dim"]
 ) -> tuple[Float[Tensor, "heads blocks head_dim"], Float[Tensor, "heads blocks"]]:
-    """Mean token of each block, and how alike its tokens are: the mean cosine over all pairs, each with itself too.
+    """Mean token of each block, and its self-similarity: mean cosine of all pairs of its tokens.
 
     Args:
         x: the tokens.
         block: tokens of a block; a shorter last one counts its own.
-        centre: in fp32, taken off every token before.
+        centre: in fp32, taken off every token first.
     """
     if estimates.takes(x):
         return estimates.alike_blocks(x, block, centre)

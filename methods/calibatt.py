@@ -43,6 +43,9 @@ class CalibAtt:
     """Looks every plan up in a calibration; nothing is estimated while a video is made."""
 
     name: ClassVar[str] = "calibatt"
+    label: ClassVar[str] = "CalibAtt"
+    colour: ClassVar[str] = "#0072B2"
+    marker: ClassVar[str] = "o"
     presets: ClassVar[Mapping[str, CalibAttConfig]] = MappingProxyType(
         {
             # the paper's method

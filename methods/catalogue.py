@@ -9,14 +9,14 @@ from typing import Any
 
 from calibatt.kernels.names import look_up
 from calibatt.methods.adaspa import AdaSpa
-from calibatt.methods.base import Method, PlanSource
+from calibatt.methods.base import Method
 from calibatt.methods.blasst import Blasst
-from calibatt.methods.calibatt import CalibAtt
+from calibatt.methods.calibatt.method import CalibAtt
 from calibatt.methods.compact import Compact
 from calibatt.methods.dense import Dense
 from calibatt.methods.draft import Draft
 from calibatt.methods.jenga import Jenga
-from calibatt.methods.learning import Learner, Learning, Learnt
+from calibatt.methods.learning import Learner, Learnt, settings_of
 from calibatt.methods.lite import Lite
 from calibatt.methods.minference import MInference
 from calibatt.methods.nabla import Nabla
@@ -64,7 +64,7 @@ def build(
     name: str,
     *,
     preset: str = "default",
-    source: PlanSource | Learnt | None = None,
+    calibration: Learnt | None = None,
     block: tuple[int, int] | None = None,
     **settings: Any,
 ) -> Method:
@@ -72,44 +72,65 @@ def build(
 
     Args:
         name, preset: as `calibatt methods` lists them.
-        source: the calibration of an offline method, or what a preset's own learner learnt.
-        block: tokens of a query and of a key block, in place of the preset's; a method without blocks of its own, or a
-            preset without, ignores it.
+        calibration: what was learnt offline, for a preset that needs it.
+        block: tokens of a query and of a key block, in place of the preset's; a preset without blocks ignores it.
         settings: fields of the method's config, in place of the preset's.
 
     Raises:
         UnknownName: there is no such method or preset.
-        ValueError: an offline method has no calibration, a preset that learns nothing learnt, or a setting does not
-            exist.
+        ValueError: a setting does not exist or makes no sense; the calibration is missing, not needed, another
+            method's, or was learnt under other settings.
     """
-    kind, config = _configured(name, preset, block, settings)
-    if kind.offline and not isinstance(source, PlanSource):
-        raise ValueError(f"{name} needs a calibration: make one by `calibatt calibrate` and pass it as `source`")
-    learns = isinstance(kind, Learning) and kind.learner(config) is not None
-    if learns and not (isinstance(source, Learnt) and (source.method, source.preset) == (name, preset)):
-        other = f", not that of {source.method}/{source.preset}" if isinstance(source, Learnt) else ""
-        raise ValueError(f"{name}/{preset} learns from videos first: pass what it learnt as `source`{other}")
-    method: Method = kind(config) if source is None else kind(config, source)
-    return method
+    method_class, config = _configured(name, preset, block, settings)
+    source = _learns_from(method_class, config)
+    if calibration is None:
+        if source is None:
+            return method_class(config)
+        raise ValueError(
+            f"{name}/{preset} needs a calibration: make one by `calibatt calibrate --method {source}` and pass it as "
+            "`calibration`"
+        )
+    if source is None:
+        raise ValueError(f"{name}/{preset} learns nothing: leave out the calibration of {calibration.method}")
+    if calibration.method != source:
+        raise ValueError(f"{name}/{preset} needs a calibration of {source}: this one is of {calibration.method}")
+    config = method_class.settled(config, calibration)
+    if (own := method_class.learner(config)) is not None:
+        _check_settings(f"{name}/{preset}", settings_of(own), calibration.settings)
+    return method_class(config, calibration)
 
 
 def learner(
     name: str, *, preset: str = "default", block: tuple[int, int] | None = None, **settings: Any
 ) -> Learner | None:
-    """What a preset of a method learns by, new; None where it learns nothing of its own.
+    """What a preset of a method learns by; None where it learns nothing of its own.
 
     Args:
         name, preset, block, settings: as for `build`.
 
     Raises:
         UnknownName: there is no such method or preset.
-        ValueError: a setting does not exist.
+        ValueError: a setting does not exist or makes no sense.
     """
-    kind, config = _configured(name, preset, block, settings)
-    return kind.learner(config) if isinstance(kind, Learning) else None
+    method_class, config = _configured(name, preset, block, settings)
+    made: Learner | None = method_class.learner(config)
+    return made
 
 
-def has_blocks(name: str, *, preset: str) -> bool:
+def learns_from(name: str, preset: str = "default", **settings: Any) -> str | None:
+    """The method whose calibration a preset needs: its own name, or another's; None where it needs none.
+
+    Args:
+        name, preset, settings: as for `build`.
+
+    Raises:
+        UnknownName: there is no such method or preset.
+        ValueError: a setting does not exist or makes no sense.
+    """
+    return _learns_from(*_configured(name, preset, None, settings))
+
+
+def has_blocks(name: str, *, preset: str = "default") -> bool:
     """Whether a preset of a method has a size of blocks to choose.
 
     Raises:
@@ -119,13 +140,27 @@ def has_blocks(name: str, *, preset: str) -> bool:
     return getattr(config, "block", None) is not None
 
 
+def _learns_from(method_class: type[Method], config: Any) -> str | None:
+    return method_class.name if method_class.learner(config) is not None else method_class.needs
+
+
+def _check_settings(arm: str, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse what was learnt under other settings, naming the first that differs."""
+    for field in (*own, *(given.keys() - own.keys())):
+        if own.get(field) != given.get(field):
+            raise ValueError(
+                f"{arm} has {field} {own.get(field)}, its calibration was learnt with {given.get(field)}: "
+                "set the same or calibrate again"
+            )
+
+
 def _configured(name: str, preset: str, block: tuple[int, int] | None, settings: Mapping[str, Any]) -> tuple[Any, Any]:
     """The method's class and its config."""
-    kind: Any = look_up(METHODS, name, "method")
-    config = look_up(kind.presets, preset, f"preset of {name}")
+    method_class: Any = look_up(METHODS, name, "method")
+    config = look_up(method_class.presets, preset, f"preset of {name}")
     known = [field.name for field in fields(config)]
     unknown = [setting for setting in settings if setting not in known]
     if unknown:
         raise ValueError(f"{name} has no setting {', '.join(unknown)}: it has {', '.join(known) or 'none'}")
     blocks = {"block": block} if block is not None and getattr(config, "block", None) is not None else {}
-    return kind, replace(config, **blocks, **settings)
+    return method_class, replace(config, **blocks, **settings)

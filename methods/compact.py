@@ -21,8 +21,7 @@ any of their pairs of tokens is, and text is kept both ways.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -31,11 +30,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan, TokenOrder
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.energy import CHUNK, exponentials
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
@@ -73,13 +71,16 @@ class CompactConfig:
             )
 
 
-class Compact:
+class Compact(Method):
     """Computes, for each head, windows of tiles that were found large enough offline; no input is looked at.
 
     Masks are made when first asked for, and kept; both branches have the same, learnt on the conditional one.
     """
 
     name: ClassVar[str] = "compact"
+    label: ClassVar[str] = "Compact Attention"
+    colour: ClassVar[str] = "#56B4E9"
+    marker: ClassVar[str] = "X"
     presets: ClassVar[Mapping[str, CompactConfig]] = MappingProxyType(
         {
             # the paper's for Wan: τ 0.9, λ 0.011, 15 of 50 steps dense
@@ -90,34 +91,33 @@ class Compact:
             "no-warmup": CompactConfig(recall=0.9, cost_weight=0.011, dense_steps=0.0),
         }
     )
-    offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="recall", low=0.0, high=1.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0})
 
     def __init__(self, config: CompactConfig, learnt: Learnt) -> None:
-        self.config = config
-        self._learnt = learnt
+        super().__init__(config)
+        self.learnt = learnt
         self._plans: dict[tuple[int, int, torch.device], Plan] = {}
         self._orders: dict[torch.device, TokenOrder] = {}
 
     @classmethod
     def learner(cls, config: CompactConfig) -> CompactLearner:
         """Sums attention up by how far apart tiles are."""
-        return CompactLearner(config)
-
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies wherever it has learnt."""
-        return None
+        return CompactLearner(tile=config.tile, dense_steps=config.dense_steps)
 
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """The site's mask, over tokens in the order of tiles.
 
         Raises:
             ValueError: windows were found for another geometry or number of steps.
         """
-        self._learnt.check(site)
+        self.learnt.check(site)
         if site.in_warmup(self.config.dense_steps):
             return Plan.dense(site.geometry)
         key = (site.step, site.layer, q.device)
@@ -130,53 +130,54 @@ class Compact:
             )
         return self._plans[key]
 
-    def reset(self) -> None:
-        """Masks are of what was learnt, and stay."""
-
     def _mask(self, site: Site, device: torch.device) -> BlockMask:
         geometry, (block_q, block_k) = site.geometry, self.config.block
         cells = cells_of_pairs(geometry, self.config.tile).to(device)
         # a share of all pairs of video tokens
         cost = by_cell(token_pairs(geometry, self.config.tile).to(device)[None], cells, geometry, self.config.tile)[0]
-        attention = self._learnt.at("attention", site).to(device)
+        attention = self.learnt.at("attention", site).to(device)
         seen = windows(attention, cost, recall=self.config.recall, cost_weight=self.config.cost_weight).any(0)
         keep = tile_blocks(geometry, self.config.tile, self.config.block, seen.flatten(1)[:, cells])
         return BlockMask.from_keep(keep, tokens=geometry.tokens, block_q=block_q, block_k=block_k)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompactLearner:
     """Sums up, for each prompt, attention by how many tiles of frames (in groups), rows and columns it goes.
 
     That is some hundred numbers a head and prompt: 3 MB a layer and step for 16 prompts of Wan 14B at 720p. Steps that
-    stay dense cost nothing.
+    stay dense cost no time.
+
+    Args:
+        tile: frames, rows and columns of a tile, in tokens.
+        dense_steps: share of the first steps that are not looked at.
     """
 
-    def __init__(self, config: CompactConfig) -> None:
-        self.config = config
-        self._prompts: defaultdict[tuple[int, int], list[Tensor]] = defaultdict(list)
-        self._sites = (0, 0)
+    tile: Tile
+    dense_steps: float
 
-    def watch(
+    def note(
         self,
         q: Float[Tensor, "heads tokens head_dim"],
         k: Float[Tensor, "heads tokens head_dim"],
         v: Float[Tensor, "heads tokens head_dim"],
         site: Site,
-    ) -> None:
-        """Note where this call's attention goes."""
-        self._sites = (site.steps, site.layers)
-        if not site.in_warmup(self.config.dense_steps):
-            attention = attention_by_distance(q, k, site.geometry, self.config.tile)
-            self._prompts[site.step, site.layer].append(attention.cpu())
+        prompt: int,
+    ) -> Mapping[str, Tensor]:
+        """`attention`: of each head, by groups of frames, and rows and columns apart; zeros in a dense step."""
+        if site.in_warmup(self.dense_steps):
+            return {"attention": q.new_zeros(len(q), *cell_counts(site.geometry, self.tile), dtype=torch.float32)}
+        return {"attention": attention_by_distance(q, k, site.geometry, self.tile)}
 
-    def tables(self) -> Mapping[str, Tensor]:
-        """Attention of each prompt, head, group of frames, and rows and columns apart; zeros where none was watched."""
-        most = max(map(len, self._prompts.values()), default=0)
-        some = next(iter(self._prompts.values()), [torch.zeros(0, 0, 0, 0)])[0]
-        table = torch.zeros(*self._sites, most, *some.shape)
-        for (step, layer), prompts in self._prompts.items():
-            table[step, layer, : len(prompts)] = torch.stack(prompts)
-        return {"attention": table}
+    def merge(self, notes: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """`attention` of each prompt."""
+        return {"attention": torch.stack([note["attention"] for note in notes])}
+
+
+def cell_counts(geometry: Geometry, tile: Tile) -> tuple[int, int, int]:
+    """Groups of tiles of frames, and tiles of rows and columns: the shape of a table of cells."""
+    frames, rows, columns = tile_counts(geometry, tile)
+    return (frames - 1).bit_length() + 1, rows, columns
 
 
 def cells_of_pairs(geometry: Geometry, tile: Tile) -> Int[Tensor, "tiles tiles"]:
@@ -203,8 +204,7 @@ def by_cell(
     pairs: Float[Tensor, "heads tiles tiles"], cells: Int[Tensor, "tiles tiles"], geometry: Geometry, tile: Tile
 ) -> Float[Tensor, "heads groups rows columns"]:
     """Sums over the pairs of tiles that are equally far apart."""
-    frames, rows, columns = tile_counts(geometry, tile)
-    sums = pairs.new_zeros(len(pairs), (frames - 1).bit_length() + 1, rows, columns)
+    sums = pairs.new_zeros(len(pairs), *cell_counts(geometry, tile))
     sums.flatten(1).index_add_(1, cells.flatten(), pairs.flatten(1))
     return sums
 

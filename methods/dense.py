@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
-from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Method
 from calibatt.methods.site import Site
 
 
@@ -22,27 +20,21 @@ class DenseConfig:
     """There is nothing to set."""
 
 
-class Dense:
+class Dense(Method):
     """Computes everything."""
 
     name: ClassVar[str] = "dense"
+    label: ClassVar[str] = "Dense"
+    colour: ClassVar[str] = "#6B6B6B"
+    marker: ClassVar[str] = "o"
     presets: ClassVar[Mapping[str, DenseConfig]] = MappingProxyType({"default": DenseConfig()})
-    offline: ClassVar[bool] = False
-    knob: ClassVar[Knob | None] = None
-    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-
-    def __init__(self, config: DenseConfig) -> None:
-        self.config = config
-
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies to every geometry."""
-        return None
 
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """All blocks of all heads."""
         return Plan.dense(site.geometry)
-
-    def reset(self) -> None:
-        """There is no state."""

@@ -20,11 +20,10 @@ import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan, TokenOrder
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.blocks import pooled, video_blocks
 from calibatt.methods.patches import patch_order
 from calibatt.methods.site import Site
@@ -57,10 +56,13 @@ class DraftConfig:
             raise ValueError(f"sparsity is a share of the blocks, 0 to 1: got {self.sparsity}")
 
 
-class Draft:
+class Draft(Method):
     """Pools queries and keys by block at every call, and keeps the pairs of blocks with the most pooled attention."""
 
     name: ClassVar[str] = "draft"
+    label: ClassVar[str] = "DraftAttention"
+    colour: ClassVar[str] = "#0072B2"
+    marker: ClassVar[str] = "*"
     presets: ClassVar[Mapping[str, DraftConfig]] = MappingProxyType(
         {
             # wan/wan/modules/attention.py: dense where the timestep, of 1000, is above 925, and in the first layer
@@ -71,20 +73,19 @@ class Draft:
             "no-warmup": DraftConfig(sparsity=0.75, dense_sigma=1.0, dense_layers=0),
         }
     )
-    offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="sparsity", low=0.0, high=1.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_sigma": 1.0, "dense_layers": 0})
 
     def __init__(self, config: DraftConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._orders: dict[tuple[Geometry, torch.device], Int32[Tensor, "1 tokens"]] = {}
 
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies to every geometry."""
-        return None
-
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """Masks of this call's queries and keys, or dense in the first steps and layers.
 
@@ -109,9 +110,6 @@ class Draft:
             keep[:, rows, columns] = largest(weights, self.config.sparsity, fill=not geometry.text_tokens)
         mask = BlockMask.from_keep(keep, tokens=geometry.tokens, block_q=block_q, block_k=block_k)
         return Plan.masked(mask, geometry.heads, order=TokenOrder.of_all(order))
-
-    def reset(self) -> None:
-        """Orders depend on the geometry alone, and stay."""
 
 
 def largest(

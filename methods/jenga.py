@@ -29,11 +29,10 @@ import torch
 from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan, TokenOrder
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.blocks import pooled, video_blocks, with_text
 from calibatt.methods.site import Site
 
@@ -88,10 +87,13 @@ class JengaConfig:
 _WAN = JengaConfig(drop=0.8, early_drop=0.7, mass=0.8, curve="frame", ramp=True, dense_below=0.25, first_frame=True)
 
 
-class Jenga:
+class Jenga(Method):
     """Pools queries and keys by block at every call; keeps the heaviest blocks, neighbours, and all that hold text."""
 
     name: ClassVar[str] = "jenga"
+    label: ClassVar[str] = "Jenga"
+    colour: ClassVar[str] = "#D55E00"
+    marker: ClassVar[str] = "<"
     presets: ClassVar[Mapping[str, JengaConfig]] = MappingProxyType(
         {
             "default": _WAN,
@@ -107,20 +109,19 @@ class Jenga:
             "one-drop": replace(_WAN, ramp=False, early_drop=None),
         }
     )
-    offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="drop", low=0.0, high=1.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"ramp": False})
 
     def __init__(self, config: JengaConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._layouts: dict[tuple[Geometry, torch.device], _Layout] = {}
 
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies to every geometry."""
-        return None
-
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """Masks of this call's queries and keys, or dense where the step drops too little.
 
@@ -141,9 +142,6 @@ class Jenga:
         keep[:, layout.rows, layout.columns] |= heaviest_blocks(scores.softmax(-1), drop=drop, mass=self.config.mass)
         mask = BlockMask.from_keep(keep, tokens=geometry.tokens, block_q=block_q, block_k=block_k)
         return Plan.masked(mask, geometry.heads, order=layout.order)
-
-    def reset(self) -> None:
-        """Layouts depend on the geometry alone, and stay."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -45,6 +46,12 @@ class Learner(Protocol):
     def merge(self, notes: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         """What a site's notes of all prompts, in their order and on the CPU, come to; the same names at every site."""
         ...
+
+
+def settings_of(learner: Learner) -> dict[str, Any]:
+    """A learner's fields, as JSON has them: what a calibration says that it was learnt under."""
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(cast("Any", learner))))
+    return settings
 
 
 class CalibrationMismatch(ValueError):
@@ -100,7 +107,7 @@ class Learnt:
 
     Args:
         method, preset: names in the catalogue.
-        settings: the config's fields that it was learnt under, as JSON has them.
+        settings: the learner's fields, as `settings_of` gives them.
         tables: by name; the first two dimensions of each are steps and layers.
         provenance: where they come from.
 
@@ -142,6 +149,16 @@ class Learnt:
         self.check_run(site.geometry, site.steps)
         if site.layers != self.provenance.layers:
             raise self._mismatch(f"{self.provenance.layers} layers", f"{site.layers}")
+
+    def check_blocks(self, site: Site) -> None:
+        """Refuse a site as `check` does, and one with fewer text tokens: for tables that have a value a token block.
+
+        Raises:
+            CalibrationMismatch: geometry, text tokens, steps or layers differ.
+        """
+        self.check(site)
+        if site.geometry.text_tokens != self.provenance.geometry.text_tokens:
+            raise self._mismatch(f"{self.provenance.geometry.text_tokens} text tokens", f"{site.geometry.text_tokens}")
 
     def check_run(self, geometry: Geometry, steps: int) -> None:
         """Refuse another geometry or number of steps.

@@ -16,17 +16,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
-from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan, Skip
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.site import Branch, Site
 from calibatt.methods.skipping import LEAST, MOST, all_blocks, without_low
 
@@ -53,10 +51,13 @@ class LiteConfig:
             raise ValueError(f"lite's threshold is a power of two, below 0: got {self.threshold}")
 
 
-class Lite:
+class Lite(Method):
     """Starts a video with every block; each step leaves out what was low at one of the steps before."""
 
     name: ClassVar[str] = "lite"
+    label: ClassVar[str] = "LiteAttention"
+    colour: ClassVar[str] = "#009E73"
+    marker: ClassVar[str] = "X"
     presets: ClassVar[Mapping[str, LiteConfig]] = MappingProxyType(
         {
             # the threshold of its README and constructor
@@ -64,22 +65,20 @@ class Lite:
             "oracle": LiteConfig(threshold=-10.0, oracle=True),
         }
     )
-    offline: ClassVar[bool] = False
     # density at a step depends on the steps before
     knob: ClassVar[Knob | None] = Knob(field="threshold", low=LEAST, high=MOST, over_videos=True)
-    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, config: LiteConfig) -> None:
-        self.config = config
+        super().__init__(config)
         # what was computed last, and what that call finds low, by layer, branch and sample
         self._last: dict[tuple[int, Branch, int], Plan | BlockMask] = {}
 
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies to every geometry."""
-        return None
-
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """What was not low so far, of this layer, branch and sample."""
         key = (site.layer, site.branch, site.sample)

@@ -19,17 +19,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
-from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.blocks import block_ends, pooled
 from calibatt.methods.energy import products
 from calibatt.methods.site import Site
@@ -87,10 +85,13 @@ class MInferenceConfig:
         return int(setting * self.scale * min(1.0, tokens / self.length))
 
 
-class MInference:
+class MInference(Method):
     """Scores columns and diagonals, or pooled blocks, at every call, and keeps the highest."""
 
     name: ClassVar[str] = "minference"
+    label: ClassVar[str] = "MInference"
+    colour: ClassVar[str] = "#E69F00"
+    marker: ClassVar[str] = "v"
     presets: ClassVar[Mapping[str, MInferenceConfig]] = MappingProxyType(
         {
             # of the pairs that the repository searches, (30, 800), (100, 800), (100, 750), (500, 700), (3500, 100) and
@@ -100,20 +101,15 @@ class MInference:
             "block-sparse": MInferenceConfig(pattern="block-sparse", key_blocks=100),
         }
     )
-    offline: ClassVar[bool] = False
     # 15 · 4096 are all diagonals, 2L − 1, of any sequence up to the searched length
     knob: ClassVar[Knob | None] = Knob(field="scale", low=0.0, high=15.0)
-    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-
-    def __init__(self, config: MInferenceConfig) -> None:
-        self.config = config
-
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies to every geometry."""
-        return None
 
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """Masks of this call's queries and keys; text is not special."""
         choose = _vertical_slash if self.config.pattern == "vertical-slash" else _block_sparse
@@ -122,9 +118,6 @@ class MInference:
             choose(q, k, self.config), tokens=site.geometry.tokens, block_q=block_q, block_k=block_k
         )
         return Plan.masked(mask, site.geometry.heads)
-
-    def reset(self) -> None:
-        """There is no state."""
 
 
 def _vertical_slash(

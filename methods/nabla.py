@@ -11,17 +11,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan, TokenOrder
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.blocks import pooled
 from calibatt.methods.patches import patch_of_tokens, patch_order
 from calibatt.methods.site import Site
@@ -55,10 +54,13 @@ class NablaConfig:
             raise ValueError(f"a window holds its own patch at least: got {self.window}")
 
 
-class Nabla:
+class Nabla(Method):
     """Pools queries and keys by block at every call, and keeps the heaviest blocks of each row up to a share."""
 
     name: ClassVar[str] = "nabla"
+    label: ClassVar[str] = "NABLA"
+    colour: ClassVar[str] = "#56B4E9"
+    marker: ClassVar[str] = "P"
     presets: ClassVar[Mapping[str, NablaConfig]] = MappingProxyType(
         {
             # generate.py --sparse_algo nabla-0.7: on weights that were not tuned for it, at every step, no window
@@ -67,21 +69,19 @@ class Nabla:
             "fastvideo": NablaConfig(mass=0.9),
         }
     )
-    offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="mass", low=0.0, high=1.0)
-    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, config: NablaConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._orders: dict[tuple[Geometry, torch.device], Int32[Tensor, "1 tokens"]] = {}
         self._windows: dict[tuple[Geometry, torch.device], Bool[Tensor, "q_blocks k_blocks"]] = {}
 
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies to every geometry."""
-        return None
-
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """Masks of this call's queries and keys; text, which the original's sequence has none of, is not special."""
         block_q, block_k = self.config.block
@@ -100,9 +100,6 @@ class Nabla:
             keep |= self._windows[key]
         mask = BlockMask.from_keep(keep, tokens=site.geometry.tokens, block_q=block_q, block_k=block_k)
         return Plan.masked(mask, site.geometry.heads, order=TokenOrder.of_all(order))
-
-    def reset(self) -> None:
-        """Orders and windows depend on the geometry alone, and stay."""
 
 
 def heaviest(weights: Float[Tensor, "*rows blocks"], mass: float) -> Bool[Tensor, "*rows blocks"]:

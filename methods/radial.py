@@ -20,7 +20,7 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.site import Site
 
 # a block is kept where more than this share of its non-empty columns …
@@ -48,10 +48,13 @@ class RadialConfig:
     block: tuple[int, int] = (128, 128)
 
 
-class Radial:
+class Radial(Method):
     """One static mask for all heads, layers and steps: attention falls with the distance in time."""
 
     name: ClassVar[str] = "radial"
+    label: ClassVar[str] = "Radial"
+    colour: ClassVar[str] = "#D55E00"
+    marker: ClassVar[str] = "^"
     presets: ClassVar[Mapping[str, RadialConfig]] = MappingProxyType(
         {
             # wan_t2v_inference.sh: 12 of 50 steps and one layer dense, decay 0.2; the sink is for Wan only
@@ -60,13 +63,12 @@ class Radial:
             "no-warmup": RadialConfig(decay=0.2, dense_steps=0.0, dense_layers=0, sink=True),
         }
     )
-    offline: ClassVar[bool] = False
     # from the narrowest band to one as wide as the frame up to 63 frames apart, past any model of the catalogue
     knob: ClassVar[Knob | None] = Knob(field="decay", low=0.0, high=64.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0, "dense_layers": 0})
 
     def __init__(self, config: RadialConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._masks: dict[tuple[Geometry, torch.device], BlockMask] = {}
 
     def refusal(self, geometry: Geometry) -> Unsupported | None:
@@ -80,7 +82,11 @@ class Radial:
         return None
 
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """The mask of the geometry, or dense in the first steps and layers."""
         # rounding gives what the scripts of the few-step models set: 2 of 8 steps, 1 of 4
@@ -90,9 +96,6 @@ class Radial:
         if key not in self._masks:
             self._masks[key] = radial_mask(site.geometry, self.config, q.device)
         return Plan.masked(self._masks[key], site.geometry.heads)
-
-    def reset(self) -> None:
-        """Masks depend on the geometry alone, and stay."""
 
 
 def radial_mask(geometry: Geometry, config: RadialConfig, device: torch.device | str = "cpu") -> BlockMask:

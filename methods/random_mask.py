@@ -38,6 +38,9 @@ class RandomMask:
     """Keeps as many blocks of each row as the source's plan does, chosen at random."""
 
     name: ClassVar[str] = "random"
+    label: ClassVar[str] = "Random mask"
+    colour: ClassVar[str] = "#8C8C8C"
+    marker: ClassVar[str] = "X"
     presets: ClassVar[Mapping[str, RandomMaskConfig]] = MappingProxyType({"default": RandomMaskConfig()})
     offline: ClassVar[bool] = True
     knob: ClassVar[Knob | None] = Knob(field="density", low=0.0, high=1.0)

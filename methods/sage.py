@@ -13,15 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
-from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Method
 from calibatt.methods.site import Site
 
 
@@ -37,27 +35,21 @@ class SageConfig:
     scales: tuple[int, int] = (128, 64)
 
 
-class Sage:
+class Sage(Method):
     """Computes everything, scores in INT8."""
 
     name: ClassVar[str] = "sage"
+    label: ClassVar[str] = "SageAttention"
+    colour: ClassVar[str] = "#CC79A7"
+    marker: ClassVar[str] = "o"
     presets: ClassVar[Mapping[str, SageConfig]] = MappingProxyType({"default": SageConfig()})
-    offline: ClassVar[bool] = False
-    knob: ClassVar[Knob | None] = None
-    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-
-    def __init__(self, config: SageConfig) -> None:
-        self.config = config
-
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies to every geometry."""
-        return None
 
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """All blocks of all heads, of queries and keys in INT8."""
         return replace(Plan.dense(site.geometry), int8=self.config.scales)
-
-    def reset(self) -> None:
-        """There is no state."""

@@ -7,7 +7,9 @@ Follows the paper, arXiv 2606.23019; its code is not public. What differs, or wh
 - Fidelity is 1 minus the Hellinger distance between a row's attention over blocks and what the mask leaves of it, as
   shares of its sum; mean over rows, and over heads. Where a share m of a row's attention is kept, that is
   1 − √(1 − √m): shares within what is kept cancel out.
-- The fidelity curve is that of one prompt, as in the paper: here the last that was watched, under the map of all.
+- The fidelity curve is the mean of all prompts' own: what each prompt's heaviest blocks preserve of it. The map's mask
+  holds these blocks of every prompt, so it preserves at least as much. The paper's curve is that of one prompt; with
+  one, both are the same.
 - Densities are multiples of 1/255, so that a block's fits in a byte. The heaviest block of each row is in every mask,
   and so is text, which the paper's model (Wan) has none of.
 - One density for each step and layer. The paper's abstract speaks of tuning by head: a preset does that.
@@ -15,7 +17,7 @@ Follows the paper, arXiv 2606.23019; its code is not public. What differs, or wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -24,11 +26,9 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
-from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.blocks import text_blocks
 from calibatt.methods.energy import block_energy
 from calibatt.methods.learning import Learnt
@@ -67,13 +67,16 @@ class ScalingConfig:
             raise ValueError(f"density is a share of the blocks, 0 to 1: got {self.density}")
 
 
-class Scaling:
+class Scaling(Method):
     """Computes the blocks whose threshold in the map is at most the density of the site; no input is looked at.
 
     Masks are made when first asked for, and kept; both branches have the same, learnt on the conditional one.
     """
 
     name: ClassVar[str] = "scaling"
+    label: ClassVar[str] = "ScalingAttention"
+    colour: ClassVar[str] = "#E69F00"
+    marker: ClassVar[str] = "<"
     presets: ClassVar[Mapping[str, ScalingConfig]] = MappingProxyType(
         {
             # the paper's comparison at 45 % density; no step is dense
@@ -84,88 +87,86 @@ class Scaling:
             "uniform": ScalingConfig(density=0.45, alike="all", dense_steps=0.3),
         }
     )
-    offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="density", low=0.0, high=1.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0})
 
     def __init__(self, config: ScalingConfig, learnt: Learnt) -> None:
-        self.config = config
-        self._learnt = learnt
+        super().__init__(config)
+        self.learnt = learnt
         self._levels = levels(learnt.tables["fidelity"], learnt.tables["share"], config).cpu()
         self._plans: dict[tuple[int, int, torch.device], Plan] = {}
 
     @classmethod
     def learner(cls, config: ScalingConfig) -> ScalingLearner:
         """Learns the map."""
-        return ScalingLearner(config)
-
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies wherever it has learnt."""
-        return None
+        return ScalingLearner(dense_steps=config.dense_steps, block=config.block)
 
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """The site's mask.
 
         Raises:
             ValueError: the map was learnt for another geometry or number of steps.
         """
-        self._learnt.check(site)
+        self.learnt.check_blocks(site)
         if site.in_warmup(self.config.dense_steps):
             return Plan.dense(site.geometry)
         key = (site.step, site.layer, q.device)
         if key not in self._plans:
-            keep = self._learnt.at("map", site).to(q.device) <= self._levels[site.step, site.layer].to(q.device)
+            keep = self.learnt.at("map", site).to(q.device) <= self._levels[site.step, site.layer].to(q.device)
             block_q, block_k = self.config.block
             mask = BlockMask.from_keep(keep, tokens=site.geometry.tokens, block_q=block_q, block_k=block_k)
             self._plans[key] = Plan.masked(mask, site.geometry.heads)
         return self._plans[key]
 
-    def reset(self) -> None:
-        """Masks are of what was learnt, and stay."""
 
-
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScalingLearner:
     """Learns from which density on each block is among the heaviest of its row, and what each density preserves.
 
-    The map has a byte a block: 28 GB for Wan 14B at 720p and 50 steps. Steps that stay dense cost nothing.
+    The order of the prompts plays no part: the map is the least of their entry levels, and the fidelity at a level is
+    the mean of what each prompt keeps by its own levels, which is what the common mask keeps at the least.
+
+    The map has a byte a block, and so has each prompt's note: 28 GB for Wan 14B at 720p and 50 steps. Steps that stay
+    dense cost no time.
+
+    Args:
+        dense_steps: share of the first steps that are not looked at.
+        block: tokens of a query and of a key block.
     """
 
-    def __init__(self, config: ScalingConfig) -> None:
-        self.config = config
-        self._tables: dict[str, Tensor] = {}
+    dense_steps: float
+    block: tuple[int, int]
 
-    def watch(
+    def note(
         self,
         q: Float[Tensor, "heads tokens head_dim"],
         k: Float[Tensor, "heads tokens head_dim"],
         v: Float[Tensor, "heads tokens head_dim"],
         site: Site,
-    ) -> None:
-        """Lower the thresholds of blocks that enter earlier here, and take this call's fidelity under the new map."""
-        if not self._tables:
-            sites = (site.steps, site.layers, site.geometry.heads)
-            blocks = [block_count(site.geometry.tokens, size) for size in self.config.block]
-            self._tables = {
-                "map": torch.full((*sites, *blocks), LEVELS - 1, dtype=torch.uint8),
-                "fidelity": torch.zeros(*sites, LEVELS),
-                "share": torch.zeros(*sites, LEVELS),
-            }
-        if site.in_warmup(self.config.dense_steps):
-            return
-        block_q, block_k = self.config.block
+        prompt: int,
+    ) -> Mapping[str, Tensor]:
+        """`map`: the entry level of each block; `fidelity`: at each level, zeros in a dense step."""
+        block_q, block_k = self.block
+        if site.in_warmup(self.dense_steps):
+            heads, tokens, _ = q.shape
+            shape = (heads, block_count(tokens, block_q), block_count(tokens, block_k))
+            full = torch.full(shape, LEVELS - 1, dtype=torch.uint8, device=q.device)
+            return {"map": full, "fidelity": torch.zeros(heads, LEVELS, device=q.device)}
         energy = block_energy(q, k, block_q=block_q, block_k=block_k)
-        at = (site.step, site.layer)
-        thresholds = torch.minimum(self._tables["map"][at].to(q.device), entry_levels(energy))
-        thresholds.masked_fill_(text_blocks(site.geometry, self.config.block, q.device), 0)
-        fidelity, share = curves(energy, thresholds)
-        for name, part in (("map", thresholds), ("fidelity", fidelity), ("share", share)):
-            self._tables[name][at] = part.cpu()
+        entered = entry_levels(energy).masked_fill(text_blocks(site.geometry, self.block, q.device), 0)
+        return {"map": entered, "fidelity": fidelities(energy, entered)}
 
-    def tables(self) -> Mapping[str, Tensor]:
-        """The map, and at each level the fidelity and the share of blocks."""
-        return self._tables
+    def merge(self, notes: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """`map`: the least of all prompts; `fidelity`: their mean; `share`: of blocks, at each level of the map."""
+        least = torch.stack([note["map"] for note in notes]).amin(0)
+        fidelity = torch.stack([note["fidelity"] for note in notes]).mean(0)
+        return {"map": least, "fidelity": fidelity, "share": shares(least)}
 
 
 def entry_levels(energy: Float[Tensor, "heads q_blocks k_blocks"]) -> UInt8[Tensor, "heads q_blocks k_blocks"]:
@@ -181,23 +182,25 @@ def entry_levels(energy: Float[Tensor, "heads q_blocks k_blocks"]) -> UInt8[Tens
     return torch.zeros_like(order).scatter_(-1, order, of_place.expand_as(order)).to(torch.uint8)
 
 
-def curves(
-    energy: Float[Tensor, "heads q_blocks k_blocks"], thresholds: UInt8[Tensor, "heads q_blocks k_blocks"]
-) -> tuple[Float[Tensor, "heads levels"], Float[Tensor, "heads levels"]]:
-    """At each level the mean fidelity of a head's rows, and the share of its blocks that are kept.
+def fidelities(
+    energy: Float[Tensor, "heads q_blocks k_blocks"], entered: UInt8[Tensor, "heads q_blocks k_blocks"]
+) -> Float[Tensor, "heads levels"]:
+    """At each level the mean fidelity of a head's rows.
 
     Args:
         energy: attention in each block; rows sum to 1.
-        thresholds: from which level on each block is kept; every row has one at 0.
+        entered: from which level on each block is kept; every row has one at 0.
     """
-    level = thresholds.long()
-    rows = energy.shape[:2]
-    kept = energy.new_zeros(*rows, LEVELS).scatter_add_(-1, level, energy).cumsum(-1)
-    counts = energy.new_zeros(*rows, LEVELS).scatter_add_(-1, level, torch.ones_like(energy)).cumsum(-1)
+    kept = energy.new_zeros(*energy.shape[:2], LEVELS).scatter_add_(-1, entered.long(), energy).cumsum(-1)
     # as a share of the row's own sum, which rounding may leave beside 1
     mass = (kept / kept[..., -1:]).clamp(0, 1)
-    fidelity = 1 - (1 - mass.sqrt()).sqrt()
-    return fidelity.mean(1), counts.mean(1) / energy.shape[-1]
+    return (1 - (1 - mass.sqrt()).sqrt()).mean(1)
+
+
+def shares(entered: UInt8[Tensor, "heads q_blocks k_blocks"]) -> Float[Tensor, "heads levels"]:
+    """At each level the share of a head's blocks that are kept."""
+    counts = torch.stack([head.flatten().bincount(minlength=LEVELS) for head in entered])
+    return (counts.cumsum(-1).double() / entered[0].numel()).float()
 
 
 def levels(
@@ -208,13 +211,14 @@ def levels(
     """The level of each head, such that the mean share of blocks comes nearest to the wanted density.
 
     Each group that is to be alike has the smallest level at which its fidelity reaches a target; the target is found by
-    halving. Sites that were not watched have level 0, and count nowhere.
+    halving. Dense steps have level 0, and count nowhere.
 
     Args:
-        fidelity, share: at each level, rising along it; zeros where nothing was watched.
+        fidelity, share: at each level, rising along it; a fidelity of zeros in dense steps.
         config: the wanted density, and what is alike.
     """
-    watched = share[..., -1] > 0
+    # all blocks preserve all
+    watched = fidelity[..., -1] > 0
     if config.alike == "head":
         curve = fidelity
     elif config.alike == "site":

@@ -9,6 +9,7 @@ from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Method
+from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
 
 
@@ -27,17 +28,26 @@ class Scheduled:
         self._steps = steps
         self._layers = layers
 
+    @property
+    def learnt(self) -> Learnt | None:
+        """The method's own."""
+        return self._method.learnt
+
     def refusal(self, geometry: Geometry) -> Unsupported | None:
         """The method's own."""
         return self._method.refusal(geometry)
 
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """Dense, or the method's plan."""
         if site.in_warmup(self._steps, self._layers):
             return Plan.dense(site.geometry)
-        return self._method.plan(q, k, site)
+        return self._method.plan(q, k, v, site)
 
     def reset(self) -> None:
         """A new video."""

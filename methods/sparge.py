@@ -19,21 +19,19 @@ low. The preset `tuned` searches the settings of both for each layer and head. W
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
-from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan, Skip
-from calibatt.methods.base import Knob
-from calibatt.methods.blocks import alike_blocks
+from calibatt.methods.base import Knob, Method
+from calibatt.methods.blocks import self_similarity
 from calibatt.methods.energy import products
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
@@ -55,7 +53,7 @@ class SpargeConfig:
     """Settings of the choice. Blocks are chosen by topk, by cdf, or by what was found for each layer and head.
 
     Args:
-        similarity: blocks whose tokens are less alike than this (mean cosine) cannot be pooled: they stay on.
+        similarity: blocks of less self-similarity than this (mean cosine of their tokens) cannot be pooled: they stay on.
         topk: share of the key blocks that each query block keeps.
         cdf: share of pooled attention that the kept blocks of a row do not pass, except that one is always kept.
         l1, l2: largest relative L1 error of a head's output under which similarity and cdf are searched, and after
@@ -97,10 +95,13 @@ class SpargeConfig:
             raise ValueError(f"sparge's pv_threshold is how many powers of two below: above 0, got {self.pv_threshold}")
 
 
-class Sparge:
+class Sparge(Method):
     """Pools queries and keys by block at every call, and keeps the blocks with the most pooled attention."""
 
     name: ClassVar[str] = "sparge"
+    label: ClassVar[str] = "SpargeAttn"
+    colour: ClassVar[str] = "#009E73"
+    marker: ClassVar[str] = "s"
     presets: ClassVar[Mapping[str, SpargeConfig]] = MappingProxyType(
         {
             # spas_sage2_attn_meansim_topk_cuda, the call that its README recommends
@@ -118,27 +119,27 @@ class Sparge:
             "tuned-oracle": SpargeConfig(l1=0.06, l2=0.065, sink=True, oracle=True),
         }
     )
-    offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="topk", low=0.0, high=1.0)
-    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(self, config: SpargeConfig, learnt: Learnt | None = None) -> None:
-        self.config = config
-        self._learnt = learnt
-        # of every layer, at every step the same; on the host, where plans hold them
-        self._thresholds = None if learnt is None else (-learnt.tables["pv_threshold"][0]).tolist()
+        super().__init__(config)
+        self.learnt = learnt
+        self._found = None if learnt is None else Found.of(learnt.tables)
 
     @classmethod
     def learner(cls, config: SpargeConfig) -> SpargeSearch | None:
         """The search, where there are bounds."""
-        return None if config.l1 is None else SpargeSearch(config)
-
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies to every geometry."""
-        return None
+        if config.l1 is None:
+            return None
+        assert config.l2 is not None
+        return SpargeSearch(l1=config.l1, l2=config.l2, block=config.block)
 
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """Masks of this call's queries and keys; text is not special.
 
@@ -148,14 +149,14 @@ class Sparge:
         config, heads = self.config, site.geometry.heads
         pooled = Pooled.of(q, k, config.block)
         thresholds = None if config.pv_threshold is None else -config.pv_threshold
-        if self._learnt is None:
+        if self.learnt is None or self._found is None:
             assert config.similarity is not None
             keep = pooled.kept(config.similarity, topk=config.topk, cdf=config.cdf)
         else:
-            similarity, cdf = (self._learnt.at(name, site).to(q.device) for name in ("similarity", "cdf"))
+            self.learnt.check(site)
+            similarity, cdf = (found[site.layer].to(q.device) for found in (self._found.similarity, self._found.cdf))
             keep = pooled.kept(similarity[:, None], cdf=cdf[:, None, None])
-            assert self._thresholds is not None
-            thresholds = self._thresholds[site.layer]
+            thresholds = self._found.thresholds[site.layer]
         if config.sink:
             keep[..., 0] = True
         block_q, block_k = config.block
@@ -167,9 +168,6 @@ class Sparge:
         plan = Plan.masked(mask, heads, skip=skip)
         return replace(plan, int8=config.block) if config.int8 else plan
 
-    def reset(self) -> None:
-        """There is no state."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pooled:
@@ -177,12 +175,12 @@ class Pooled:
 
     Args:
         scores: of the mean queries and keys of blocks, scaled.
-        alike_q, alike_k: how alike the tokens of each block are.
+        similarity_q, similarity_k: self-similarity of each block: the mean cosine of its tokens.
     """
 
     scores: Float[Tensor, "heads q_blocks k_blocks"]
-    alike_q: Float[Tensor, "heads q_blocks"]
-    alike_k: Float[Tensor, "heads k_blocks"]
+    similarity_q: Float[Tensor, "heads q_blocks"]
+    similarity_k: Float[Tensor, "heads k_blocks"]
 
     @classmethod
     def of(
@@ -193,14 +191,14 @@ class Pooled:
     ) -> Pooled:
         """From what attention sees."""
         # what all keys have in common moves no score against another
-        pooled_q, alike_q = alike_blocks(q, block[0], torch.zeros_like(q[:, 0], dtype=torch.float32))
-        pooled_k, alike_k = alike_blocks(k, block[1], k.mean(1, dtype=torch.float32))
+        pooled_q, similarity_q = self_similarity(q, block[0], torch.zeros_like(q[:, 0], dtype=torch.float32))
+        pooled_k, similarity_k = self_similarity(k, block[1], k.mean(1, dtype=torch.float32))
         scores = pooled_q @ pooled_k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        return cls(scores=scores, alike_q=alike_q, alike_k=alike_k)
+        return cls(scores=scores, similarity_q=similarity_q, similarity_k=similarity_k)
 
     def of_rows(self, rows: Int[Tensor, "rows"]) -> Pooled:
         """Some query blocks alone."""
-        return replace(self, scores=self.scores[:, rows], alike_q=self.alike_q[:, rows])
+        return replace(self, scores=self.scores[:, rows], similarity_q=self.similarity_q[:, rows])
 
     def kept(
         self,
@@ -210,7 +208,7 @@ class Pooled:
         cdf: float | Float[Tensor, "heads 1 1"] | None = None,
     ) -> Bool[Tensor, "heads q_blocks k_blocks"]:
         """The blocks that are chosen, by topk or by cdf."""
-        trusted_q, trusted_k = self.alike_q > similarity, self.alike_k > similarity
+        trusted_q, trusted_k = self.similarity_q > similarity, self.similarity_k > similarity
         scores = self.scores.masked_fill(~trusted_k[:, None], -math.inf)
         # a head without any trusted key block keeps them all below, whatever its scores
         weights = scores.softmax(-1).nan_to_num(0.0)
@@ -226,59 +224,69 @@ class Pooled:
         return keep | ~trusted_q[:, :, None] | ~trusted_k[:, None]
 
 
-class SpargeSearch:
-    """Finds for each layer and head what leaves out the most within the bounds, at every step the same.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Found:
+    """The settings of each layer and head, at every step the same.
 
-    At every call, each threshold of similarity gets the smallest cdf whose error is below the first bound, and then the
-    smallest pv_threshold whose error is below the second. The threshold of similarity under which the most blocks are
-    left out, over all calls, is taken, with the largest cdf and pv_threshold that any call has for it.
+    The threshold of similarity under which the most blocks are left out, over all steps, is taken, with the largest cdf
+    and pv_threshold that any call has for it.
 
     Args:
-        config: bounds and blocks.
+        similarity, cdf: as in `SpargeConfig`; no similarity is enough where nothing is worth leaving out.
+        thresholds: by layer and head, minus the pv_threshold; on the host, where plans hold them.
     """
 
-    def __init__(self, config: SpargeConfig) -> None:
-        self._config = config
-        self._calls = self._sparsity = self._cdf = self._pv = torch.zeros(0)
-        self._steps = 0
+    similarity: Float[Tensor, "layers heads"]
+    cdf: Float[Tensor, "layers heads"]
+    thresholds: list[list[float]]
 
-    def watch(
+    @classmethod
+    def of(cls, tables: Mapping[str, Float[Tensor, "steps layers similarities heads"]]) -> Found:
+        """From what the search learnt."""
+        most, best = tables["sparsity"].mean(0).max(1)
+        cdf, pv_threshold = (tables[name].amax(0).gather(1, best[:, None])[:, 0] for name in ("cdf", "pv_threshold"))
+        similarity = torch.tensor(SIMILARITIES, device=best.device)[best]
+        return cls(
+            similarity=similarity.masked_fill(most <= _LEAST_SPARSITY, math.inf),
+            cdf=cdf,
+            thresholds=(-pv_threshold).tolist(),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpargeSearch:
+    """Searches the settings that leave out the most within the bounds.
+
+    At every call, each threshold of similarity gets the smallest cdf whose error is below the first bound, and then the
+    smallest pv_threshold whose error is below the second.
+
+    Args:
+        l1, l2: the bounds, relative L1 errors of a head's output.
+        block: tokens of a query and of a key block.
+    """
+
+    l1: float
+    l2: float
+    block: tuple[int, int]
+
+    def note(
         self,
         q: Float[Tensor, "heads tokens head_dim"],
         k: Float[Tensor, "heads tokens head_dim"],
         v: Float[Tensor, "heads tokens head_dim"],
         site: Site,
-    ) -> None:
-        """Search at one call."""
-        if not self._steps:
-            self._steps = site.steps
-            self._calls = torch.zeros(site.layers)
-            self._sparsity, self._cdf, self._pv = torch.zeros(3, site.layers, len(SIMILARITIES), site.geometry.heads)
-        sparsity, cdf, pv = (
-            found.cpu() for found in search(q, k, v, _rows(site, self._config).to(q.device), self._config)
+        prompt: int,
+    ) -> Mapping[str, Tensor]:
+        """`sparsity`, `cdf` and `pv_threshold` of one call, for each threshold of similarity and head."""
+        found = search(q, k, v, _rows(site, self.block[0]).to(q.device), self)
+        return dict(zip(("sparsity", "cdf", "pv_threshold"), found, strict=True))
+
+    def merge(self, notes: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """`sparsity`: the mean over the prompts; `cdf` and `pv_threshold`: the largest of any prompt."""
+        sparsity, cdf, pv_threshold = (
+            torch.stack([note[name] for note in notes]) for name in ("sparsity", "cdf", "pv_threshold")
         )
-        self._calls[site.layer] += 1
-        self._sparsity[site.layer] += sparsity
-        self._cdf[site.layer] = self._cdf[site.layer].maximum(cdf)
-        self._pv[site.layer] = self._pv[site.layer].maximum(pv)
-
-    def tables(self) -> Mapping[str, Tensor]:
-        """`similarity`, `cdf` and `pv_threshold` of heads; no similarity is enough where nothing is worth leaving out.
-
-        Raises:
-            ValueError: no call was watched.
-        """
-        if not self._steps:
-            raise ValueError("sparge has watched no call to learn from")
-        most, best = self._sparsity.max(1)
-        cdf, pv = (found.gather(1, best[:, None])[:, 0] for found in (self._cdf, self._pv))
-        dense = most <= _LEAST_SPARSITY * self._calls[:, None]
-        found = {
-            "similarity": torch.tensor(SIMILARITIES)[best].masked_fill(dense, math.inf),
-            "cdf": cdf,
-            "pv_threshold": pv.masked_fill(self._calls[:, None] == 0, math.inf),
-        }
-        return {name: table.expand(self._steps, -1, -1).clone() for name, table in found.items()}
+        return {"sparsity": sparsity.mean(0), "cdf": cdf.amax(0), "pv_threshold": pv_threshold.amax(0)}
 
 
 def search(
@@ -286,7 +294,7 @@ def search(
     k: Float[Tensor, "heads tokens head_dim"],
     v: Float[Tensor, "heads tokens head_dim"],
     rows: Int[Tensor, "rows"],
-    config: SpargeConfig,
+    bounds: SpargeSearch,
 ) -> tuple[
     Float[Tensor, "similarities heads"], Float[Tensor, "similarities heads"], Float[Tensor, "similarities heads"]
 ]:
@@ -298,18 +306,16 @@ def search(
     Args:
         q, k, v: what attention sees.
         rows: query blocks to compare.
-        config: bounds and blocks.
+        bounds: the bounds, and the blocks.
     """
-    assert config.l1 is not None
-    assert config.l2 is not None
-    pooled = Pooled.of(q, k, config.block).of_rows(rows)
+    pooled = Pooled.of(q, k, bounds.block).of_rows(rows)
     keep = torch.stack([torch.stack([pooled.kept(one, cdf=cdf) for cdf in CDFS]) for one in SIMILARITIES])
     errors = torch.stack(
-        [_errors(q[head], k[head], v[head], rows, keep[:, :, head], config.block) for head in range(len(q))], -1
+        [_errors(q[head], k[head], v[head], rows, keep[:, :, head], bounds.block) for head in range(len(q))], -1
     )
     # the first that is within the bound: the last, which leaves nothing out, always is
-    first = (errors[:, :, -1] < config.l1).int().argmax(1)
-    second = (errors.gather(1, first[:, None, None].expand(-1, 1, *errors.shape[2:]))[:, 0] < config.l2).int().argmax(1)
+    first = (errors[:, :, -1] < bounds.l1).int().argmax(1)
+    second = (errors.gather(1, first[:, None, None].expand(-1, 1, *errors.shape[2:]))[:, 0] < bounds.l2).int().argmax(1)
     sparsity = 1 - keep.float().mean((-2, -1)).gather(1, first[:, None])[:, 0]
     cdfs, thresholds = (torch.tensor(tried, device=q.device) for tried in (CDFS, PV_THRESHOLDS))
     return sparsity, cdfs[first], thresholds[second]
@@ -353,8 +359,8 @@ def _errors(
     return errors / size
 
 
-def _rows(site: Site, config: SpargeConfig) -> Int[Tensor, "rows"]:
+def _rows(site: Site, block_q: int) -> Int[Tensor, "rows"]:
     """The query blocks that are compared at a site: all of them, or some, drawn."""
-    count = block_count(site.geometry.tokens, config.block[0])
+    count = block_count(site.geometry.tokens, block_q)
     # the same for every prompt, others at every site
     return torch.randperm(count, generator=site.generator(0, torch.device("cpu")))[:_ROWS].sort().values

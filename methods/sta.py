@@ -18,7 +18,7 @@ differs:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from types import MappingProxyType
@@ -28,11 +28,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan, TokenOrder
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.energy import CHUNK, exponentials
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
@@ -89,14 +88,24 @@ class SlidingTileConfig:
         """The window, or all candidates."""
         return self.candidates if self.window is None else (self.window,)
 
+    def reached(self) -> tuple[Window, ...]:
+        """The windows scaled by the reach, and rounded."""
+        return tuple(
+            (round(self.reach * frames), round(self.reach * rows), round(self.reach * columns))
+            for frames, rows, columns in self.windows
+        )
 
-class SlidingTile:
+
+class SlidingTile(Method):
     """Static masks: a window of tiles that slides over frames, rows and columns, one for all heads or each head's own.
 
     Both branches have the same masks; windows are found on the conditional one.
     """
 
     name: ClassVar[str] = "sta"
+    label: ClassVar[str] = "STA"
+    colour: ClassVar[str] = "#E69F00"
+    marker: ClassVar[str] = "^"
     presets: ClassVar[Mapping[str, SlidingTileConfig]] = MappingProxyType(
         {
             # one of WAN_CANDIDATES for all: that which favours no axis; skip_time_steps: 12 of 50 steps dense
@@ -110,97 +119,95 @@ class SlidingTile:
             "searched-no-warmup": SlidingTileConfig(candidates=WAN_CANDIDATES, dense_steps=0.0),
         }
     )
-    offline: ClassVar[bool] = False
     # from a tile that sees itself to a window of 1 that is all of 11 tiles: the 85 columns of CogVideoX 1.5, the most
     # that an axis of the catalogue's models has
     knob: ClassVar[Knob | None] = Knob(field="reach", low=0.0, high=11.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0})
 
     def __init__(self, config: SlidingTileConfig, learnt: Learnt | None = None) -> None:
-        self.config = config
-        self._learnt = learnt
+        super().__init__(config)
+        self.learnt = learnt
         self._made: dict[tuple[Geometry, torch.device], tuple[Plan, BlockMask]] = {}
 
     @classmethod
     def learner(cls, config: SlidingTileConfig) -> WindowSearch | None:
         """The search, where there are candidates."""
-        return WindowSearch(config) if config.candidates else None
-
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies to every geometry."""
-        return None
+        if not config.candidates:
+            return None
+        return WindowSearch(
+            candidates=config.candidates, dense_steps=config.dense_steps, tile=config.tile, block=config.block
+        )
 
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """The mask of the geometry, or each head's own, over tokens in the order of tiles; dense in the first steps.
 
         Raises:
             ValueError: windows were found for another geometry or number of steps.
         """
-        if self._learnt is not None:
-            self._learnt.check(site)
+        if self.learnt is not None:
+            self.learnt.check(site)
         if site.in_warmup(self.config.dense_steps):
             return Plan.dense(site.geometry)
         key = (site.geometry, q.device)
         if key not in self._made:
             order = TokenOrder.of_all(tile_order(site.geometry, self.config.tile).to(q.device))
-            masks = tile_mask(site.geometry, self.config).to(q.device)
+            masks = tile_mask(site.geometry, self.config.reached(), self.config.tile, self.config.block).to(q.device)
             first = _chosen(masks, torch.zeros(1, dtype=torch.long, device=q.device))
             self._made[key] = (Plan.masked(first, site.geometry.heads, order=order), masks)
         plan, masks = self._made[key]
-        if self._learnt is None:
+        if self.learnt is None:
             return plan
-        found = self._learnt.at("distance", site).argmin(0)
+        found = self.learnt.at("distance", site).argmin(0)
         return replace(plan, mask=_chosen(masks, found.to(q.device)))
 
-    def reset(self) -> None:
-        """Masks depend on the geometry alone, and stay."""
 
-
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WindowSearch:
     """Compares the output under each candidate with that of full attention.
 
     Costs about what full attention of 4,096 queries does in fp32: the parts that key blocks add to an output are
-    computed once, and each candidate sums its own. Steps that stay dense cost nothing.
+    computed once, and each candidate sums its own. Steps that stay dense cost no time.
+
+    Args:
+        candidates: the windows, as they are: a reach scales what was found.
+        dense_steps: share of the first steps that are not looked at.
+        tile: frames, rows and columns of a tile, in tokens.
+        block: tokens of a query and of a key block.
     """
 
-    def __init__(self, config: SlidingTileConfig) -> None:
-        self.config = config
-        self._masks: dict[tuple[Geometry, torch.device], Float[Tensor, "candidates q_blocks k_blocks"]] = {}
-        self._sums: Float[Tensor, "steps layers candidates heads"] = torch.empty(0, 0, 0, 0)
-        self._videos: Float[Tensor, "steps layers"] = torch.empty(0, 0)
+    candidates: tuple[Window, ...]
+    dense_steps: float
+    tile: Tile
+    block: tuple[int, int]
 
-    def watch(
+    def note(
         self,
         q: Float[Tensor, "heads tokens head_dim"],
         k: Float[Tensor, "heads tokens head_dim"],
         v: Float[Tensor, "heads tokens head_dim"],
         site: Site,
-    ) -> None:
-        """Note how far each candidate is from full attention at this call."""
-        if not len(self._videos):
-            self._sums = torch.zeros(site.steps, site.layers, len(self.config.windows), site.geometry.heads)
-            self._videos = torch.zeros(site.steps, site.layers)
-        if site.in_warmup(self.config.dense_steps):
-            return
-        key = (site.geometry, q.device)
-        if key not in self._masks:
-            self._masks[key] = tile_mask(site.geometry, self.config).keep().float().to(q.device)
-        keep = self._masks[key]
-        order = tile_order(site.geometry, self.config.tile)[0].to(q.device).long()
-        distance = window_distance(
-            q[:, order], k[:, order], v[:, order], keep, self.config.block, _queries(site).to(q.device)
-        )
+        prompt: int,
+    ) -> Mapping[str, Tensor]:
+        """`distance` of each candidate at each head: infinite where it is full attention, zeros in a dense step."""
+        if site.in_warmup(self.dense_steps):
+            return {"distance": torch.zeros(len(self.candidates), len(q), device=q.device)}
+        keep = tile_mask(site.geometry, self.candidates, self.tile, self.block).keep().float().to(q.device)
+        order = tile_order(site.geometry, self.tile)[0].to(q.device).long()
+        distance = window_distance(q[:, order], k[:, order], v[:, order], keep, self.block, _queries(site).to(q.device))
         full = keep.flatten(1).all(-1)
         if not full.all():
             distance[full] = math.inf
-        self._sums[site.step, site.layer] += distance.cpu()
-        self._videos[site.step, site.layer] += 1
+        return {"distance": distance}
 
-    def tables(self) -> Mapping[str, Tensor]:
-        """The distance of each candidate at each head, mean over the videos; infinite where it is full attention."""
-        return {"distance": self._sums / self._videos.clamp(min=1)[..., None, None]}
+    def merge(self, notes: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """`distance`: the mean over the prompts."""
+        return {"distance": torch.stack([note["distance"] for note in notes]).mean(0)}
 
 
 def window_distance(
@@ -250,21 +257,24 @@ def _queries(site: Site) -> Int[Tensor, "queries"]:
     return torch.randperm(count, generator=site.generator(0, torch.device("cpu")))[:_QUERIES].sort().values + start
 
 
-def tile_mask(geometry: Geometry, config: SlidingTileConfig) -> BlockMask:
+def tile_mask(geometry: Geometry, windows: Sequence[Window], tile: Tile, block: tuple[int, int]) -> BlockMask:
     """The mask of each window, over blocks of tokens in the order of tiles.
 
     On an axis of n tiles, with a window of w = 2h or 2h + 1, the tile at q sees those at most h away from q, or from
     the nearest place to q that is h away from both ends: |clamp(q, h, n − 1 − h) − k| ≤ h; where w ≥ n, all. A tile is
     seen that is seen on all three axes. Blocks are kept that hold a pair of tokens of such tiles, and those that hold
     text, in both directions.
+
+    Args:
+        geometry: the token grid.
+        windows: tiles that a tile sees, along frames, rows and columns.
+        tile: frames, rows and columns of a tile, in tokens.
+        block: tokens of a query and of a key block.
     """
-    counts = tile_counts(geometry, config.tile)
-    seen = [
-        reduce(torch.kron, map(_seen, counts, (round(config.reach * extent) for extent in window)))
-        for window in config.windows
-    ]
-    keep = tile_blocks(geometry, config.tile, config.block, torch.stack(seen) > 0)
-    return BlockMask.from_keep(keep, tokens=geometry.tokens, block_q=config.block[0], block_k=config.block[1])
+    counts = tile_counts(geometry, tile)
+    seen = [reduce(torch.kron, map(_seen, counts, window)) for window in windows]
+    keep = tile_blocks(geometry, tile, block, torch.stack(seen) > 0)
+    return BlockMask.from_keep(keep, tokens=geometry.tokens, block_q=block[0], block_k=block[1])
 
 
 def _chosen(masks: BlockMask, which: Int[Tensor, "mask_heads"]) -> BlockMask:

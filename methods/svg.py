@@ -3,14 +3,10 @@
 Follows arXiv 2502.01776 and github.com/svg-project/Sparse-VideoGen (attention.py, utils.py, inference.py, placement.py
 of svg/models/wan and svg/models/hyvideo). A spatial head has its tokens in the sequence's order, where a band along the
 diagonal holds neighbouring frames; a temporal head has them place by place, all frames of a place side by side, where
-the same band holds neighbouring places at all times. At every call, sampled queries tell for each head which of the two
-is nearer to dense attention. What differs:
+the same band holds neighbouring places at all times. At every call, the outputs of sampled queries tell for each head
+which of the two is nearer to dense attention. What differs:
 
-- There the error is that of the sampled queries' outputs. A plan is made without values, so here it is that of their
-  attention weights, which is what to expect of values that are independent of each other and of one size. Values of
-  videos are not, and this departs far: in one video of the embedded model, it put 67 % of the heads into the class that
-  outputs of the whole video call for, where sampled outputs put 92 %. The preset `learnt` goes by outputs, but of other
-  videos.
+- The preset `learnt` is ours: it takes these errors from videos watched before, and none while a video is made.
 - Queries are sampled from the whole video; there from its first 10,000 tokens alone (`sampled_from`), less than three
   frames of Wan or HunyuanVideo at 720p, to save the memory of masks that are held token by token.
 - Masks are of blocks, which are kept where the band meets any of their pairs of tokens; there FlexAttention leaves out
@@ -25,7 +21,7 @@ Wan's queries see is the first in the order of the head: for a temporal head, as
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -34,11 +30,10 @@ import torch
 from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan, TokenOrder
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.blocks import block_ends, text_blocks, with_text
 from calibatt.methods.energy import products
 from calibatt.methods.learning import Learnt
@@ -62,8 +57,7 @@ class SparseVideoGenConfig:
         rounding: whether the band's width is rounded up or down to whole key blocks.
         sampled_band: how far the band that the choice is made by reaches to either side, in frames; rounded down to
             whole key blocks, its own among them and kept in any case.
-        choice: what the error is taken of: at every call the attention weights, or in videos watched before the
-            outputs, by step, layer and head.
+        choice: whether the errors are those of each call, or were learnt from other videos by step, layer and head.
         samples: queries that the choice is made by, the same for all heads; drawn with replacement.
         sampled_from: first tokens of the video that they are drawn from; None for all.
         seed: of the draw; the site adds to it.
@@ -79,7 +73,7 @@ class SparseVideoGenConfig:
     sink: bool
     rounding: Literal["up", "down"]
     sampled_band: float
-    choice: Literal["weights", "learnt"] = "weights"
+    choice: Literal["online", "learnt"] = "online"
     # --num_sampled_rows of the scripts
     samples: int = 64
     sampled_from: int | None = None
@@ -103,13 +97,16 @@ _WAN = SparseVideoGenConfig(density=0.3, dense_steps=0.2, dense_layers=0.03, sin
 _NO_WARMUP = replace(_WAN, dense_steps=0.0, dense_layers=0.0)
 
 
-class SparseVideoGen:
+class SparseVideoGen(Method):
     """One band for all heads; each has its tokens in the order in which the band changes less.
 
     The draw is that of the site: the same for both branches and all samples. Nothing is kept between calls.
     """
 
     name: ClassVar[str] = "svg"
+    label: ClassVar[str] = "SVG"
+    colour: ClassVar[str] = "#56B4E9"
+    marker: ClassVar[str] = "s"
     presets: ClassVar[Mapping[str, SparseVideoGenConfig]] = MappingProxyType(
         {
             "default": _WAN,
@@ -118,31 +115,31 @@ class SparseVideoGen:
                 density=0.25, dense_steps=0.1, dense_layers=0.03, sink=False, rounding="down", sampled_band=1.5
             ),
             "no-warmup": _NO_WARMUP,
-            # a variant of ours: the original's error, but of videos watched before
+            # a variant of ours: the errors are those of videos watched before
             "learnt": replace(_NO_WARMUP, choice="learnt"),
         }
     )
-    offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="density", low=0.0, high=1.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0, "dense_layers": 0.0})
 
     def __init__(self, config: SparseVideoGenConfig, learnt: Learnt | None = None) -> None:
-        self.config = config
-        self._learnt = learnt
+        super().__init__(config)
+        self.learnt = learnt
+        self._sampled = OutputErrors.of(config)
         self._masks: dict[tuple[Geometry, torch.device], BlockMask] = {}
         self._orders: dict[tuple[Geometry, torch.device], Int32[Tensor, "orders tokens"]] = {}
 
     @classmethod
     def learner(cls, config: SparseVideoGenConfig) -> OutputErrors | None:
-        """A new learner of the errors that the choice is made by; None where every call takes its own."""
-        return OutputErrors(config) if config.choice == "learnt" else None
-
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies to every geometry."""
-        return None
+        """Learns the errors that the choice is made by; None where every call takes its own."""
+        return OutputErrors.of(config) if config.choice == "learnt" else None
 
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """The mask of the geometry over each head's own order, or dense in the first steps and layers.
 
@@ -156,50 +153,93 @@ class SparseVideoGen:
         if key not in self._masks:
             self._masks[key] = band_mask(geometry, config, q.device)
             self._orders[key] = head_orders(geometry).to(q.device)
-        if self._learnt is None:
-            rows = sampled_rows(site, config, q.device)
-            masks = sampled_masks(geometry, config, rows, self._orders[key])
-            spatial, temporal = mask_errors(q, k, rows, masks)
+        if self.learnt is None:
+            spatial, temporal = self._sampled.errors(q, k, v, site, self._orders[key])
         else:
-            spatial, temporal = self._learnt.at(_ERRORS, site).to(q.device)
+            spatial, temporal = self.learnt.at(_ERRORS, site).to(q.device)
         # of equal errors the first is taken, which is the spatial one
         order = self._orders[key][(temporal < spatial).long()]
         return Plan.masked(self._masks[key], geometry.heads, order=TokenOrder.of_all(order))
 
-    def reset(self) -> None:
-        """Masks and orders depend on the geometry alone, and stay."""
 
-
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OutputErrors:
-    """Learns what the two masks change in the outputs of sampled queries, summed over the videos.
-
-    Where nothing is watched both errors are 0, and heads are spatial.
+    """What the two masks change in the outputs of sampled queries; as a learner, summed over the prompts.
 
     Args:
-        config: samples, and the masks that the choice is made by.
+        samples, sampled_from, seed, sampled_band, sink: as in `SparseVideoGenConfig`.
+        block_k: tokens of a key block.
     """
 
-    def __init__(self, config: SparseVideoGenConfig) -> None:
-        self._config = config
-        self._errors = torch.zeros(0)
+    samples: int
+    sampled_from: int | None
+    seed: int
+    sampled_band: float
+    sink: bool
+    block_k: int
 
-    def watch(
+    @classmethod
+    def of(cls, config: SparseVideoGenConfig) -> OutputErrors:
+        """As a config has it."""
+        return cls(
+            samples=config.samples, sampled_from=config.sampled_from, seed=config.seed,
+            sampled_band=config.sampled_band, sink=config.sink, block_k=config.block[1],
+        )  # fmt: skip
+
+    def errors(
         self,
         q: Float[Tensor, "heads tokens head_dim"],
         k: Float[Tensor, "heads tokens head_dim"],
         v: Float[Tensor, "heads tokens head_dim"],
         site: Site,
-    ) -> None:
-        """Add the errors of one call."""
-        if not self._errors.numel():
-            self._errors = torch.zeros(site.steps, site.layers, 2, site.geometry.heads)
-        rows = sampled_rows(site, self._config, q.device)
-        masks = sampled_masks(site.geometry, self._config, rows, head_orders(site.geometry).to(q.device))
-        self._errors[site.step, site.layer] += mask_errors(q, k, rows, masks, v).cpu()
+        orders: Int32[Tensor, "orders tokens"],
+    ) -> Float[Tensor, "orders heads"]:
+        """The errors of one call, of the mask in each order."""
+        rows = self.rows(site, q.device)
+        return mask_errors(q, k, v, rows, self.masks(site.geometry, rows, orders))
 
-    def tables(self) -> Mapping[str, Tensor]:
-        """The sums so far."""
-        return {_ERRORS: self._errors.clone()}
+    def note(
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
+        prompt: int,
+    ) -> Mapping[str, Tensor]:
+        """`errors` of one call, spatial and temporal, by head."""
+        return {_ERRORS: self.errors(q, k, v, site, head_orders(site.geometry).to(q.device))}
+
+    def merge(self, notes: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """`errors`: their sum over the prompts."""
+        return {_ERRORS: torch.stack([note[_ERRORS] for note in notes]).sum(0)}
+
+    def rows(self, site: Site, device: torch.device) -> Int[Tensor, "samples"]:
+        """The queries that the choice is made by, all of the video."""
+        video = site.geometry.video_tokens
+        count = video if self.sampled_from is None else min(self.sampled_from, video)
+        generator = site.generator(self.seed, device)
+        return site.geometry.video_start + torch.randint(count, (self.samples,), generator=generator, device=device)
+
+    def masks(
+        self, geometry: Geometry, rows: Int[Tensor, "samples"], orders: Int32[Tensor, "orders tokens"]
+    ) -> Bool[Tensor, "orders samples tokens"]:
+        """Which keys some queries see in the masks that the choice is made by.
+
+        These are of blocks too, square and counted from the first token of the video. Text is seen by all.
+
+        Args:
+            geometry: layout of the tokens.
+            rows: the queries, of the video.
+            orders: of the tokens; each has its mask.
+        """
+        # where each token stands
+        places = orders.argsort(-1) - geometry.video_start
+        blocks = places // self.block_k
+        reach = max(1, int(self.sampled_band * geometry.frame_tokens // self.block_k))
+        always = (places < 0) | (places >= geometry.video_tokens)
+        if self.sink:
+            always |= places < geometry.frame_tokens
+        return ((blocks[:, rows, None] - blocks[:, None]).abs() < reach) | always[:, None]
 
 
 def token_major_order(geometry: Geometry) -> Int32[Tensor, "1 tokens"]:
@@ -244,57 +284,21 @@ def band_mask(geometry: Geometry, config: SparseVideoGenConfig, device: torch.de
     return BlockMask.from_keep(keep[None], tokens=tokens, block_q=block_q, block_k=block_k)
 
 
-def sampled_rows(site: Site, config: SparseVideoGenConfig, device: torch.device) -> Int[Tensor, "samples"]:
-    """The queries that the choice is made by, all of the video."""
-    video = site.geometry.video_tokens
-    count = video if config.sampled_from is None else min(config.sampled_from, video)
-    generator = site.generator(config.seed, device)
-    return site.geometry.video_start + torch.randint(count, (config.samples,), generator=generator, device=device)
-
-
-def sampled_masks(
-    geometry: Geometry,
-    config: SparseVideoGenConfig,
-    rows: Int[Tensor, "samples"],
-    orders: Int32[Tensor, "orders tokens"],
-) -> Bool[Tensor, "orders samples tokens"]:
-    """Which keys some queries see in the masks that the choice is made by.
-
-    These are of blocks too, square and counted from the first token of the video. Text is seen by all.
-
-    Args:
-        geometry: layout of the tokens.
-        config: sampled band, sink and block.
-        rows: the queries, of the video.
-        orders: of the tokens; each has its mask.
-    """
-    block = config.block[1]
-    # where each token stands
-    places = orders.argsort(-1) - geometry.video_start
-    blocks = places // block
-    reach = max(1, int(config.sampled_band * geometry.frame_tokens // block))
-    always = (places < 0) | (places >= geometry.video_tokens)
-    if config.sink:
-        always |= places < geometry.frame_tokens
-    return ((blocks[:, rows, None] - blocks[:, None]).abs() < reach) | always[:, None]
-
-
 def mask_errors(
     q: Float[Tensor, "heads tokens head_dim"],
     k: Float[Tensor, "heads tokens head_dim"],
+    v: Float[Tensor, "heads tokens head_dim"],
     rows: Int[Tensor, "samples"],
     masks: Bool[Tensor, "masks samples tokens"],
-    v: Float[Tensor, "heads tokens head_dim"] | None = None,
 ) -> Float[Tensor, "masks heads"]:
-    """What each mask changes at some queries of each head: squares summed over all entries, mean over the queries.
+    """What each mask changes in some outputs of each head: squares summed over the channels, mean over the queries.
 
     Computed in fp32, some heads at a time.
 
     Args:
-        q, k: what attention sees.
+        q, k, v: what attention sees.
         rows: queries, some maybe twice.
-        masks: keys that these see; none sees nothing.
-        v: values, for the change of the outputs; None for that of the attention weights.
+        masks: keys that these see; each sees some.
     """
     errors = q.new_empty(len(masks), len(q), dtype=torch.float32)
     at_once = max(1, _CHUNK // masks[0].numel())
@@ -303,8 +307,6 @@ def mask_errors(
         scores = products(q[heads, rows], k[heads]) / math.sqrt(q.shape[-1])
         weights = scores.softmax(-1)
         for mask, error in zip(masks, errors, strict=True):
-            change = weights - scores.masked_fill(~mask, -math.inf).softmax(-1)
-            if v is not None:
-                change = change @ v[heads].float()
+            change = (weights - scores.masked_fill(~mask, -math.inf).softmax(-1)) @ v[heads].float()
             error[heads] = change.square().sum(-1).mean(-1)
     return errors

@@ -25,10 +25,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.clusters import (
     attention,
     choose,
@@ -93,13 +92,16 @@ class _Centroids:
     keys: Float[Tensor, "heads k_clusters head_dim"]
 
 
-class Svg2:
+class Svg2(Method):
     """Clusters queries and keys at every call, from the last call's centroids, and keeps the clusters that weigh most.
 
     Each call goes on from the last, at whatever step: asked twice at one step, it has been improved twice.
     """
 
     name: ClassVar[str] = "svg2"
+    label: ClassVar[str] = "SVG2"
+    colour: ClassVar[str] = "#0072B2"
+    marker: ClassVar[str] = "D"
     presets: ClassVar[Mapping[str, Svg2Config]] = MappingProxyType(
         {
             # scripts/wan/wan_t2v_720p_sap.sh
@@ -113,21 +115,20 @@ class Svg2:
             "clusters-no-warmup": Svg2Config(clusters=(300, 1000), dense_steps=0.0, dense_layers=0.0, block=None),
         }
     )
-    offline: ClassVar[bool] = False
     # the least share bounds density from below
     knob: ClassVar[Knob | None] = Knob(field="mass", low=0.0, high=1.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0, "dense_layers": 0.0})
 
     def __init__(self, config: Svg2Config) -> None:
-        self.config = config
+        super().__init__(config)
         self._centroids: dict[tuple[Branch, int, int], _Centroids] = {}
 
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies to every geometry."""
-        return None
-
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """The clusters of this call or blocks that cover them, or dense in the first steps and layers."""
         geometry, config = site.geometry, self.config

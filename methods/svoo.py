@@ -17,7 +17,7 @@ to reach 0.95 of its attention, within bounds. What differs:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -26,10 +26,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan, TokenOrder
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.clusters import (
     Grouped,
     attention,
@@ -113,10 +112,13 @@ class _Coclusters:
     weights: Float[Tensor, "heads q_clusters k_clusters"]
 
 
-class Svoo:
+class Svoo(Method):
     """Co-clusters at every so many steps, and at each step keeps the clusters that weigh most, as its table has it."""
 
     name: ClassVar[str] = "svoo"
+    label: ClassVar[str] = "SVOO"
+    colour: ClassVar[str] = "#D55E00"
+    marker: ClassVar[str] = "v"
     presets: ClassVar[Mapping[str, SvooConfig]] = MappingProxyType(
         {
             # --first_times_fp and --first_layers_fp of the scripts for Wan
@@ -130,34 +132,33 @@ class Svoo:
             "clusters-no-warmup": SvooConfig(dense_steps=0.0, dense_layers=0.0, block=None),
         }
     )
-    offline: ClassVar[bool] = False
     # the table bounds density from below
     knob: ClassVar[Knob | None] = Knob(field="mass", low=0.0, high=1.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0, "dense_layers": 0.0})
 
     def __init__(self, config: SvooConfig, learnt: Learnt) -> None:
-        self.config = config
-        self._learnt = learnt.to("cpu")
+        super().__init__(config)
+        self.learnt = learnt
         self._coclusters: dict[tuple[Branch, int, int], _Coclusters] = {}
 
     @classmethod
     def learner(cls, config: SvooConfig) -> ShareLearner:
-        """A new table."""
-        return ShareLearner(config)
-
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies to every geometry; that of the table is asked for at each site."""
-        return None
+        """Learns the table of shares."""
+        return ShareLearner(coverage=config.coverage, deviations=config.deviations, rows=config.rows, seed=config.seed)
 
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """The clusters of this call or blocks that cover them, or dense in the first steps and layers.
 
         Raises:
             ValueError: the table was learnt from other videos.
         """
-        self._learnt.check(site)
+        self.learnt.check(site)
         if site.in_warmup(self.config.dense_steps, self.config.dense_layers, whole=math.floor):
             return Plan.dense(site.geometry)
         first = math.floor(self.config.dense_steps * site.steps)
@@ -176,18 +177,14 @@ class Svoo:
         ):
             last = self._cocluster(q, k, site)
             self._coclusters[place] = last
-        counts = (self._shares(site) * last.k_sizes.shape[1]).long().to(q.device)
+        share = self.learnt.at(_SHARE, site).to(q.device).clamp(*self.config.bounds)
+        counts = (share * last.k_sizes.shape[1]).long()
         keep = choose(last.weights, mass=self.config.mass, least=counts)
         return cluster_plan(site.geometry, last.order, last.q_sizes, last.k_sizes, keep, self.config.block)
 
     def reset(self) -> None:
         """Forget all clusters; the table stays."""
         self._coclusters.clear()
-
-    def _shares(self, site: Site) -> Float[Tensor, "heads"]:
-        """What each head keeps at the least; the upper bound where no video was watched."""
-        low, high = self.config.bounds
-        return self._learnt.at(_SHARE, site).nan_to_num(nan=high).clamp(low, high)
 
     def _cocluster(
         self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
@@ -207,50 +204,42 @@ class Svoo:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShareLearner:
-    """Counts how many keys hold most of a query's attention, head by head: mean and deviation over videos."""
+    """Counts how many keys hold most of a query's attention, head by head: mean and deviation over videos.
 
-    def __init__(self, config: SvooConfig) -> None:
-        self._config = config
-        # how many videos were seen at each site, their mean, and the sum of squared distances from it (Welford, 1962)
-        self._videos: Int[Tensor, "steps layers"] | None = None
-        self._mean = self._squares = torch.empty(0)
+    Args:
+        coverage, deviations, rows, seed: as in `SvooConfig`.
+    """
 
-    def watch(
+    coverage: float
+    deviations: float
+    rows: int
+    seed: int
+
+    def note(
         self,
         q: Float[Tensor, "heads tokens head_dim"],
         k: Float[Tensor, "heads tokens head_dim"],
         v: Float[Tensor, "heads tokens head_dim"],
         site: Site,
-    ) -> None:
-        """The share of the video's keys that some of its queries need, of each head of one call.
+        prompt: int,
+    ) -> Mapping[str, Tensor]:
+        """`share`: of the video's keys, what some of its queries need; of each head of one call.
 
         The queries are those of the same places in every video, so that the deviation is one of videos.
         """
         geometry = site.geometry
-        if self._videos is None:
-            self._videos = torch.zeros(site.steps, site.layers, dtype=torch.int64)
-            self._mean = torch.zeros(site.steps, site.layers, geometry.heads, dtype=torch.float64)
-            self._squares = torch.zeros_like(self._mean)
         video = slice(geometry.video_start, geometry.video_start + geometry.video_tokens)
-        generator = site.generator(self._config.seed, q.device)
-        rows = torch.randperm(geometry.video_tokens, generator=generator, device=q.device)[: self._config.rows]
-        share = needed_share(q[:, video][:, rows], k[:, video], self._config.coverage).double().cpu()
-        at = site.step, site.layer
-        self._videos[at] += 1
-        away = share - self._mean[at]
-        self._mean[at] += away / self._videos[at]
-        self._squares[at] += away * (share - self._mean[at])
+        generator = site.generator(self.seed, q.device)
+        rows = torch.randperm(geometry.video_tokens, generator=generator, device=q.device)[: self.rows]
+        return {_SHARE: needed_share(q[:, video][:, rows], k[:, video], self.coverage)}
 
-    def tables(self) -> Mapping[str, Tensor]:
-        """The mean share, and so many deviations more, at each step, layer and head; NaN where nothing was watched."""
-        if self._videos is None:
-            raise ValueError("svoo has watched no video: it has no table to give")
-        videos = self._videos[..., None]
-        # of one video there is no deviation
-        deviation = (self._squares / (videos - 1).clamp(min=1)).sqrt()
-        share = (self._mean + self._config.deviations * deviation).where(videos > 0, math.nan)
-        return {_SHARE: share.float()}
+    def merge(self, notes: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """`share`: the mean over the prompts and so many deviations more; of one prompt there is no deviation."""
+        shares = torch.stack([note[_SHARE] for note in notes]).double()
+        deviation = shares.std(0) if len(shares) > 1 else torch.zeros_like(shares[0])
+        return {_SHARE: (shares.mean(0) + self.deviations * deviation).float()}
 
 
 def needed_share(

@@ -17,11 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
-from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Knob
+from calibatt.methods.base import Knob, Method
 from calibatt.methods.energy import block_mass
 from calibatt.methods.selection import smallest_set
 from calibatt.methods.site import Site
@@ -53,10 +51,13 @@ class XAttentionConfig:
                 raise ValueError(f"xattention needs blocks of whole strides: got {block} tokens, stride {self.stride}")
 
 
-class XAttention:
+class XAttention(Method):
     """Estimates the attention of every block from its antidiagonals, and keeps the fewest blocks that hold a share."""
 
     name: ClassVar[str] = "xattention"
+    label: ClassVar[str] = "XAttention"
+    colour: ClassVar[str] = "#009E73"
+    marker: ClassVar[str] = "P"
     presets: ClassVar[Mapping[str, XAttentionConfig]] = MappingProxyType(
         {
             # eval/HunyuanVideo/hyvideo/config.py: what sample_video.py takes when nothing is said
@@ -67,19 +68,15 @@ class XAttention:
             "script": XAttentionConfig(stride=8, threshold=0.95, dense_steps=5 / 50),
         }
     )
-    offline: ClassVar[bool] = False
     knob: ClassVar[Knob | None] = Knob(field="threshold", low=0.0, high=1.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0})
 
-    def __init__(self, config: XAttentionConfig) -> None:
-        self.config = config
-
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies to every geometry."""
-        return None
-
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
         """Masks of this call's queries and keys, or dense in the first steps; text is not special.
 
@@ -93,9 +90,6 @@ class XAttention:
         keep = smallest_set(energy, self.config.threshold)
         mask = BlockMask.from_keep(keep, tokens=site.geometry.tokens, block_q=block_q, block_k=block_k)
         return Plan.masked(mask, site.geometry.heads)
-
-    def reset(self) -> None:
-        """There is no state."""
 
 
 def antidiagonal_energy(

@@ -65,6 +65,12 @@ def noise(seed: int, *, heads: int = 3, tokens: int = 50, head_dim: int = 8) -> 
     return 3 * q, k
 
 
+def qkv(seed: int, *, heads: int = 3, tokens: int = 50, head_dim: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with values, which play no part."""
+    q, k = noise(seed, heads=heads, tokens=tokens, head_dim=head_dim)
+    return q, k, k
+
+
 def naive_mass(q: Tensor, k: Tensor, block: tuple[int, int], lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """All of the attention at once, in fp64, by the definition."""
     scores = q.double() @ k.double().mT / math.sqrt(q.shape[-1])
@@ -121,21 +127,21 @@ def test_large_scores_do_not_overflow() -> None:
 )
 def test_every_row_keeps_the_same_rounded_share_and_at_least_one(sparsity: float, count: int) -> None:
     q, k = noise(0, tokens=8 * TOKENS)
-    kept = keep_of(method(sparsity=sparsity).plan(q, k, site(geometry_of(q))))
+    kept = keep_of(method(sparsity=sparsity).plan(q, k, k, site(geometry_of(q))))
     assert kept.sum(-1).tolist() == [[count] * 8] * 3
     assert torch.equal(kept, heaviest(naive_mass(q, k, (TOKENS, TOKENS))[0], count))
 
 
 def test_the_heaviest_blocks_of_each_row_and_head_are_kept() -> None:
     q, k = by_weight([FORWARD, BACKWARD])
-    kept = keep_of(method(sparsity=0.5).plan(q, k, site(geometry_of(q))))
+    kept = keep_of(method(sparsity=0.5).plan(q, k, k, site(geometry_of(q))))
     expected = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 1]]).bool()
     assert torch.equal(kept, torch.stack((expected, expected.flip(-1))))
 
 
 def test_of_equal_blocks_the_first_are_kept() -> None:
     q, k = torch.zeros(2, 1, 16, 4)
-    kept = keep_of(method(sparsity=0.5).plan(q, k, site(geometry_of(q))))
+    kept = keep_of(method(sparsity=0.5).plan(q, k, k, site(geometry_of(q))))
     assert kept.tolist() == [[[True, True, False, False]] * 4]
 
 
@@ -174,14 +180,14 @@ def test_heads_keep_more_the_worse_they_do_at_the_base_sparsity() -> None:
         table.append(torch.stack([row.roll(turn) for turn in range(10)]))
     q, k = by_weight(torch.stack(table))
     where = site(geometry_of(q))
-    kept = keep_of(method(sparsity=0.6, head_adaptive=True).plan(q, k, where))
+    kept = keep_of(method(sparsity=0.6, head_adaptive=True).plan(q, k, k, where))
     assert kept.sum(-1).tolist() == [[2] * 10, [6] * 10, [2] * 10, [6] * 10]
     assert kept.double().mean() == pytest.approx(0.4)
     # a row's own heaviest four are all kept where there is room for six
     assert all(kept[3, row, [(row + i) % 10 for i in range(4)]].all() for row in range(10))
-    stricter = keep_of(method(sparsity=0.6, head_adaptive=True, good_recall=0.9).plan(q, k, where))
+    stricter = keep_of(method(sparsity=0.6, head_adaptive=True, good_recall=0.9).plan(q, k, k, where))
     assert stricter.sum(-1)[:, 0].tolist() == [4, 6, 2, 4]
-    alike = keep_of(method(sparsity=0.6).plan(q, k, where))
+    alike = keep_of(method(sparsity=0.6).plan(q, k, k, where))
     assert alike.sum(-1).unique().tolist() == [4]
 
 
@@ -193,7 +199,7 @@ def test_density_falls_as_sparsity_rises_from_all_to_one_block_a_row(head_adapti
     q *= torch.tensor([0.1, 0.3, 0.5, 1.0, 2.0, 4.0])[:, None, None]
     where = site(geometry_of(q, text_tokens=text))
     found = [
-        method(sparsity=share / 18, head_adaptive=head_adaptive).plan(q, k, where).density().mean().item()
+        method(sparsity=share / 18, head_adaptive=head_adaptive).plan(q, k, k, where).density().mean().item()
         for share in range(19)
     ]
     assert found == sorted(found, reverse=True)
@@ -207,13 +213,13 @@ def test_density_falls_as_sparsity_rises_from_all_to_one_block_a_row(head_adapti
 def test_what_comes_before_the_first_search_is_dense(steps: int, dense: int) -> None:
     q, k = noise(0, tokens=256)
     planner = AdaSpa(AdaSpa.presets["default"])
-    kinds = [set(planner.plan(q, k, site(geometry_of(q), step=step, steps=steps)).kinds) for step in range(steps)]
+    kinds = [set(planner.plan(q, k, k, site(geometry_of(q), step=step, steps=steps)).kinds) for step in range(steps)]
     assert kinds == [{"dense"}] * dense + [{"masked"}] * (steps - dense)
 
 
 def test_without_warm_up_the_first_step_is_sparse() -> None:
     q, k = noise(0, tokens=256)
-    plan = AdaSpa(AdaSpa.presets["no-warmup"]).plan(q, k, site(geometry_of(q), step=0))
+    plan = AdaSpa(AdaSpa.presets["no-warmup"]).plan(q, k, k, site(geometry_of(q), step=0))
     # 4 blocks of 64, of which sparsity 0.8 leaves one
     assert keep_of(plan).sum(-1).unique().tolist() == [1]
 
@@ -222,7 +228,7 @@ def test_a_mask_holds_until_the_next_search() -> None:
     forward, backward = by_weight(FORWARD), by_weight(BACKWARD)
     planner, geometry = method(), geometry_of(forward[0])
     calls = [(10, forward), (11, backward), (29, backward), (30, backward), (31, forward), (49, forward)]
-    found = [keep_of(planner.plan(*x, site(geometry, step=step))) for step, x in calls]
+    found = [keep_of(planner.plan(*x, x[1], site(geometry, step=step))) for step, x in calls]
     expected = [DIAGONAL, DIAGONAL, DIAGONAL, FLIPPED, FLIPPED, FLIPPED]
     assert all(map(torch.equal, found, expected))
 
@@ -233,7 +239,7 @@ def test_later_searches_weigh_by_the_sums_of_the_first() -> None:
     geometry = geometry_of(inputs[0][0])
     planner = method(search_steps=(0.2, 0.6, 0.8), sparsity=0.7, block=block)
     found = [
-        keep_of(planner.plan(q, k, site(geometry, step=step)))
+        keep_of(planner.plan(q, k, k, site(geometry, step=step)))
         for (q, k), step in zip(inputs, (10, 30, 40), strict=True)
     ]
     first, lse = naive_mass(*inputs[0], block)
@@ -248,9 +254,9 @@ def test_sums_too_old_to_weigh_by_still_leave_every_row_its_blocks() -> None:
     geometry = geometry_of(q)
     for first, second in ((1, 100), (100, 1)):
         planner = method(sparsity=0.5, head_adaptive=True)
-        planner.plan(first * q, first * k, site(geometry, step=10))
+        planner.plan(first * q, first * k, first * k, site(geometry, step=10))
         # 13 blocks: 6 a row
-        kept = keep_of(planner.plan(second * q, second * k, site(geometry, step=30)))
+        kept = keep_of(planner.plan(second * q, second * k, second * k, site(geometry, step=30)))
         assert kept.sum(-1).unique().tolist() == [6]
 
 
@@ -258,7 +264,7 @@ def test_the_same_call_twice_has_the_same_plan() -> None:
     planner = method(sparsity=0.7, block=(10, 5))
     for step, (q, k) in ((10, noise(0)), (30, noise(1))):
         where = site(geometry_of(q), step=step)
-        assert torch.equal(keep_of(planner.plan(q, k, where)), keep_of(planner.plan(q, k, where)))
+        assert torch.equal(keep_of(planner.plan(q, k, k, where)), keep_of(planner.plan(q, k, k, where)))
 
 
 def test_a_reset_forgets_masks_and_sums() -> None:
@@ -266,11 +272,11 @@ def test_a_reset_forgets_masks_and_sums() -> None:
     q, k = noise(1)
     geometry = geometry_of(q)
     for step in (10, 30):
-        used.plan(*noise(0), site(geometry, step=step))
+        used.plan(*qkv(0), site(geometry, step=step))
     used.reset()
     for step in (20, 30):
         where = site(geometry, step=step)
-        assert torch.equal(keep_of(used.plan(q, k, where)), keep_of(fresh.plan(q, k, where)))
+        assert torch.equal(keep_of(used.plan(q, k, k, where)), keep_of(fresh.plan(q, k, k, where)))
 
 
 @pytest.mark.parametrize(
@@ -279,18 +285,18 @@ def test_a_reset_forgets_masks_and_sums() -> None:
 def test_branches_layers_and_samples_do_not_share(apart: dict[str, Any]) -> None:
     forward, backward = by_weight(FORWARD), by_weight(BACKWARD)
     planner, geometry = method(), geometry_of(forward[0])
-    assert torch.equal(keep_of(planner.plan(*forward, site(geometry))), DIAGONAL)
-    assert torch.equal(keep_of(planner.plan(*backward, site(geometry, **apart))), FLIPPED)
+    assert torch.equal(keep_of(planner.plan(*forward, forward[1], site(geometry))), DIAGONAL)
+    assert torch.equal(keep_of(planner.plan(*backward, backward[1], site(geometry, **apart))), FLIPPED)
     # each keeps its own, whatever it is asked with
-    assert torch.equal(keep_of(planner.plan(*backward, site(geometry, step=11))), DIAGONAL)
-    assert torch.equal(keep_of(planner.plan(*forward, site(geometry, step=11, **apart))), FLIPPED)
+    assert torch.equal(keep_of(planner.plan(*backward, backward[1], site(geometry, step=11))), DIAGONAL)
+    assert torch.equal(keep_of(planner.plan(*forward, forward[1], site(geometry, step=11, **apart))), FLIPPED)
 
 
 def test_a_schedule_entered_midway_is_searched_there_and_where_a_search_was_missed() -> None:
     forward, backward = by_weight(FORWARD), by_weight(BACKWARD)
     planner, geometry = method(), geometry_of(forward[0])
     calls = [(20, forward), (25, backward), (40, backward), (45, forward)]
-    found = [keep_of(planner.plan(*x, site(geometry, step=step))) for step, x in calls]
+    found = [keep_of(planner.plan(*x, x[1], site(geometry, step=step))) for step, x in calls]
     assert all(map(torch.equal, found, [DIAGONAL, DIAGONAL, FLIPPED, FLIPPED]))
 
 
@@ -298,26 +304,26 @@ def test_a_step_back_begins_another_video() -> None:
     planner, fresh = method(sparsity=0.7, block=(10, 5)), method(sparsity=0.7, block=(10, 5))
     geometry = geometry_of(noise(0)[0])
     for step in (10, 30):
-        planner.plan(*noise(0), site(geometry, step=step))
+        planner.plan(*qkv(0), site(geometry, step=step))
     for step in (20, 30):
         where = site(geometry, step=step)
-        assert torch.equal(keep_of(planner.plan(*noise(1), where)), keep_of(fresh.plan(*noise(1), where)))
+        assert torch.equal(keep_of(planner.plan(*qkv(1), where)), keep_of(fresh.plan(*qkv(1), where)))
 
 
 def test_another_geometry_is_searched_anew() -> None:
     forward, backward = by_weight(FORWARD), by_weight(BACKWARD)
     planner = method()
-    planner.plan(*forward, site(geometry_of(forward[0])))
+    planner.plan(*forward, forward[1], site(geometry_of(forward[0])))
     # as many tokens: a mask kept by length would pass unseen
     other = Geometry(grid=(2, 2, 4), heads=1, head_dim=4)
-    assert torch.equal(keep_of(planner.plan(*backward, site(other, step=11))), FLIPPED)
+    assert torch.equal(keep_of(planner.plan(*backward, backward[1], site(other, step=11))), FLIPPED)
 
 
 # 2 text tokens in 4 blocks of 4: the block that they share with the video counts as text
 @pytest.mark.parametrize(("side", "block"), [("first", 0), ("last", 3)])
 def test_text_sees_and_is_seen_by_everything_and_video_is_as_without_it(side: Any, block: int) -> None:
     q, k = by_weight(FORWARD)
-    kept = keep_of(method().plan(q, k, site(geometry_of(q, text_tokens=2, text_side=side))))[0]
+    kept = keep_of(method().plan(q, k, k, site(geometry_of(q, text_tokens=2, text_side=side))))[0]
     expected = DIAGONAL[0].clone()
     expected[block] = True
     expected[:, block] = True
@@ -329,9 +335,9 @@ def test_recall_counts_the_text_that_is_kept_anyway() -> None:
     # the two heaviest; the text row keeps all: (0.9 + 0.9 + 0.8 + 1) / 4 = 0.9 with text, 0.8 without
     q, k = by_weight([FORWARD, [[0.25] * 4] * 4])
     where = site(geometry_of(q, text_tokens=TOKENS))
-    adapted = keep_of(method(sparsity=0.5, head_adaptive=True, good_recall=0.85).plan(q, k, where))
+    adapted = keep_of(method(sparsity=0.5, head_adaptive=True, good_recall=0.85).plan(q, k, k, where))
     assert adapted[:, 0].int().tolist() == [[1, 0, 0, 1], [1, 1, 1, 1]]
-    alike = keep_of(method(sparsity=0.5, head_adaptive=True, good_recall=0.95).plan(q, k, where))
+    alike = keep_of(method(sparsity=0.5, head_adaptive=True, good_recall=0.95).plan(q, k, k, where))
     assert alike[:, 0].int().tolist() == [[1, 1, 0, 1], [1, 1, 0, 1]]
 
 
@@ -342,9 +348,9 @@ def test_a_shorter_last_block_weighs_by_the_tokens_that_it_has() -> None:
     mass, _ = block_mass(q, k, block=(TOKENS, TOKENS))
     row = torch.tensor([4, 4, 4, 3]) / 15
     torch.testing.assert_close(mass[0], torch.stack([4 * row] * 3 + [row]))
-    assert keep_of(method(sparsity=0.25).plan(q, k, site(geometry_of(q)))).tolist() == [[[True] * 3 + [False]] * 4]
+    assert keep_of(method(sparsity=0.25).plan(q, k, k, site(geometry_of(q)))).tolist() == [[[True] * 3 + [False]] * 4]
     k[:, 12, 0] = math.log(5)
-    assert keep_of(method(sparsity=0.75).plan(q, k, site(geometry_of(q)))).tolist() == [[[False] * 3 + [True]] * 4]
+    assert keep_of(method(sparsity=0.75).plan(q, k, k, site(geometry_of(q)))).tolist() == [[[False] * 3 + [True]] * 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -354,7 +360,7 @@ def test_half_precision_is_weighed_in_single(dtype: torch.dtype, device: str) ->
     mass, lse = block_mass(q, k, block=(16, 8))
     assert mass.dtype == lse.dtype == torch.float32
     torch.testing.assert_close(mass, naive_mass(q, k, (16, 8))[0].float())
-    kept = keep_of(method(sparsity=0.5, block=(16, 8)).plan(q, k, site(geometry_of(q))))
+    kept = keep_of(method(sparsity=0.5, block=(16, 8)).plan(q, k, k, site(geometry_of(q))))
     assert kept.device == q.device
     assert kept.sum(-1).unique().tolist() == [4]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -11,11 +12,9 @@ import torch
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import Plan
 from calibatt.methods.compact import (
     Compact,
     CompactConfig,
-    CompactLearner,
     attention_by_distance,
     by_cell,
     cells_of_pairs,
@@ -40,25 +39,21 @@ def qkv(seed: int, geometry: Geometry = EVEN) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def planned(settings: CompactConfig, *seeds: int, site: Site = SITE) -> Plan:
-    learner = CompactLearner(settings)
-    for seed in seeds:
-        learner.watch(*qkv(seed, site.geometry), site)
-    learnt = Learnt(
-        method="compact",
-        preset="default",
-        geometry=site.geometry,
-        steps=site.steps,
-        layers=site.layers,
-        tables=learner.tables(),
-    )
-    return Compact(settings, learnt).plan(*qkv(99, site.geometry)[:2], site)
+Learn = Callable[..., Learnt]
+Masks = Callable[..., Tensor]
 
 
-def keep(settings: CompactConfig, *seeds: int, site: Site = SITE) -> Tensor:
-    mask = planned(settings, *seeds, site=site).mask
-    assert mask is not None
-    return mask.keep()
+@pytest.fixture
+def keep(learn: Learn) -> Masks:
+    """The blocks that are kept after learning from some videos."""
+
+    def kept(settings: CompactConfig, *seeds: int, site: Site = SITE) -> Tensor:
+        learnt = learn("compact", Compact.learner(settings), {site: [qkv(seed, site.geometry) for seed in seeds]})
+        mask = Compact(settings, learnt).plan(*qkv(99, site.geometry), site).mask
+        assert mask is not None
+        return mask.keep()
+
+    return kept
 
 
 # --- distances -------------------------------------------------------------------------------------------------------
@@ -173,7 +168,7 @@ def test_groups_shrink_by_themselves_and_heads_too() -> None:
 # --- masks -----------------------------------------------------------------------------------------------------------
 
 
-def test_tiles_see_the_cells_of_their_windows_and_prompts_are_joined() -> None:
+def test_tiles_see_the_cells_of_their_windows_and_prompts_are_joined(keep: Masks) -> None:
     cells = cells_of_pairs(EVEN, SETTINGS.tile)
     cost = by_cell(token_pairs(EVEN, SETTINGS.tile)[None], cells, EVEN, SETTINGS.tile)[0]
     expected = torch.zeros(2, 24, 24, dtype=torch.bool)
@@ -185,7 +180,7 @@ def test_tiles_see_the_cells_of_their_windows_and_prompts_are_joined() -> None:
     assert torch.equal(keep(SETTINGS, 1, 2), expected)
 
 
-def test_less_recall_keeps_less_down_to_the_same_place_in_every_frame() -> None:
+def test_less_recall_keeps_less_down_to_the_same_place_in_every_frame(keep: Masks) -> None:
     masks = [keep(replace(SETTINGS, recall=recall), 1, 2) for recall in (1.0, 0.9, 0.7, 0.5, 0.0)]
     assert masks[0].all()
     for one, less in pairwise(masks):
@@ -195,7 +190,7 @@ def test_less_recall_keeps_less_down_to_the_same_place_in_every_frame() -> None:
 
 
 @pytest.mark.parametrize("side", ["first", "last"])
-def test_text_sees_and_is_seen_by_everything(side: Any) -> None:
+def test_text_sees_and_is_seen_by_everything(side: Any, keep: Masks) -> None:
     site = replace(SITE, geometry=replace(EVEN, text_tokens=8, text_side=side))
     made = keep(replace(SETTINGS, recall=0.0), 1, site=site)
     text, video = (slice(0, 1), slice(1, None)) if side == "first" else (slice(24, 25), slice(0, 24))
@@ -208,28 +203,37 @@ def test_text_sees_and_is_seen_by_everything(side: Any) -> None:
 
 
 @pytest.mark.parametrize(("preset", "dense"), [("default", 2), ("hunyuan", 2), ("no-warmup", 0)])
-def test_three_tenths_of_the_steps_are_dense(preset: str, dense: int) -> None:
+def test_three_tenths_of_the_steps_are_dense(preset: str, dense: int, learn: Learn) -> None:
     settings = replace(Compact.presets[preset], tile=(2, 2, 2), block=(8, 8))
-    learner = CompactLearner(settings)
     sites = [replace(SITE, step=step, steps=10) for step in (0, 2, 3, 9)]
-    for site in sites:
-        learner.watch(*qkv(0), site)
-    learnt = Learnt(method="compact", preset="default", geometry=EVEN, steps=10, layers=2, tables=learner.tables())
-    made = Compact(settings, learnt)
-    kinds = [made.plan(*qkv(0)[:2], site).kinds[0] for site in sites]
+    made = Compact(settings, learn("compact", Compact.learner(settings), {site: [qkv(0)] for site in sites}))
+    kinds = [made.plan(*qkv(0), site).kinds[0] for site in sites]
     assert kinds == ["dense"] * dense + ["masked"] * (4 - dense)
 
 
-def test_both_branches_share_a_mask_that_is_made_once() -> None:
-    learner = CompactLearner(SETTINGS)
-    learner.watch(*qkv(1), SITE)
-    made = Compact(
-        SETTINGS, Learnt(method="compact", preset="default", geometry=EVEN, steps=2, layers=2, tables=learner.tables())
-    )
+def test_both_branches_share_a_mask_that_is_made_once(learn: Learn) -> None:
+    made = Compact(SETTINGS, learn("compact", Compact.learner(SETTINGS), {SITE: [qkv(1)]}))
     q, k, _ = qkv(3)
-    first = made.plan(q, k, SITE)
+    first = made.plan(q, k, k, SITE)
     made.reset()
-    assert made.plan(k, q, replace(SITE, branch="uncond")) is first
+    assert made.plan(k, q, q, replace(SITE, branch="uncond")) is first
+
+
+def test_a_dense_step_is_noted_as_zeros_of_the_same_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = Compact.learner(replace(SETTINGS, dense_steps=0.5))
+    here = learner.note(*qkv(1), SITE, 0)["attention"]
+    monkeypatch.setattr("calibatt.methods.compact.attention_by_distance", None)
+    there = learner.note(*qkv(1), replace(SITE, step=0), 0)["attention"]
+    assert (there.shape, there.dtype, there.any().item()) == (here.shape, here.dtype, False)
+
+
+def test_a_prompt_with_fewer_text_tokens_has_the_same_windows(learn: Learn) -> None:
+    long, short = (replace(SITE, geometry=replace(EVEN, text_tokens=text)) for text in (16, 8))
+    made = Compact(SETTINGS, learn("compact", Compact.learner(SETTINGS), {long: [qkv(1, long.geometry)]}))
+    one, other = (made.plan(*qkv(2, site.geometry), site).mask for site in (long, short))
+    assert one is not None
+    assert other is not None
+    assert torch.equal(one.keep()[:, :24, :24], other.keep()[:, :24, :24])
 
 
 @pytest.mark.parametrize(

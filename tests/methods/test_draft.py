@@ -34,7 +34,7 @@ def planned(
     **settings: Any,
 ) -> Plan:
     site = Site(geometry=geometry, step=0, steps=1, sigma=sigma, branch="cond", layer=layer, layers=60)
-    return Draft(replace(Draft.presets[preset], **settings)).plan(q, k, site)
+    return Draft(replace(Draft.presets[preset], **settings)).plan(q, k, k, site)
 
 
 def keep(q: Tensor, k: Tensor, geometry: Geometry = GEOMETRY, **settings: Any) -> Tensor:
@@ -47,6 +47,12 @@ def noise(geometry: Geometry, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     q, k = torch.randn(2, geometry.heads, geometry.tokens, geometry.head_dim, generator=generator)
     return 8 * q, k
+
+
+def qkv(geometry: Geometry, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with values, which play no part."""
+    q, k = noise(geometry, seed)
+    return q, k, k
 
 
 def by_power(weights: list[float], powers: list[float]) -> tuple[Tensor, Tensor]:
@@ -220,7 +226,7 @@ def test_one_instance_serves_several_geometries(all_ragged: tuple[Geometry, ...]
     method = Draft(replace(Draft.presets["no-warmup"], block=(32, 16)))
     for geometry in (*all_ragged, *all_ragged):
         site = Site(geometry=geometry, step=0, steps=1, sigma=1.0, branch="cond", layer=0, layers=1)
-        plan = method.plan(*noise(geometry), site)
+        plan = method.plan(*qkv(geometry), site)
         alone = planned(*noise(geometry), geometry, block=(32, 16))
         assert plan.mask is not None
         assert alone.mask is not None

@@ -37,7 +37,7 @@ def planned(
     q: Tensor, k: Tensor, geometry: Geometry, *, preset: str = "default", step: int = 40, **changed: Any
 ) -> Plan:
     site = Site(geometry=geometry, step=step, steps=50, sigma=0.3, branch="cond", layer=0, layers=1)
-    return Jenga(replace(Jenga.presets[preset], **changed)).plan(q, k, site)
+    return Jenga(replace(Jenga.presets[preset], **changed)).plan(q, k, k, site)
 
 
 def keep(q: Tensor, k: Tensor, geometry: Geometry = FRAMES, **changed: Any) -> Tensor:
@@ -50,6 +50,12 @@ def noise(geometry: Geometry, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     q, k = torch.randn(2, geometry.heads, geometry.tokens, geometry.head_dim, generator=generator)
     return 8 * q, k
+
+
+def qkv(geometry: Geometry, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with values, which play no part."""
+    q, k = noise(geometry, seed)
+    return q, k, k
 
 
 def by_weight(weights: list[float]) -> tuple[Tensor, Tensor]:
@@ -407,7 +413,7 @@ def test_one_instance_serves_several_geometries(all_ragged: tuple[Geometry, ...]
     # the third has as many tokens as the second
     for geometry in (*all_ragged, Geometry(grid=(5, 8, 25), heads=3, head_dim=8), *all_ragged):
         site = Site(geometry=geometry, step=40, steps=50, sigma=0.3, branch="cond", layer=0, layers=1)
-        plan, alone = method.plan(*noise(geometry), site), planned(*noise(geometry), geometry, block=(32, 16))
+        plan, alone = method.plan(*qkv(geometry), site), planned(*noise(geometry), geometry, block=(32, 16))
         assert plan.mask is not None
         assert alone.mask is not None
         assert torch.equal(plan.mask.keep(), alone.mask.keep())

@@ -26,7 +26,7 @@ def keep(q: Tensor, k: Tensor, preset: str = "default", **settings: Any) -> Tens
     heads, tokens, head_dim = q.shape
     geometry = Geometry(grid=(1, 1, tokens), heads=heads, head_dim=head_dim)
     site = Site(geometry=geometry, step=0, steps=1, sigma=1.0, branch="cond", layer=0, layers=1)
-    mask = MInference(replace(MInference.presets[preset], **given)).plan(q, k, site).mask
+    mask = MInference(replace(MInference.presets[preset], **given)).plan(q, k, k, site).mask
     assert mask is not None
     return mask.keep()
 

@@ -26,7 +26,7 @@ DIAGONAL = torch.eye(4, dtype=torch.bool)
 
 def planned(q: Tensor, k: Tensor, geometry: Geometry, **settings: Any) -> Plan:
     site = Site(geometry=geometry, step=0, steps=1, sigma=1.0, branch="cond", layer=0, layers=1)
-    return Nabla(replace(Nabla.presets["default"], **settings)).plan(q, k, site)
+    return Nabla(replace(Nabla.presets["default"], **settings)).plan(q, k, k, site)
 
 
 def keep(q: Tensor, k: Tensor, geometry: Geometry = GEOMETRY, **settings: Any) -> Tensor:
@@ -39,6 +39,12 @@ def noise(geometry: Geometry, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     q, k = torch.randn(2, geometry.heads, geometry.tokens, geometry.head_dim, generator=generator)
     return 8 * q, k
+
+
+def qkv(geometry: Geometry, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with values, which play no part."""
+    q, k = noise(geometry, seed)
+    return q, k, k
 
 
 def by_weight(weights: list[float], tokens: int = 64) -> tuple[Tensor, Tensor]:
@@ -182,7 +188,7 @@ def test_one_instance_serves_several_geometries(all_ragged: tuple[Geometry, ...]
     method = Nabla(replace(Nabla.presets["default"], block=(32, 16), window=(3, 3, 3)))
     for geometry in (*all_ragged, *all_ragged):
         site = Site(geometry=geometry, step=0, steps=1, sigma=1.0, branch="cond", layer=0, layers=1)
-        plan = method.plan(*noise(geometry), site)
+        plan = method.plan(*qkv(geometry), site)
         alone = planned(*noise(geometry), geometry, block=(32, 16), window=(3, 3, 3))
         assert plan.mask is not None
         assert alone.mask is not None

@@ -28,7 +28,7 @@ def plan(geometry: Geometry, *, step: int = 0, steps: int = 50, layer: int = 0, 
     chosen: dict[str, Any] = {"preset": "no-warmup", "block": (4, 4), "decay": 0.25} | settings
     q = torch.randn(geometry.heads, geometry.tokens, geometry.head_dim)
     site = Site(geometry=geometry, step=step, steps=steps, sigma=1.0, branch="cond", layer=layer, layers=4)
-    return build("radial", **chosen).plan(q, q, site)
+    return build("radial", **chosen).plan(q, q, q, site)
 
 
 def keep(geometry: Geometry, **settings: Any) -> Tensor:
@@ -114,6 +114,6 @@ def test_another_geometry_gets_its_own_mask() -> None:
         geometry = Geometry(grid=grid, heads=2, head_dim=8)
         q = torch.zeros(2, 160, 8)
         site = Site(geometry=geometry, step=0, steps=1, sigma=1.0, branch="cond", layer=0, layers=1)
-        made = method.plan(q, q, site).mask
+        made = method.plan(q, q, q, site).mask
         assert made is not None
         assert torch.equal(made.keep()[0], keep(geometry, decay=0.2))

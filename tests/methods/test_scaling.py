@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from calibatt.kernels.geometry import Geometry
 from calibatt.methods.energy import block_energy
 from calibatt.methods.learning import Learnt
-from calibatt.methods.scaling import LEVELS, Scaling, ScalingConfig, ScalingLearner, curves, entry_levels, levels
+from calibatt.methods.scaling import LEVELS, Scaling, ScalingConfig, entry_levels, fidelities, levels, shares
 from calibatt.methods.site import Site
 
 # 4 × 4 blocks of 16 tokens
@@ -32,19 +32,21 @@ def qkv(seed: int, geometry: Geometry = GEOMETRY) -> tuple[Tensor, Tensor, Tenso
     return q, k, v
 
 
-def watched(settings: ScalingConfig, *seeds: int, site: Site = SITE) -> Mapping[str, Tensor]:
-    learner = ScalingLearner(settings)
-    for seed in seeds:
-        learner.watch(*qkv(seed, site.geometry), site)
-    return learner.tables()
+def merged(settings: ScalingConfig, *seeds: int, site: Site = SITE) -> Mapping[str, Tensor]:
+    learner = Scaling.learner(settings)
+    notes = [learner.note(*qkv(seed, site.geometry), site, prompt) for prompt, seed in enumerate(seeds)]
+    return learner.merge(notes)
 
 
-def planned(settings: ScalingConfig, tables: Mapping[str, Tensor], site: Site = SITE) -> Tensor:
-    learnt = Learnt(
-        method="scaling", preset="default", geometry=site.geometry, steps=site.steps, layers=site.layers, tables=tables
-    )
-    q, k, _ = qkv(99, site.geometry)
-    mask = Scaling(settings, learnt).plan(q, k, site).mask
+Learn = Callable[..., Learnt]
+
+
+def learnt_from(learn: Learn, settings: ScalingConfig, *seeds: int, site: Site = SITE) -> Learnt:
+    return learn("scaling", Scaling.learner(settings), {site: [qkv(seed, site.geometry) for seed in seeds]})
+
+
+def planned(settings: ScalingConfig, learnt: Learnt, site: Site = SITE) -> Tensor:
+    mask = Scaling(settings, learnt).plan(*qkv(99, site.geometry), site).mask
     assert mask is not None
     return mask.keep()
 
@@ -70,18 +72,17 @@ def test_a_level_keeps_as_many_blocks_as_its_share_holds(blocks: int) -> None:
 
 
 def test_the_map_has_the_earliest_entry_of_all_prompts() -> None:
-    tables = watched(config(), 1, 2)
     entries = [entry_levels(block_energy(*qkv(seed)[:2], block_q=16, block_k=16)) for seed in (1, 2)]
     assert not torch.equal(*entries)
-    assert torch.equal(tables["map"][1, 0], torch.minimum(*entries))
+    assert torch.equal(merged(config(), 1, 2)["map"], torch.minimum(*entries))
 
 
 @pytest.mark.parametrize("side", ["first", "last"])
-def test_text_is_in_every_mask(side: Any) -> None:
+def test_text_is_in_every_mask(side: Any, learn: Learn) -> None:
     geometry = replace(GEOMETRY, text_tokens=8, text_side=side)
     site = replace(SITE, geometry=geometry)
     settings = config(density=0.0)
-    keep = planned(settings, watched(settings, 1, site=site), site)
+    keep = planned(settings, learnt_from(learn, settings, 1, site=site), site)
     text = 0 if side == "first" else -1
     assert keep[:, text].all()
     assert keep[..., text].all()
@@ -94,7 +95,7 @@ def test_text_is_in_every_mask(side: Any) -> None:
 def test_fidelity_is_one_less_the_hellinger_distance_of_the_renormalised_row() -> None:
     energy = torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]])
     thresholds = torch.tensor([[[0, 100, 255], [255, 100, 0]]], dtype=torch.uint8)
-    fidelity, share = curves(energy, thresholds)
+    fidelity, share = fidelities(energy, thresholds), shares(thresholds)
     for level, kept in ((0, 1), (99, 1), (100, 2), (255, 3)):
         masked = energy * (thresholds <= level)
         masked /= masked.sum(-1, keepdim=True)
@@ -103,12 +104,32 @@ def test_fidelity_is_one_less_the_hellinger_distance_of_the_renormalised_row() -
         assert share[0, level].item() == pytest.approx(kept / 3)
 
 
-def test_the_curves_are_those_of_the_last_prompt_under_the_map_of_all() -> None:
-    tables = watched(config(), 1, 2)
-    energy = block_energy(*qkv(2)[:2], block_q=16, block_k=16)
-    fidelity, share = curves(energy, tables["map"][1, 0])
-    assert torch.equal(tables["fidelity"][1, 0], fidelity)
-    assert torch.equal(tables["share"][1, 0], share)
+def test_the_fidelity_is_the_mean_of_the_prompts_and_the_share_that_of_the_common_map() -> None:
+    both = merged(config(), 1, 2)
+    alone = [merged(config(), seed) for seed in (1, 2)]
+    torch.testing.assert_close(both["fidelity"], torch.stack([one["fidelity"] for one in alone]).mean(0))
+    # masks that differ hold more blocks together, at every level but the last
+    assert (both["share"] >= alone[0]["share"]).all()
+    assert torch.equal(both["share"], shares(both["map"]))
+    assert not torch.equal(both["share"], alone[0]["share"])
+
+
+def test_the_common_mask_preserves_at_least_what_the_curve_says() -> None:
+    both = merged(config(), 1, 2)
+    of_map = [fidelities(block_energy(*qkv(seed)[:2], block_q=16, block_k=16), both["map"]) for seed in (1, 2)]
+    assert (torch.stack(of_map).mean(0) >= both["fidelity"] - 1e-6).all()
+
+
+def test_the_order_of_the_prompts_plays_no_part() -> None:
+    one, other = merged(config(), 1, 2, 3), merged(config(), 3, 1, 2)
+    for name, table in one.items():
+        torch.testing.assert_close(table, other[name])
+
+
+def test_with_one_prompt_the_curve_is_that_of_its_map() -> None:
+    alone = merged(config(), 1)
+    energy = block_energy(*qkv(1)[:2], block_q=16, block_k=16)
+    assert torch.equal(alone["fidelity"], fidelities(energy, alone["map"]))
 
 
 # --- densities -------------------------------------------------------------------------------------------------------
@@ -117,13 +138,11 @@ SHARE = torch.linspace(0, 1, LEVELS)
 
 
 def two_heads() -> tuple[Tensor, Tensor]:
-    """One site, one head that reaches any fidelity with half the share of the other, and a site not watched."""
+    """One site, one head that reaches any fidelity with half the share of the other, and a dense site."""
     fidelity = torch.zeros(1, 2, 2, LEVELS)
     fidelity[0, 0, 0] = (2 * SHARE).clamp(max=1)
     fidelity[0, 0, 1] = SHARE
-    share = torch.zeros(1, 2, 2, LEVELS)
-    share[0, 0] = SHARE
-    return fidelity, share
+    return fidelity, SHARE.expand(1, 2, 2, LEVELS)
 
 
 def test_alike_by_head_all_heads_reach_one_fidelity() -> None:
@@ -149,11 +168,11 @@ def test_alike_by_site_a_site_that_loses_more_is_denser_and_alike_all_it_is_not(
 
 
 @pytest.mark.parametrize("preset", Scaling.presets)
-def test_masks_have_the_wanted_density_and_grow_with_it(preset: str) -> None:
+def test_masks_have_the_wanted_density_and_grow_with_it(preset: str, learn: Learn) -> None:
     # 64 × 64 blocks
     settings = config(preset, block=(1, 1))
-    tables = watched(settings, 1, 2)
-    masks = [planned(replace(settings, density=share), tables) for share in (0.1, 0.25, 0.45, 0.7, 1.0)]
+    learnt = learnt_from(learn, settings, 1, 2)
+    masks = [planned(replace(settings, density=share), learnt) for share in (0.1, 0.25, 0.45, 0.7, 1.0)]
     for one, more in pairwise(masks):
         assert (one <= more).all()
     # steps of 1/64 of a row in each of two prompts' share, and of 1/255
@@ -161,9 +180,8 @@ def test_masks_have_the_wanted_density_and_grow_with_it(preset: str) -> None:
     assert densities == pytest.approx([0.1, 0.25, 0.45, 0.7, 1.0], abs=0.02)
 
 
-def test_without_any_density_the_heaviest_block_of_each_prompt_stays() -> None:
-    tables = watched(config(), 1, 2)
-    keep = planned(config(density=0.0), tables)
+def test_without_any_density_the_heaviest_block_of_each_prompt_stays(learn: Learn) -> None:
+    keep = planned(config(density=0.0), learnt_from(learn, config(), 1, 2))
     expected = torch.zeros_like(keep)
     for seed in (1, 2):
         heaviest = block_energy(*qkv(seed)[:2], block_q=16, block_k=16).argmax(-1, keepdim=True)
@@ -174,31 +192,30 @@ def test_without_any_density_the_heaviest_block_of_each_prompt_stays() -> None:
 # --- where and when --------------------------------------------------------------------------------------------------
 
 
-def test_both_branches_share_a_mask_that_is_made_once() -> None:
-    settings = config()
-    learnt = Learnt(
-        method="scaling", preset="default", geometry=GEOMETRY, steps=2, layers=2, tables=watched(settings, 1)
-    )
-    made = Scaling(settings, learnt)
-    q, k, _ = qkv(3)
-    first = made.plan(q, k, SITE)
+def test_both_branches_share_a_mask_that_is_made_once(learn: Learn) -> None:
+    made = Scaling(config(), learnt_from(learn, config(), 1))
+    q, k, v = qkv(3)
+    first = made.plan(q, k, v, SITE)
     made.reset()
-    assert made.plan(k, q, replace(SITE, branch="uncond")) is first
+    assert made.plan(k, q, v, replace(SITE, branch="uncond")) is first
 
 
-def test_uniform_is_dense_for_three_tenths_of_the_steps_and_the_default_never() -> None:
+def test_uniform_is_dense_for_three_tenths_of_the_steps_and_the_default_never(learn: Learn) -> None:
     for preset, dense in (("default", 0), ("uniform", 2)):
         settings = config(preset)
-        learner = ScalingLearner(settings)
         sites = [replace(SITE, step=step, steps=10) for step in (0, 2, 3, 9)]
-        for site in sites:
-            learner.watch(*qkv(site.step), site)
-        learnt = Learnt(
-            method="scaling", preset="default", geometry=GEOMETRY, steps=10, layers=2, tables=learner.tables()
-        )
+        learnt = learn("scaling", Scaling.learner(settings), {site: [qkv(site.step)] for site in sites})
         made = Scaling(settings, learnt)
-        kinds = [made.plan(*qkv(0)[:2], site).kinds[0] for site in sites]
+        kinds = [made.plan(*qkv(0), site).kinds[0] for site in sites]
         assert kinds == ["dense"] * dense + ["masked"] * (4 - dense)
+        assert learnt.tables["fidelity"][0, 0].any().item() == (dense == 0)
+
+
+def test_a_prompt_with_fewer_text_tokens_is_refused_in_one_line(learn: Learn) -> None:
+    long, short = (replace(SITE, geometry=replace(GEOMETRY, text_tokens=text)) for text in (16, 8))
+    made = Scaling(config(), learnt_from(learn, config(), 1, site=long))
+    with pytest.raises(ValueError, match=r"^what scaling learnt is for 16 text tokens, not for 8: run `calibatt"):
+        made.plan(*qkv(1, short.geometry), short)
 
 
 @pytest.mark.parametrize("density", [-0.1, 1.1])

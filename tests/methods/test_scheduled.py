@@ -24,7 +24,7 @@ def test_the_first_steps_and_layers_are_dense_and_the_method_is_asked_afterwards
         (step, layer)
         for step in range(10)
         for layer in range(4)
-        if "masked" in method.plan(q, k, site(step, layer)).kinds
+        if "masked" in method.plan(q, k, k, site(step, layer)).kinds
     }
     assert sparse == {(step, layer) for step in range(2, 10) for layer in range(1, 4)}
 
@@ -39,5 +39,5 @@ def test_without_its_own_schedule_a_method_is_sparse_from_the_first_call_on(name
     own = build(name, preset=preset, block=(64, 64))
     bare = build(name, preset=preset, block=(64, 64), **kind.without_dense)
     noisiest = Site(geometry=GEOMETRY, step=0, steps=10, sigma=1.0, branch="cond", layer=0, layers=4)
-    assert set(own.plan(q, k, noisiest).kinds) == {"dense"}
-    assert "masked" in bare.plan(q, k, noisiest).kinds
+    assert set(own.plan(q, k, k, noisiest).kinds) == {"dense"}
+    assert "masked" in bare.plan(q, k, k, noisiest).kinds

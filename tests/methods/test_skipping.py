@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_heads_have_thresholds_of_their_own() -> None:
 def test_blasst_is_dense_at_both_ends_of_the_layers_and_leaves_the_choice_to_the_kernel_between() -> None:
     q, k = by_score(1.0, 4.0, 3.0, 9.0)
     method = build("blasst", block=BLOCK)
-    plans = [method.plan(q, k, site(layer=layer)) for layer in range(8)]
+    plans = [method.plan(q, k, k, site(layer=layer)) for layer in range(8)]
     assert [set(plan.kinds) == {"dense"} for plan in plans] == [True, True, *[False] * 4, True, True]
     skip = plans[3].skip
     assert skip is not None
@@ -120,7 +121,7 @@ def test_blasst_is_dense_at_both_ends_of_the_layers_and_leaves_the_choice_to_the
 
 def test_blassts_oracle_leaves_out_what_its_kernel_would() -> None:
     q, k = by_score(1.0, 9.0, 3.0, 8.0)
-    assert kept(build("blasst", preset="oracle", block=BLOCK).plan(q, k, site()).mask) == [True, True, False, True]
+    assert kept(build("blasst", preset="oracle", block=BLOCK).plan(q, k, k, site()).mask) == [True, True, False, True]
 
 
 def test_blassts_fit_finds_the_law_that_shares_follow() -> None:
@@ -131,46 +132,59 @@ def test_blassts_fit_finds_the_law_that_shares_follow() -> None:
     assert isinstance(fitted_threshold(torch.zeros(2, 3, 22), 60, 0.3), Unsupported)
 
 
-def test_blasst_learns_the_threshold_that_leaves_out_the_share_asked_for() -> None:
-    geometry = replace(GEOMETRY, grid=(4, 16, 16))
-    q, k, _ = torch.randn(3, 1, 1024, 64, generator=torch.Generator().manual_seed(0)).mul(2)
-    watching = learner("blasst", preset="calibrated-oracle", block=BLOCK)
-    assert watching is not None
-    where = site(geometry=geometry)
-    watching.watch(q, k, q, where)
-    tables = watching.tables()
-    assert tables["left_out"].shape == (4, 8, 22)
-    learnt = Learnt(method="blasst", preset="calibrated-oracle", geometry=geometry, steps=4, layers=8, tables=tables)
-    plan = build("blasst", preset="calibrated-oracle", source=learnt, block=BLOCK).plan(q, k, where)
+def test_blasst_learns_the_threshold_that_leaves_out_the_share_asked_for(learn: Callable[..., Learnt]) -> None:
+    where = site(geometry=replace(GEOMETRY, grid=(4, 16, 16)), step=0, steps=1, layer=2, layers=5)
+    q, k, v = torch.randn(3, 1, 1024, 64, generator=torch.Generator().manual_seed(0)).mul(2)
+    learning = learner("blasst", preset="calibrated-oracle", block=BLOCK)
+    assert learning is not None
+    everywhere = {replace(where, layer=layer): [(q, k, v), (q, k, v)] for layer in range(5)}
+    learnt = learn("blasst", learning, everywhere)
+    assert learnt.tables["left_out"].shape == (1, 5, 22)
+    mask = build("blasst", preset="calibrated-oracle", calibration=learnt, block=BLOCK).plan(q, k, v, where).mask
+    assert mask is not None
     # an exponential is not quite how shares grow
-    assert 1 - plan.density().mean().item() == pytest.approx(0.5, abs=0.1)
+    assert 1 - mask.density().item() == pytest.approx(0.5, abs=0.1)
+
+
+def test_blasst_says_that_nothing_could_be_fitted(tabled: Callable[..., Learnt]) -> None:
+    learnt = tabled("blasst", site(), {"left_out": torch.zeros(4, 8, 22)}, learner("blasst", preset="calibrated"))
+    method = build("blasst", preset="calibrated", calibration=learnt)
+    refusal = method.refusal(GEOMETRY)
+    assert refusal is not None
+    assert "use a preset with a threshold" in refusal.reason
+    q, k = by_score(1.0, 4.0, 3.0, 9.0)
+    with pytest.raises(ValueError, match="use a preset with a threshold"):
+        method.plan(q, k, k, site())
 
 
 def test_lite_leaves_out_from_the_next_step_on_what_was_low_and_never_takes_it_back() -> None:
     method = build("lite", preset="oracle", threshold=-2.0, block=BLOCK)
     steps = [(9.0, 4.0, 9.0, 8.0), (1.0, 9.0, 9.0, 5.0), (1.0, 9.0, 9.0, 9.0)]
-    found = [kept(method.plan(*by_score(*scores), site(step=step)).mask) for step, scores in enumerate(steps)]
+    found = [
+        kept(method.plan(*by_score(*scores), by_score(*scores)[1], site(step=step)).mask)
+        for step, scores in enumerate(steps)
+    ]
     assert found == [[True, True, True, True], [True, False, True, True], [True, False, True, False]]
     method.reset()
-    assert kept(method.plan(*by_score(*steps[0]), site()).mask) == [True, True, True, True]
+    assert kept(method.plan(*by_score(*steps[0]), by_score(*steps[0])[1], site()).mask) == [True, True, True, True]
 
 
 def test_lite_keeps_layers_apart() -> None:
     method = build("lite", preset="oracle", threshold=-2.0, block=BLOCK)
     q, k = by_score(9.0, 4.0, 9.0, 8.0)
-    method.plan(q, k, site(layer=2))
-    assert kept(method.plan(q, k, site(layer=3, step=1)).mask) == [True, True, True, True]
-    assert kept(method.plan(q, k, site(layer=2, step=1)).mask) == [True, False, True, True]
+    method.plan(q, k, k, site(layer=2))
+    assert kept(method.plan(q, k, k, site(layer=3, step=1)).mask) == [True, True, True, True]
+    assert kept(method.plan(q, k, k, site(layer=2, step=1)).mask) == [True, False, True, True]
 
 
 def test_lite_takes_over_what_its_kernel_noted() -> None:
     method = build("lite", threshold=-2.0, block=BLOCK)
     q, k = by_score(9.0, 4.0, 9.0, 8.0)
-    first = method.plan(q, k, site())
+    first = method.plan(q, k, k, site())
     assert first.skip is not None
     assert not first.skip.leave
     first.skip.low.bits.copy_(ALL.without(without_low(q, k, ALL, -2.0)).bits)
-    assert kept(method.plan(q, k, site(step=1)).mask) == [True, False, True, True]
+    assert kept(method.plan(q, k, k, site(step=1)).mask) == [True, False, True, True]
 
 
 @pytest.mark.parametrize(

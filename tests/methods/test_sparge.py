@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.methods.catalogue import build
+from calibatt.methods.catalogue import build, learner
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
 from calibatt.methods.skipping import without_low
-from calibatt.methods.sparge import SIMILARITIES, SpargeConfig, SpargeSearch, search
+from calibatt.methods.sparge import SIMILARITIES, Found, SpargeSearch, search
 
 # 64 tokens are 4 blocks of 16
 GEOMETRY = Geometry(grid=(4, 4, 4), heads=1, head_dim=4)
@@ -24,7 +25,7 @@ DIAGONAL = torch.eye(4, dtype=torch.bool)
 def keep(q: Tensor, k: Tensor, geometry: Geometry = GEOMETRY, **settings: Any) -> Tensor:
     chosen: dict[str, Any] = {"block": (16, 16), "similarity": 0.6} | settings
     site = Site(geometry=geometry, step=0, steps=1, sigma=1.0, branch="cond", layer=0, layers=1)
-    mask = build("sparge", **chosen).plan(q, k, site).mask
+    mask = build("sparge", **chosen).plan(q, k, k, site).mask
     assert mask is not None
     return mask.keep()
 
@@ -109,7 +110,7 @@ def test_a_shorter_last_block_is_pooled_over_its_own_tokens() -> None:
 def test_in_int8_the_blocks_are_the_same_and_each_has_a_scale() -> None:
     x = one_direction_a_block()
     site = Site(geometry=GEOMETRY, step=0, steps=1, sigma=1.0, branch="cond", layer=0, layers=1)
-    plan = build("sparge", preset="int8", topk=0.25, block=(16, 16)).plan(x, x, site)
+    plan = build("sparge", preset="int8", topk=0.25, block=(16, 16)).plan(x, x, x, site)
     assert plan.mask is not None
     assert torch.equal(plan.mask.keep()[0], DIAGONAL)
     assert plan.int8 == (16, 16)
@@ -136,7 +137,7 @@ def test_stage_two_leaves_out_nothing_but_chosen_blocks_and_compares_with_no_oth
 def test_in_the_kernel_stage_two_is_a_threshold_beside_the_same_blocks() -> None:
     q, k = graded()
     site = Site(geometry=GEOMETRY, step=0, steps=1, sigma=1.0, branch="cond", layer=0, layers=1)
-    plan = build("sparge", preset="pv-skip", block=(16, 16)).plan(q, k, site)
+    plan = build("sparge", preset="pv-skip", block=(16, 16)).plan(q, k, k, site)
     assert plan.mask is not None
     assert plan.skip is not None
     assert torch.equal(plan.mask.keep(), keep(q, k, preset="default", similarity=-0.1))
@@ -167,8 +168,8 @@ def one_channel_a_block() -> Tensor:
     return torch.eye(4).repeat_interleave(16, 0)[None]
 
 
-def bounded(l1: float, l2: float) -> SpargeConfig:
-    return SpargeConfig(l1=l1, l2=l2, block=(16, 16))
+def bounded(l1: float, l2: float) -> SpargeSearch:
+    return SpargeSearch(l1=l1, l2=l2, block=(16, 16))
 
 
 # keeping a share w and leaving out the rest is an L1 error of 2 (1 - w): 1.16, 0.56, 0.18 and 0 for one to four blocks;
@@ -213,38 +214,45 @@ def test_a_layer_has_the_largest_of_all_calls_and_a_head_that_nothing_can_be_lef
     first, second = by_weight(SHARES), by_weight([0.25, 0.25, 0.25, 0.25])
     q, k = (torch.cat(pair) for pair in zip(first, second, strict=True))
     v = one_channel_a_block().expand(2, -1, -1)
-    learning = SpargeSearch(bounded(0.1, 0.15))
-    # of the first head, the first call needs all blocks and a threshold of 4, the other one block, whatever the rest
+    learning = bounded(0.1, 0.15)
+    # of the first head, one call needs all blocks and a threshold of 4, the other one block, whatever the rest
+    notes = []
     for step, weights in enumerate((SHARES, [0.96, 0.02, 0.01, 0.01])):
         k = torch.cat((by_weight(weights)[1], k[1:]))
-        site = Site(geometry=geometry, step=step, steps=3, sigma=1.0, branch="cond", layer=1, layers=2)
-        learning.watch(q, k, v, site)
-    tables = learning.tables()
-    assert all(torch.equal(table, table[:1].expand(3, -1, -1)) for table in tables.values())
-    # layer 0 was not watched
-    assert tables["similarity"][0].tolist() == [[math.inf, math.inf], [pytest.approx(-0.1), math.inf]]
-    assert tables["cdf"][0, 1].tolist() == [math.inf, math.inf]
-    assert tables["pv_threshold"][0].tolist() == [[math.inf, math.inf], [4.0, 1.0]]
+        site = Site(geometry=geometry, step=step, steps=2, sigma=1.0, branch="cond", layer=0, layers=1)
+        notes.append(learning.note(q, k, v, site, 0))
+    # two steps of one prompt, and one step of two prompts, are calls alike
+    by_step = [learning.merge([note]) for note in notes]
+    for tables in (
+        {name: torch.stack([part[name] for part in by_step])[:, None] for name in by_step[0]},
+        {name: part[None, None] for name, part in learning.merge(notes).items()},
+    ):
+        found = Found.of(tables)
+        assert found.similarity.tolist() == [[pytest.approx(-0.1), math.inf]]
+        assert found.cdf[0, 0].item() == math.inf
+        assert found.thresholds == [[-4.0, -1.0]]
 
 
-def test_what_was_found_is_each_heads_own_and_the_first_block_is_always_kept() -> None:
+def test_what_was_found_is_each_heads_own_and_the_first_block_is_always_kept(tabled: Callable[..., Learnt]) -> None:
     geometry = Geometry(grid=(4, 4, 4), heads=3, head_dim=4)
     x, (q, k) = one_direction_a_block(), by_weight([0.1, 0.2, 0.3, 0.4])
     q, k = torch.cat((q, q, x)), torch.cat((k, k, x))
-    tables = {
-        "similarity": torch.tensor([-0.1, -0.1, math.inf]).expand(2, 2, -1),
-        "cdf": torch.tensor([[0.5, 0.95, 0.5], [0.8, 0.8, 0.8]]).expand(2, -1, -1),
-        "pv_threshold": torch.tensor([[2.0, 4.0, math.inf], [6.0, 8.0, 10.0]]).expand(2, -1, -1),
-    }
-    given = {"method": "sparge", "geometry": geometry, "steps": 2, "layers": 2, "tables": tables}
+    # the least similarity leaves out the most, but in the third head, where nothing does
+    sparsity = torch.zeros(2, 2, len(SIMILARITIES), 3)
+    sparsity[:, :, 0, :2] = 0.5
+    cdf = torch.tensor([[0.5, 0.95, 0.5], [0.8, 0.8, 0.8]])[None, :, None].repeat(2, 1, len(SIMILARITIES), 1)
+    # the largest of both steps counts
+    cdf[0] /= 2
+    threshold = torch.tensor([[2.0, 4.0, math.inf], [6.0, 8.0, 10.0]])[None, :, None].expand_as(cdf)
     site = Site(geometry=geometry, step=1, steps=2, sigma=1.0, branch="cond", layer=0, layers=2)
-    plan = build("sparge", preset="tuned", source=Learnt(preset="tuned", **given), block=(16, 16)).plan(q, k, site)
+    tables = {"sparsity": sparsity, "cdf": cdf, "pv_threshold": threshold}
+    learnt = tabled("sparge", site, tables, learner("sparge", preset="tuned", block=(16, 16)))
+    plan = build("sparge", preset="tuned", calibration=learnt, block=(16, 16)).plan(q, k, k, site)
     assert plan.mask is not None
     assert plan.mask.keep()[:, 0].int().tolist() == [[1, 0, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
     assert plan.skip is not None
     assert plan.skip.thresholds == (-2.0, -4.0, -math.inf)
-    oracle = build("sparge", preset="tuned-oracle", source=Learnt(preset="tuned-oracle", **given), block=(16, 16))
-    kept = oracle.plan(q, k, site)
+    kept = build("sparge", preset="tuned-oracle", calibration=learnt, block=(16, 16)).plan(q, k, k, site)
     assert kept.skip is None
     assert torch.equal(kept.mask.keep(), without_low(q, k, plan.mask, plan.skip.thresholds).keep())  # type: ignore[union-attr]
 

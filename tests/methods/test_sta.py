@@ -31,7 +31,7 @@ def method(preset: str = "no-warmup", **settings: Any) -> SlidingTile:
 def plan(geometry: Geometry, made: SlidingTile, *, step: int = 0, steps: int = 50) -> Plan:
     q = torch.zeros(geometry.heads, geometry.tokens, geometry.head_dim)
     site = Site(geometry=geometry, step=step, steps=steps, sigma=1.0, branch="cond", layer=0, layers=1)
-    return made.plan(q, q, site)
+    return made.plan(q, q, q, site)
 
 
 def keep(geometry: Geometry, preset: str = "no-warmup", **settings: Any) -> Tensor:
@@ -308,7 +308,7 @@ def found(distance: Tensor, config: SlidingTileConfig = FOUND, step: int = 3) ->
         method="sta", preset="searched", geometry=SEARCHED, steps=4, layers=2, tables={"distance": distance}
     )
     q, k, _ = qkv(99)
-    return SlidingTile(config, learnt).plan(q, k, place(step))
+    return SlidingTile(config, learnt).plan(q, k, k, place(step))
 
 
 def of_window(window: tuple[int, int, int], **settings: Any) -> Plan:

@@ -202,19 +202,19 @@ def test_heads_of_frames_are_spatial_and_heads_of_places_temporal() -> None:
     frame, place = torch.arange(128) // 16, torch.arange(128) % 16
     x = 8 * torch.eye(16)[torch.stack((place, frame))]
     made = SparseVideoGen(config(**SMALL))
-    assert temporal(made.plan(x, x, at(VIDEO))) == [True, False]
-    assert temporal(made.plan(x.flip(0), x.flip(0), at(VIDEO))) == [False, True]
+    assert temporal(made.plan(x, x, x, at(VIDEO))) == [True, False]
+    assert temporal(made.plan(x.flip(0), x.flip(0), x.flip(0), at(VIDEO))) == [False, True]
 
 
 def test_heads_whose_errors_are_equal_are_spatial() -> None:
     # queries that see nothing but themselves lose nothing either way
     x = 100 * torch.eye(128).expand(2, -1, -1)
-    assert temporal(SparseVideoGen(config(**SMALL)).plan(x, x, at(VIDEO))) == [False, False]
+    assert temporal(SparseVideoGen(config(**SMALL)).plan(x, x, x, at(VIDEO))) == [False, False]
 
 
 def test_one_mask_serves_all_heads() -> None:
     x = torch.zeros(2, 128, 16)
-    mask = SparseVideoGen(config(**SMALL)).plan(x, x, at(VIDEO)).mask
+    mask = SparseVideoGen(config(**SMALL)).plan(x, x, x, at(VIDEO)).mask
     assert mask is not None
     assert mask.heads == 1
 
@@ -265,7 +265,7 @@ def test_the_learnt_choice_is_by_outputs() -> None:
     # a band of whole frames has all places, a band of whole places all frames; weights are the same in both heads
     method, _ = learnt_from(by_frame_and_place())
     q = torch.zeros(2, 128, 16)
-    assert temporal(method.plan(q, q, at(VIDEO))) == [True, False]
+    assert temporal(method.plan(q, q, q, at(VIDEO))) == [True, False]
 
 
 def test_videos_add_up_and_what_was_not_watched_is_spatial() -> None:
@@ -276,8 +276,8 @@ def test_videos_add_up_and_what_was_not_watched_is_spatial() -> None:
     # three times the value is nine times its square
     torch.testing.assert_close(both[3, 2], once + 9 * once.flip(-1))
     q = torch.zeros(2, 128, 16)
-    assert temporal(method.plan(q, q, at(VIDEO))) == [False, True]
-    assert temporal(method.plan(q, q, at(VIDEO, step=4))) == [False, False]
+    assert temporal(method.plan(q, q, q, at(VIDEO))) == [False, True]
+    assert temporal(method.plan(q, q, q, at(VIDEO, step=4))) == [False, False]
 
 
 def test_only_the_learnt_preset_learns() -> None:
@@ -306,7 +306,7 @@ def test_the_first_steps_and_layers_are_dense(
 
     def dense(step: int, layer: int) -> bool:
         site = at(VIDEO, step=step, steps=steps, layer=layer, layers=layers)
-        return method.plan(x, x, site).kinds[0] == "dense"
+        return method.plan(x, x, x, site).kinds[0] == "dense"
 
     assert [dense(step, layers - 1) for step in range(dense_steps + 2)] == [*[True] * dense_steps, False, False]
     assert [dense(steps - 1, layer) for layer in range(dense_layers + 2)] == [*[True] * dense_layers, False, False]

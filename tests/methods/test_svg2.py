@@ -34,6 +34,12 @@ def noise(geometry: Geometry = GEOMETRY, seed: int = 0) -> tuple[Tensor, Tensor]
     return 2 * q, k
 
 
+def qkv(geometry: Geometry = GEOMETRY, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with values, which play no part."""
+    q, k = noise(geometry, seed)
+    return q, k, k
+
+
 def made(preset: str = "no-warmup", **settings: Any) -> Svg2:
     return Svg2(replace(Svg2.presets[preset], **{**SMALL, **settings}))
 
@@ -61,7 +67,7 @@ def test_the_first_call_takes_more_turns_than_later_ones(turns: list[Tensor]) ->
     method = made(first_iterations=6, iterations=2, tolerance=0.0)
     for expected, step in ((6, 20), (2, 21), (2, 22)):
         turns.clear()
-        method.plan(*noise(), site(step=step))
+        method.plan(*qkv(), site(step=step))
         # of queries, then of keys
         assert [len(start[0]) for start in turns] == [8] * expected + [16] * expected
 
@@ -69,10 +75,10 @@ def test_the_first_call_takes_more_turns_than_later_ones(turns: list[Tensor]) ->
 def test_a_later_call_starts_from_the_last_calls_centroids(turns: list[Tensor]) -> None:
     method = made(first_iterations=200)
     q, k = noise()
-    first = method.plan(q, k, site(step=20)).order
+    first = method.plan(q, k, k, site(step=20)).order
     turns.clear()
     # k-means had come to an end on these tokens: it starts there, and the first turn shows that it may end
-    later = method.plan(q, k, site(step=21)).order
+    later = method.plan(q, k, k, site(step=21)).order
     assert first is not None
     assert later is not None
     assert torch.equal(later.queries, first.queries)
@@ -82,27 +88,27 @@ def test_a_later_call_starts_from_the_last_calls_centroids(turns: list[Tensor]) 
 @pytest.mark.parametrize("elsewhere", [{"branch": "uncond"}, {"sample": 1}, {"layer": 6}])
 def test_each_branch_sample_and_layer_begins_anew(elsewhere: dict[str, Any], turns: list[Tensor]) -> None:
     method = made(first_iterations=4, tolerance=0.0)
-    method.plan(*noise(), site())
+    method.plan(*qkv(), site())
     turns.clear()
-    method.plan(*noise(), site(**elsewhere))
+    method.plan(*qkv(), site(**elsewhere))
     assert len(turns) == 2 * 4
     turns.clear()
     # and what was there before goes on
-    method.plan(*noise(), site(step=21))
+    method.plan(*qkv(), site(step=21))
     assert len(turns) == 2 * 2
 
 
 def test_a_reset_an_earlier_step_and_other_tokens_begin_anew(turns: list[Tensor]) -> None:
     method = made(first_iterations=4, tolerance=0.0)
     other = replace(GEOMETRY, grid=(16, 5, 16))
-    method.plan(*noise(), site())
+    method.plan(*qkv(), site())
     for again in (site(step=19), site(other)):
         turns.clear()
-        method.plan(*noise(), again)
+        method.plan(*qkv(), again)
         assert len(turns) == 2 * 4
     method.reset()
     turns.clear()
-    method.plan(*noise(), site(other, step=21))
+    method.plan(*qkv(), site(other, step=21))
     assert len(turns) == 2 * 4
 
 
@@ -110,7 +116,7 @@ def test_layers_and_seeds_draw_other_tokens(turns: list[Tensor]) -> None:
     starts = []
     for seed, layer in ((0, 5), (0, 5), (0, 6), (1, 5)):
         turns.clear()
-        made(seed=seed).plan(*noise(), site(layer=layer))
+        made(seed=seed).plan(*qkv(), site(layer=layer))
         starts.append(turns[0])
     assert torch.equal(starts[0], starts[1])
     assert not any(torch.equal(starts[0], other) for other in starts[2:])
@@ -119,11 +125,11 @@ def test_layers_and_seeds_draw_other_tokens(turns: list[Tensor]) -> None:
 @pytest.mark.parametrize(("preset", "dense"), [("default", 10), ("paper", 15), ("no-warmup", 0)])
 def test_the_first_steps_and_layers_are_dense(preset: str, dense: int) -> None:
     method = made(preset)
-    kinds = {step: method.plan(*noise(), site(step=step)).kinds[0] for step in (0, dense - 1, dense) if step >= 0}
+    kinds = {step: method.plan(*qkv(), site(step=step)).kinds[0] for step in (0, dense - 1, dense) if step >= 0}
     assert kinds.pop(dense) == "masked"
     assert set(kinds.values()) <= {"dense"}
     # 0.03 of 40 layers is one, of 30 none
-    first = [method.plan(*noise(), site(step=30, layer=0, layers=layers)).kinds[0] for layers in (40, 30)]
+    first = [method.plan(*qkv(), site(step=30, layer=0, layers=layers)).kinds[0] for layers in (40, 30)]
     assert first == (["masked", "masked"] if preset == "no-warmup" else ["dense", "masked"])
 
 
@@ -131,7 +137,7 @@ def test_queries_see_the_clusters_that_point_their_way_wherever_their_tokens_lie
     # tokens of four kinds by lot, each along its own axis: with clusters by kind, a query sees its own alone
     kinds = torch.arange(4).repeat_interleave(320)[torch.randperm(1280, generator=torch.Generator().manual_seed(0))]
     x = 8 * torch.eye(8)[kinds].expand(2, -1, -1)
-    plan = made(clusters=(20, 20), mass=0.9, least_share=0.0).plan(x, x, site())
+    plan = made(clusters=(20, 20), mass=0.9, least_share=0.0).plan(x, x, x, site())
     assert plan.order is not None
     for head in range(2):
         queries, keys = (kinds[order[head].long()] for order in (plan.order.queries, plan.order.keys))
@@ -143,14 +149,14 @@ def test_queries_see_the_clusters_that_point_their_way_wherever_their_tokens_lie
 def test_the_least_share_is_kept_whatever_the_mass() -> None:
     q, k = noise()
     for share, count in ((0.0, 1), (0.1, 1), (0.25, 4), (1.0, 16)):
-        kept = keep(made(mass=0.0, least_share=share, block=None).plan(q, k, site()))
+        kept = keep(made(mass=0.0, least_share=share, block=None).plan(q, k, k, site()))
         assert kept.sum(-1).unique().tolist() == [count]
 
 
 def test_more_mass_keeps_all_that_less_keeps() -> None:
     last = torch.zeros(1, dtype=torch.bool)
     for mass in (0.0, 0.3, 0.6, 0.9, 1.0):
-        kept = keep(made(mass=mass, least_share=0.0).plan(*noise(), site()))
+        kept = keep(made(mass=mass, least_share=0.0).plan(*qkv(), site()))
         assert not (last & ~kept).any()
         last = kept
     assert last.all()
@@ -158,9 +164,9 @@ def test_more_mass_keeps_all_that_less_keeps() -> None:
 
 def test_without_a_block_the_plan_is_of_the_clusters_that_blocks_cover() -> None:
     q, k = noise()
-    covering = made(mass=0.3).plan(q, k, site())
+    covering = made(mass=0.3).plan(q, k, k, site())
     # a block that the caller wishes for is not one of clusters
-    own = build("svg2", preset="clusters-no-warmup", block=(32, 16), clusters=(8, 16), mass=0.3).plan(q, k, site())
+    own = build("svg2", preset="clusters-no-warmup", block=(32, 16), clusters=(8, 16), mass=0.3).plan(q, k, k, site())
     assert isinstance(own.mask, VariableBlockMask)
     assert torch.equal(keep(covering), own.mask.cover((32, 16)).keep())
     assert keep(own).shape == (2, 8, 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from calibatt.kernels.geometry import Geometry
 from calibatt.methods import svoo
 from calibatt.methods.clusters import random_tokens
-from calibatt.methods.learning import Learner, Learning, Learnt
+from calibatt.methods.learning import Learner, Learnt
 from calibatt.methods.site import Site
 from calibatt.methods.svoo import Svoo, SvooConfig, cocluster, needed_share
 
@@ -34,15 +35,25 @@ def noise(seed: int = 0, geometry: Geometry = GEOMETRY) -> tuple[Tensor, Tensor]
     return 2 * q, k
 
 
-def learnt(share: Tensor | float) -> Learnt:
-    table = torch.as_tensor(share, dtype=torch.float32).expand(STEPS, LAYERS, GEOMETRY.heads)
-    return Learnt(
-        method="svoo", preset="default", geometry=GEOMETRY, steps=STEPS, layers=LAYERS, tables={"share": table}
-    )
+def qkv(seed: int = 0, geometry: Geometry = GEOMETRY) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with values, which play no part."""
+    q, k = noise(seed, geometry)
+    return q, k, k
 
 
-def made(share: Tensor | float = 0.2, **settings: Any) -> Svoo:
-    return Svoo(replace(CONFIG, **settings), learnt(share))
+Made = Callable[..., Svoo]
+
+
+@pytest.fixture
+def made(tabled: Callable[..., Learnt]) -> Made:
+    """The method, with a table of shares."""
+
+    def of(share: Tensor | float = 0.2, **settings: Any) -> Svoo:
+        config = replace(CONFIG, **settings)
+        table = torch.as_tensor(share, dtype=torch.float32).expand(STEPS, LAYERS, GEOMETRY.heads)
+        return Svoo(config, tabled("svoo", site(), {"share": table}, Svoo.learner(config)))
+
+    return of
 
 
 @pytest.fixture
@@ -87,71 +98,60 @@ def test_heads_taken_in_parts_need_the_same_share(monkeypatch: pytest.MonkeyPatc
 
 def test_the_table_is_the_mean_over_videos_and_so_many_deviations_more() -> None:
     learner = Svoo.learner(CONFIG)
-    shares = []
-    for scale in (0.5, 1.0, 3.0):
-        q, k = noise()
-        learner.watch(scale * q, k, k, site())
-        alone = Svoo.learner(CONFIG)
-        alone.watch(scale * q, k, k, site())
-        shares.append(alone.tables()["share"][4, 1])
-    table = learner.tables()["share"]
-    assert table.shape == (STEPS, LAYERS, 2)
-    stacked = torch.stack(shares).double()
-    torch.testing.assert_close(table[4, 1], (stacked.mean(0) + 1.645 * stacked.std(0)).float())
-    # nothing was watched elsewhere
-    assert table.isnan().sum() == table.numel() - 2
+    q, k = noise()
+    notes = [learner.note(scale * q, k, k, site(), prompt) for prompt, scale in enumerate((0.5, 1.0, 3.0))]
+    stacked = torch.stack([note["share"] for note in notes]).double()
+    expected = stacked.mean(0) + 1.645 * stacked.std(0)
+    torch.testing.assert_close(learner.merge(notes)["share"], expected.float())
+    torch.testing.assert_close(learner.merge(notes[::-1])["share"], expected.float())
 
 
 def test_one_video_has_no_deviation_and_all_rows_are_exact() -> None:
     learner = Svoo.learner(replace(CONFIG, rows=10**6))
     q, k = noise()
-    learner.watch(q, k, k, site())
-    torch.testing.assert_close(learner.tables()["share"][4, 1], needed_share(q, k, 0.95))
+    merged = learner.merge([learner.note(q, k, k, site(), 0)])
+    torch.testing.assert_close(merged["share"], needed_share(q, k, 0.95))
 
 
 def test_text_is_neither_watched_nor_counted() -> None:
     geometry = replace(GEOMETRY, text_tokens=50, text_side="first")
     q, k = noise()
     learner = Svoo.learner(CONFIG)
-    learner.watch(q, k, k, site())
     # text that would take all attention
     text = torch.full((2, 50, 8), 100.0)
-    other = Svoo.learner(CONFIG)
     with_text = (torch.cat((text, x), 1) for x in (q, k, k))
-    other.watch(*with_text, site(geometry))
-    assert torch.equal(other.tables()["share"][4, 1], learner.tables()["share"][4, 1])
+    other = learner.note(*with_text, site(geometry), 0)
+    assert torch.equal(other["share"], learner.note(q, k, k, site(), 0)["share"])
 
 
-def test_a_learner_draws_from_no_global_generator_and_without_videos_has_no_table() -> None:
+def test_a_learner_draws_from_no_global_generator_and_alike_for_every_prompt() -> None:
     learner = Svoo.learner(CONFIG)
     assert isinstance(learner, Learner)
-    assert isinstance(Svoo, Learning)
-    with pytest.raises(ValueError, match="watched no video"):
-        learner.tables()
     state = torch.get_rng_state()
-    learner.watch(*noise(), noise()[1], site())
+    one, other = (learner.note(*qkv(), site(), prompt)["share"] for prompt in (0, 1))
     assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(one, other)
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
-def test_each_head_keeps_its_learnt_share_within_bounds() -> None:
+def test_each_head_keeps_its_learnt_share_within_bounds(made: Made) -> None:
     table = torch.full((STEPS, LAYERS, 2), 0.5)
     table[4, 1] = torch.tensor([0.3, 0.01])
-    table[5, 1] = torch.tensor([0.9, math.nan])
+    table[5, 1] = torch.tensor([0.9, 0.4])
     method = made(table, mass=0.0, bounds=(0.1, 0.4), block=None)
-    # of 20 clusters; where nothing was learnt, the upper bound
+    # of 20 clusters
     for step, expected in ((4, [6, 2]), (5, [8, 8])):
-        mask = method.plan(*noise(), site(step=step)).mask
+        mask = method.plan(*qkv(), site(step=step)).mask
         assert mask is not None
         assert [row.unique().tolist() for row in mask.keep().sum(-1)] == [[count] for count in expected]
 
 
-def test_the_mass_keeps_more_than_the_share_where_attention_is_even() -> None:
+def test_the_mass_keeps_more_than_the_share_where_attention_is_even(made: Made) -> None:
     q, k = noise()
     # queries so short that all keys weigh alike: 0.9 of all, whatever the share
-    mask = made(mass=0.9, block=None).plan(0.001 * q, k, site()).mask
+    mask = made(mass=0.9, block=None).plan(0.001 * q, k, k, site()).mask
     assert mask is not None
     held = torch.einsum("hqk,hk->hq", mask.keep().double(), mask.sizes()[1].double()) / GEOMETRY.tokens
     assert held.min() >= 0.9
@@ -159,10 +159,10 @@ def test_the_mass_keeps_more_than_the_share_where_attention_is_even() -> None:
 
 
 @pytest.mark.parametrize("elsewhere", [{"grid": (16, 5, 16)}, {"text_tokens": 3}])
-def test_a_table_of_other_videos_is_refused_in_dense_steps_too(elsewhere: dict[str, Any]) -> None:
+def test_a_table_of_other_videos_is_refused_in_dense_steps_too(elsewhere: dict[str, Any], made: Made) -> None:
     geometry = replace(GEOMETRY, **elsewhere)
-    with pytest.raises(ValueError, match="learnt for"):
-        made(dense_steps=0.5).plan(*noise(geometry=geometry), site(geometry, step=0))
+    with pytest.raises(ValueError, match="what svoo learnt is for"):
+        made(dense_steps=0.5).plan(*qkv(geometry=geometry), site(geometry, step=0))
 
 
 @pytest.mark.parametrize("wrong", [{"mass": 1.1}, {"bounds": (0.2, 0.1)}, {"reuse": -1.0}, {"rows": 0}])
@@ -218,21 +218,21 @@ def test_keys_that_no_query_tells_apart_are_one() -> None:
 # --- what is kept ----------------------------------------------------------------------------------------------------
 
 
-def test_clusters_are_kept_for_a_share_of_the_schedule(made_at: list[int]) -> None:
+def test_clusters_are_kept_for_a_share_of_the_schedule(made_at: list[int], made: Made) -> None:
     # 2 dense steps of 10, then clusters of steps 2 to 5 and of 6 to 9
     method = made(dense_steps=0.2, reuse=0.4)
     counts = []
     for step in range(STEPS):
-        method.plan(*noise(seed=step), site(step=step))
+        method.plan(*qkv(seed=step), site(step=step))
         counts.append(len(made_at))
     assert counts == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
 
 
-def test_kept_clusters_hold_at_later_steps_with_the_shares_of_those() -> None:
+def test_kept_clusters_hold_at_later_steps_with_the_shares_of_those(made: Made) -> None:
     table = torch.full((STEPS, LAYERS, 2), 0.1)
     table[5] = 0.3
     method = made(table, mass=0.0, bounds=(0.0, 1.0), reuse=1.0, block=None)
-    first, later = (method.plan(*noise(seed=step), site(step=step)) for step in (4, 5))
+    first, later = (method.plan(*qkv(seed=step), site(step=step)) for step in (4, 5))
     assert first.order is not None
     assert later.order is not None
     assert torch.equal(later.order.queries, first.order.queries)
@@ -246,27 +246,27 @@ def test_kept_clusters_hold_at_later_steps_with_the_shares_of_those() -> None:
 
 @pytest.mark.parametrize("elsewhere", [{"branch": "uncond"}, {"sample": 1}, {"layer": 2}, {"step": 3}])
 def test_each_branch_sample_and_layer_and_an_earlier_step_begin_anew(
-    elsewhere: dict[str, Any], made_at: list[int]
+    elsewhere: dict[str, Any], made_at: list[int], made: Made
 ) -> None:
     method = made(reuse=1.0)
-    method.plan(*noise(), site(step=4))
-    method.plan(*noise(seed=1), site(**{"step": 5, **elsewhere}))
+    method.plan(*qkv(), site(step=4))
+    method.plan(*qkv(seed=1), site(**{"step": 5, **elsewhere}))
     assert len(made_at) == 2
 
 
-def test_a_reset_forgets_clusters(made_at: list[int]) -> None:
+def test_a_reset_forgets_clusters(made_at: list[int], made: Made) -> None:
     method = made(reuse=1.0)
-    method.plan(*noise(), site(step=4))
-    method.plan(*noise(), site(step=5))
+    method.plan(*qkv(), site(step=4))
+    method.plan(*qkv(), site(step=5))
     assert len(made_at) == 1
     method.reset()
-    method.plan(*noise(), site(step=6))
+    method.plan(*qkv(), site(step=6))
     assert len(made_at) == 2
 
 
-def test_a_step_that_is_due_answers_alike_when_it_is_asked_twice() -> None:
+def test_a_step_that_is_due_answers_alike_when_it_is_asked_twice(made: Made) -> None:
     method = made(reuse=0.4)
-    one, other = (method.plan(*noise(), site(step=4)) for _ in range(2))
+    one, other = (method.plan(*qkv(), site(step=4)) for _ in range(2))
     assert one.mask is not None
     assert other.mask is not None
     assert torch.equal(one.mask.keep(), other.mask.keep())

@@ -25,7 +25,7 @@ def plan(
 ) -> Plan:
     config = replace(XAttention.presets[preset], **{"block": (16, 16), "stride": 4} | settings)
     site = Site(geometry=geometry, step=step, steps=50, sigma=1.0, branch="cond", layer=0, layers=1)
-    return XAttention(config).plan(q, k, site)
+    return XAttention(config).plan(q, k, k, site)
 
 
 def keep(q: Tensor, k: Tensor, geometry: Geometry = GEOMETRY, **settings: Any) -> Tensor:
