@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,10 @@ def assemble(transformer: Any, *, shift: float = SHIFT) -> Any:
         transformer: a WanTransformer3DModel that takes this model's text features.
         shift: of the flow-matching schedule.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
     _quieten()
-    return WanPipeline(
+    return _pipeline_class()(
         tokenizer=SceneTokenizer(),
         text_encoder=SceneTextEncoder(),
         vae=PixelCodec(),
@@ -60,26 +61,56 @@ def assemble(transformer: Any, *, shift: float = SHIFT) -> Any:
     )
 
 
+@functools.cache
+def _pipeline_class() -> Any:
+    from diffusers import WanPipeline
+
+    class ShapesPipeline(WanPipeline):  # type: ignore[misc]
+        """Makes as many frames as it is asked for.
+
+        Wan's own pipeline rounds to one more than a multiple of its codec's stride in time, which is 1 here: to one
+        frame more than was asked for.
+        """
+
+        def __call__(self, *args: Any, num_frames: int = 8, **keywords: Any) -> Any:
+            return super().__call__(*args, num_frames=num_frames - 1, **keywords)
+
+    return ShapesPipeline
+
+
 def load_pipeline(*, device: torch.device, dtype: torch.dtype, weights: Path | None = None) -> Any:
     """The trained model as a WanPipeline.
 
     Args:
         device, dtype: of the transformer.
-        weights: a folder with config.json and safetensors of another training; the shipped weights where None.
+        weights: a folder with config.json and safetensors of another training, or with such a folder `transformer`, as
+            the hub has it; the shipped weights where None.
 
     Raises:
-        OSError: the folder holds no weights.
+        OSError: the folder holds no weights, or others than this model's.
     """
     from diffusers import WanTransformer3DModel
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = WEIGHTS if weights is None else weights
-    if not (folder / "config.json").is_file():
-        raise OSError(f"{folder} holds no weights: reinstall calibatt, or run python -m calibatt.models.shapes.train")
+    if (folder / "transformer").is_dir():
+        folder /= "transformer"
+    files = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not files:
+        raise OSError(
+            f"{folder} has no config.json with .safetensors beside it: save a transformer there by save_pretrained, or "
+            "leave out --weights for the model's own"
+        )
     # from_pretrained would need the package accelerate, which a model of 17 MB does not
-    transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder))
-    state = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-    transformer.load_state_dict(state)
+    try:
+        transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder))
+        state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        transformer.load_state_dict(state)
+    except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        # torch lists every parameter that does not fit, one a line
+        reason = " ".join(str(error).split())
+        raise OSError(f"{folder} does not hold this model: {reason:.200}") from None
     transformer.eval().requires_grad_(False)
     return assemble(cast(transformer, dtype)).to(device)
 
