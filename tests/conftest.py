@@ -24,7 +24,7 @@ if already := sorted(name for name in sys.modules if name.split(".")[0] == "cali
 # these are imported before the check, and so go without it: a record checks its own fields, since it is also read
 # from files, and its tests give it wrong ones; beartype takes numpy's str_ for strings of length 0; and device code is
 # no Python
-for name in ("bench.record", "reports.entries", *(f"kernels.{name}_code" for name in ("estimate", "gluon", "triton"))):
+for name in ("bench.record", "reports.artifact", *(f"kernels.{name}_code" for name in ("estimate", "gluon", "triton"))):
     importlib.import_module(f"calibatt.{name}")
 # every other annotation of the library is enforced: shapes by jaxtyping, other types by beartype; an int is a float, as
 # everywhere in Python's typing
