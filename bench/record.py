@@ -1,36 +1,83 @@
 """The record: one arm on one workload, and the file that holds a run of them.
 
-A run is pytest-benchmark's own JSON. Each benchmark's `extra_info` has the fields of `Record` under their own names;
-raw times stay in `stats.data`. Cells that were not timed stand in a top-level list `untimed` with the same fields.
-Nothing here imports torch, so that reports can be made anywhere.
+A run is pytest-benchmark's own JSON. Each benchmark's `extra_info` has the fields of `Record` under their own names,
+raw times included, since pytest-benchmark leaves `stats.data` out unless told otherwise. Cells that were not timed
+stand in a top-level list `untimed` with the same fields. What a file may hold is checked when it is read: types by
+pydantic, values by the record itself. Nothing here imports torch, so that reports can be made anywhere.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePath
 from statistics import median
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import Required, TypedDict
 
 from calibatt.bench.statistics import Interval, paired_ratio
 
 SCHEMA = 1
 
+# this is the one home of these words: the rest of the benchmark imports them from here
 Suite = Literal["kernel", "attention", "denoise", "calibration"]
 Outcome = Literal["ok", "wrong", "unsupported", "out_of_memory", "failed"]
+Mode = Literal["native", "matched", "equal_density", "equal_fidelity"]
+# `rows`: heads that reuse rows; `mixed`: every other head reuses rows, the others have a random mask
+Pattern = Literal["random", "banded", "captured", "rows", "mixed"]
+# of matplotlib: those that have a glyph in text too
+Marker = Literal["o", "s", "^", "v", "<", ">", "D", "P", "X", "*"]
 Samples = tuple[float, ...]
 
-SUITES: tuple[Suite, ...] = ("kernel", "attention", "denoise", "calibration")
-OUTCOMES: tuple[Outcome, ...] = ("ok", "wrong", "unsupported", "out_of_memory", "failed")
+SUITES: tuple[Suite, ...] = get_args(Suite)
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+MARKERS: tuple[Marker, ...] = get_args(Marker)
+
+# phases that are in no sample: they come on top of the time, not out of it
+OUTSIDE_PHASES = frozenset({"launch"})
+
+# beyond every quantity that is measured here, and so far from overflow that sums and ratios stay finite
+_LARGEST = 1e30
+# a thousandth of what the finest clock tells, the nanosecond of `time.perf_counter_ns`
+_SHORTEST_S = 1e-12
+# an error is read on a terminal, and may quote a file
+_LONGEST_LINE = 300
+# names stand in tables and figures
+_Name = Annotated[str, Field(max_length=200)]
+
+# no string is a number, no NaN a measurement, and what we do not know may mean anything
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+# pytest-benchmark writes more than we read
+_OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+def plain(text: str, longest: int | None = None) -> str:
+    """Text as one line that a terminal shows as it is: what cannot be printed is escaped, as in a Python string.
+
+    Args:
+        text: from a file or an exception.
+        longest: characters; of a longer text, the middle is left out.
+    """
+    line = "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+    if longest is None or len(line) <= longest:
+        return line
+    end = longest // 3
+    return f"{line[: longest - end - 3]} … {line[-end:]}"
 
 
 class UnusableFile(ValueError):
-    """A file that is not a run of this suite; the message is one line that says why."""
+    """A file that is not a run of this suite; the message is one line of bounded length that says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(plain(message, _LONGEST_LINE))
 
 
+@with_config(_STRICT)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """One arm (a method on a kernel) on one workload. What was not measured is None, never 0 or NaN.
@@ -39,6 +86,8 @@ class Record:
         suite, model, weights, resolution, frames, steps, tokens, heads, head_dim, dtype, compiled: the workload.
         inputs: where attention's inputs come from, if they are not the model's own.
         guidance: classifier-free guidance scale of a whole generation.
+        method_label, method_colour, method_marker: how a report shows the method: its authors' spelling, `#RRGGBB`, and
+            one of `MARKERS`.
         method, preset, mode: `native` is the method's own settings; `matched` has the run's dense schedule in place of
             the method's; `equal_density` has settings that give a density, target_density, or CalibAtt's where there is
             none; `equal_fidelity` those that give target_psnr_db. In the kernel suite the method is `blocks` and the
@@ -54,11 +103,11 @@ class Record:
         outcome, reason: a record other than `ok` says why and carries no times.
         throttled: whether the GPU lowered its clocks meanwhile.
     Time, in seconds:
-        samples_s: end to end, one a round (in `stats.data` of the file).
+        samples_s: end to end, one a round.
         baseline_samples_s: the dense arm, same rounds.
         phases_s: samples of each phase (`plan`, `attend`, …). In the kernel suite on a GPU: `lists`, what it takes to
             make lists of the mask's bits (a part of each sample, taken again by itself), and `launch`, the host's time
-            until all is queued, which is in no sample.
+            until all is queued, which is in no sample (`OUTSIDE_PHASES`).
         first_call_s: a kernel's first call under this plan in a kernel benchmark, in which it compiles what this run
             and its cache on disk do not have yet; in no sample.
         tflops: of the blocks kept.
@@ -79,42 +128,45 @@ class Record:
     artifact: file with pictures' data, relative to the JSON file.
 
     Raises:
-        ValueError: the fields contradict each other.
+        ValueError: the fields contradict each other, or a value cannot be.
     """
 
     suite: Suite
-    model: str
-    method: str
-    kernel: str
+    model: _Name
+    method: _Name
+    kernel: _Name
     outcome: Outcome
     reason: str | None = None
-    weights: str | None = None
-    resolution: str | None = None
+    method_label: _Name | None = None
+    method_colour: str | None = None
+    method_marker: Marker | None = None
+    weights: _Name | None = None
+    resolution: _Name | None = None
     frames: int | None = None
     steps: int | None = None
     guidance: float | None = None
     tokens: int | None = None
     heads: int | None = None
     head_dim: int | None = None
-    dtype: str | None = None
+    dtype: _Name | None = None
     compiled: bool | None = None
-    preset: str | None = None
-    inputs: str | None = None
-    mode: Literal["native", "matched", "equal_density", "equal_fidelity"] | None = None
+    preset: _Name | None = None
+    inputs: _Name | None = None
+    mode: Mode | None = None
     target_density: float | None = None
     target_psnr_db: float | None = None
     dense_steps: float | None = None
     dense_layers: float | None = None
-    block_choice: str | None = None
-    ran_on: str | None = None
+    block_choice: _Name | None = None
+    ran_on: _Name | None = None
     block: tuple[int, int] | None = None
-    mask: Literal["random", "banded", "captured", "rows", "mixed"] | None = None
-    baseline: str | None = None
+    mask: Pattern | None = None
+    baseline: _Name | None = None
     prompts: tuple[str, ...] | None = None
     throttled: bool | None = None
     samples_s: Samples | None = None
     baseline_samples_s: Samples | None = None
-    phases_s: Mapping[str, Samples] | None = None
+    phases_s: Mapping[_Name, Samples] | None = None
     first_call_s: float | None = None
     tflops: float | None = None
     gemm_tflops: float | None = None
@@ -135,7 +187,7 @@ class Record:
     alignment: Samples | None = None
     alignment_dense: Samples | None = None
     mask_agreement: float | None = None
-    artifact: str | None = None
+    artifact: _Name | None = None
 
     def __post_init__(self) -> None:
         problem = self._contradiction()
@@ -153,12 +205,46 @@ class Record:
             return "an outcome other than 'ok' says why, and only such a one"
         if self.baseline_samples_s is not None and len(self.baseline_samples_s) != len(self.samples_s or ()):
             return "samples and baseline samples are not pairs"
+        if self.mode == "equal_fidelity" and self.target_psnr_db is None:
+            return "mode equal_fidelity has a target_psnr_db"
         error, budget = self.kernel_error, self.kernel_error_budget
         if self.outcome == "ok" and error is not None and budget is not None and error > budget:
             return f"kernel error {error:.3g} exceeds its budget {budget:.3g}"
-        for name, number in _numbers(asdict(self)):
-            if not math.isfinite(number):
-                return f"{name} is {number}: what was not measured is left out"
+        return self._strange_value() or self._strange_look()
+
+    def _strange_value(self) -> str | None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value == () or (isinstance(value, Mapping) and () in value.values()):
+                return f"{field.name} is empty: what was not measured is left out"
+            for number in _numbers(value):
+                # so written that it holds of NaN too
+                if not abs(number) <= _LARGEST:
+                    shown = f"{number}" if isinstance(number, float) else "too large"
+                    return f"{field.name} is {shown}: what was not measured is left out"
+        times = (*(self.samples_s or ()), *(self.baseline_samples_s or ()))
+        if min(times, default=1.0) < _SHORTEST_S:
+            return "a sample is not a positive time"
+        phases = self.phases_s or {}
+        if len({len(phases[name]) for name in ("permute", "unpermute") if name in phases}) > 1:
+            return "permute and unpermute are not pairs"
+        if min((sample for samples in phases.values() for sample in samples), default=0.0) < 0:
+            return "a phase has a negative time"
+        if self.block is not None and min(self.block) < 1:
+            return "a block has at least one token"
+        if self.density is not None and self.density < 0:
+            return f"density {self.density:g} is negative"
+        return None
+
+    def _strange_look(self) -> str | None:
+        if self.method_colour is not None and not re.fullmatch("#[0-9a-fA-F]{6}", self.method_colour):
+            return f"method_colour {self.method_colour!r} is not of the form #RRGGBB"
+        if self.method_marker is not None and self.method_marker not in MARKERS:
+            return f"method_marker {self.method_marker!r} is none of {' '.join(MARKERS)}"
+        if self.artifact is not None:
+            path = PurePath(self.artifact)
+            if path.is_absolute() or ".." in path.parts or not path.name:
+                return "its artifact is not a file beside the run"
         return None
 
     @property
@@ -190,12 +276,20 @@ class Record:
 
     @property
     def arm(self) -> str:
-        """Short name of the arm within its workload, e.g. `radial/default` or `dense`."""
-        name = self.method if self.preset in (None, "default") else f"{self.method}/{self.preset}"
+        """Short name of the arm within its workload, e.g. `radial/no-warmup =0.35` or `dense`."""
+        return self._spelt(self.method, " =density", " ={:g}", " ={:g} dB")
+
+    @property
+    def title(self) -> str:
+        """The arm as a report names it, e.g. `SpargeAttn at density 0.35`."""
+        return self._spelt(self.method_label or self.method, " at equal density", " at density {:g}", " at {:g} dB")
+
+    def _spelt(self, method: str, equal_density: str, density: str, fidelity: str) -> str:
+        name = method if self.preset in (None, "default") else f"{method}/{self.preset}"
         if self.mode == "equal_density":
-            name += " =density" if self.target_density is None else f" ={self.target_density:g}"
+            name += equal_density if self.target_density is None else density.format(self.target_density)
         elif self.mode == "equal_fidelity":
-            name += f" ={self.target_psnr_db:g} dB"
+            name += fidelity.format(self.target_psnr_db)
         if self.dense_steps is not None:
             name += f", {self.dense_steps:.0%} of the steps dense"
         if self.dense_layers:
@@ -209,7 +303,7 @@ class Record:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What is the same measurement in another run, also where it failed there before it knew its blocks."""
+        """Identity of a measurement across runs. Block size is excluded: an arm that failed early never had one."""
         if self.suite == "kernel":
             return (*self.workload, self.method, self.preset, self.kernel, self.block, self.mask)
         # elsewhere a preset or a choice fixes the blocks, and dense runs on whichever kernel is fastest that day
@@ -219,7 +313,8 @@ class Record:
 
     def to_extra_info(self) -> dict[str, Any]:
         """The fields as they stand in the file; what was not measured is absent."""
-        info = {name: value for name, value in asdict(self).items() if value is not None and name != "samples_s"}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        info = {name: value for name, value in values.items() if value is not None}
         if self.speedup is not None:
             info["speedup"] = {name: value for name, value in asdict(self.speedup).items() if value is not None}
         return {"schema": SCHEMA, **info}
@@ -228,19 +323,22 @@ class Record:
     def from_extra_info(cls, info: Mapping[str, Any], samples_s: Samples | None = None) -> Record:
         """Rebuild a record from a file's fields.
 
+        Args:
+            info: the fields, as JSON has them.
+            samples_s: `stats.data`, where files of earlier versions have the samples.
+
         Raises:
-            ValueError: another schema, an unknown or missing field, or a contradiction.
+            ValueError: another schema, an unknown or missing field, a wrong type, or a contradiction.
         """
         if info.get("schema") != SCHEMA:
             raise ValueError(f"its schema is {info.get('schema')!r}, this version reads {SCHEMA}")
-        known = {field.name for field in fields(cls)}
-        given = {name: _tupled(value) for name, value in info.items() if name not in ("schema", "speedup")}
-        if unknown := sorted(set(given) - known):
-            raise ValueError(f"unknown fields {', '.join(unknown)}")
+        given = {name: value for name, value in info.items() if name not in ("schema", "speedup")}
+        if samples_s is not None:
+            given.setdefault("samples_s", samples_s)
         try:
-            return cls(samples_s=samples_s, **given)
-        except TypeError as error:
-            raise ValueError(f"fields are missing: {error}") from None
+            return _RECORD.validate_json(json.dumps(given))
+        except ValidationError as error:
+            raise ValueError(_first(error)) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,7 +366,53 @@ class Run:
         if record.artifact is None:
             return None
         path = self.path.parent / record.artifact
-        return path if path.is_file() else None
+        # unlike `path.is_file`, this is False of a name that no file can have
+        return path if os.path.isfile(path) else None
+
+
+class _Cpu(TypedDict, total=False):
+    brand_raw: str | None
+    count: int | None
+
+
+@with_config(_OPEN)
+class _Machine(TypedDict, total=False):
+    gpu: str | None
+    cpu: _Cpu | None
+    threads: int | None
+    versions: dict[str, str] | None
+
+
+@with_config(_OPEN)
+class _Commit(TypedDict, total=False):
+    id: str | None
+    dirty: bool | None
+    branch: str | None
+
+
+@with_config(_OPEN)
+class _Stats(TypedDict, total=False):
+    data: Samples
+
+
+@with_config(_OPEN)
+class _Benchmark(TypedDict):
+    stats: _Stats
+    extra_info: dict[str, Any]
+
+
+@with_config(_OPEN)
+class _File(TypedDict, total=False):
+    benchmarks: Required[list[_Benchmark]]
+    untimed: list[dict[str, Any]]
+    machine_info: _Machine | None
+    commit_info: _Commit | None
+    datetime: str
+    command: str
+
+
+_RECORD = TypeAdapter(Record)
+_FILE = TypeAdapter(_File)
 
 
 def load_run(path: Path) -> Run:
@@ -278,52 +422,50 @@ def load_run(path: Path) -> Run:
         UnusableFile: it is missing, not JSON, not ours, of another schema, or empty of records.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = _FILE.validate_json(path.read_bytes())
     except OSError as error:
         raise UnusableFile(
             f"{path}: cannot be read ({error.strerror}); give a file of `pytest bench --benchmark-json`"
         ) from None
-    except ValueError:
-        raise UnusableFile(f"{path}: is not JSON; give a file of `pytest bench --benchmark-json`") from None
-    if not isinstance(data, dict) or not isinstance(data.get("benchmarks"), list):
-        raise UnusableFile(f"{path}: is not a pytest-benchmark file; make one with `pytest bench --benchmark-json`")
-    records: list[Record] = []
-    try:
-        for benchmark in data["benchmarks"]:
-            samples = tuple(float(value) for value in benchmark["stats"]["data"])
-            records.append(Record.from_extra_info(benchmark["extra_info"], samples))
-        records.extend(Record.from_extra_info(info) for info in data.get("untimed", []))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UnusableFile(f"{path}: is not a calibatt run ({type(error).__name__}: {error})") from None
-    except ValueError as error:
-        raise UnusableFile(f"{path}: is not a usable calibatt run: {error}") from None
+    except ValidationError as error:
+        raise UnusableFile(f"{path}: {_first(error)}; give a file of `pytest bench --benchmark-json`") from None
+    records = [
+        _record(f"{path}: benchmarks[{place}].extra_info", benchmark["extra_info"], benchmark["stats"].get("data"))
+        for place, benchmark in enumerate(data["benchmarks"])
+    ]
+    records += [_record(f"{path}: untimed[{place}]", info) for place, info in enumerate(data.get("untimed", []))]
     if not records:
         raise UnusableFile(f"{path}: holds no records; was every benchmark deselected?")
     return Run(
         path=path,
         machine=data.get("machine_info") or {},
         commit=data.get("commit_info") or {},
-        datetime=str(data.get("datetime", "")),
-        command=str(data.get("command", "")),
+        datetime=data.get("datetime", ""),
+        command=data.get("command", ""),
         records=tuple(records),
     )
 
 
-def _tupled(value: Any) -> Any:
-    """JSON lists as tuples, so that records compare and hash by value."""
-    if isinstance(value, list):
-        return tuple(_tupled(item) for item in value)
-    if isinstance(value, dict):
-        return {name: _tupled(item) for name, item in value.items()}
-    return value
+def _record(where: str, info: Mapping[str, Any], samples_s: Samples | None = None) -> Record:
+    try:
+        return Record.from_extra_info(info, samples_s)
+    except ValueError as error:
+        raise UnusableFile(f"{where}: {error}") from None
 
 
-def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _numbers(item, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list | tuple):
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong: where, and what."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in found["loc"]).lstrip(".")
+    said = found["msg"].removeprefix("Value error, ")
+    return f"{where}: {said}" if where else said
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple):
         for item in value:
-            yield from _numbers(item, name)
+            yield from _numbers(item)
     elif isinstance(value, float | int) and not isinstance(value, bool):
-        yield name, float(value)
+        yield value

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import functools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 CONFIDENCE = 0.95
 
@@ -47,12 +48,18 @@ def paired_ratio(baseline: Sequence[float], samples: Sequence[float]) -> Interva
     )
 
 
+# a report asks several times an arm
+@functools.cache
 def _sign_test_rank(count: int) -> int | None:
     """Largest r for which [ratios[r], ratios[-1-r]] covers the median with the wanted confidence, if any does."""
-    best, tail = None, 0.0
+    best, tail, ways = None, 0, 1
+    # in whole numbers, of 2**count: as floats the tails of some thousand samples are zero
+    share = Fraction(1 - CONFIDENCE) / 2
+    most = (share.numerator << count) // share.denominator
     for rank in range(count // 2):
-        tail += math.comb(count, rank) / 2**count
-        if 2 * tail > 1 - CONFIDENCE:
+        # `ways` is count over rank
+        tail += ways
+        if tail > most:
             break
-        best = rank
+        best, ways = rank, ways * (count - rank) // (rank + 1)
     return best

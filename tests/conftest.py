@@ -27,7 +27,7 @@ if already := sorted(name for name in sys.modules if name.split(".")[0] == "cali
 # traces would be traced with the checks; and device code is no Python
 for name in (
     "bench.record",
-    "reports.entries",
+    "reports.artifact",
     "models.adapter",
     "models.families.wan",
     "models.families.mochi",

@@ -1,4 +1,4 @@
-"""What a workload's figures say, in sentences; a method that is not faster is said to be so."""
+"""What a workload's figures say, in sentences; of a method that is not faster they say so."""
 
 from __future__ import annotations
 
@@ -6,42 +6,36 @@ import statistics
 from collections.abc import Sequence
 
 from calibatt.bench.record import Record
-from calibatt.reports.entries import RANDOM, Entry
+from calibatt.reports.columns import seconds
+from calibatt.reports.rows import RANDOM, Row
 
 # densities that differ by less count as equal: the tolerance to which the benchmark sets them
 _SAME_DENSITY = 0.01
 
 
-def headlines(entries: Sequence[Entry]) -> list[str]:
+def findings(rows: Sequence[Row]) -> list[str]:
     """Sentences about one workload: methods from the fastest on, the control, what is doubtful or missing."""
-    timed = [entry for entry in entries if entry.record.speedup is not None]
+    timed = [row for row in rows if row.record.speedup is not None]
     timed.sort(key=_place)
-    said = [_speed(entry) for entry in timed]
-    said += [_preparation(entry) for entry in entries if entry.record.suite == "calibration" and entry.record.samples_s]
-    said += _control(entries, timed)
-    throttled = [entry.label for entry in entries if entry.record.throttled]
+    said = [_speed(row) for row in timed]
+    said += [_preparation(row) for row in rows if row.record.suite == "calibration" and row.record.samples_s]
+    said += _control(rows, timed)
+    throttled = [row.label for row in rows if row.record.throttled]
     if throttled:
         said.append(f"Heat or power held the GPU's clock down during {_listed(throttled)}: the times are doubtful.")
-    missing = [entry.label for entry in entries if entry.record.outcome != "ok"]
+    missing = [row.label for row in rows if row.record.outcome != "ok"]
     if missing:
         said.append(f"Not timed: {_listed(missing)}; the reasons stand below.")
     return said
 
 
-def _place(entry: Entry) -> tuple[bool, float]:
-    assert entry.record.speedup is not None
-    return entry.record.method == RANDOM, -entry.record.speedup.median
+def _place(row: Row) -> tuple[bool, float]:
+    assert row.record.speedup is not None
+    return row.record.method == RANDOM, -row.record.speedup.median
 
 
-def seconds(value: float) -> str:
-    """A time of three digits, with its unit."""
-    scale, unit = next(((scale, unit) for scale, unit in ((1.0, "s"), (1e-3, "ms")) if value >= scale), (1e-6, "µs"))
-    shown = value / scale
-    return f"{shown:.{2 if shown < 10 else 1 if shown < 100 else 0}f} {unit}"
-
-
-def _speed(entry: Entry) -> str:
-    record, interval = entry.record, entry.record.speedup
+def _speed(row: Row) -> str:
+    record, interval = row.record, row.record.speedup
     assert interval is not None
     if interval.low is None or interval.high is None:
         count = len(record.samples_s or ())
@@ -64,12 +58,12 @@ def _speed(entry: Entry) -> str:
         facts.append(f"alignment {after:.2f} where dense has {before:.2f}")
     if record.density is not None:
         facts.append(f"density {record.density:.2f}")
-    return "; ".join([f"{entry.label} {verdict}", ", ".join(facts)] if facts else [f"{entry.label} {verdict}"]) + "."
+    return "; ".join([f"{row.label} {verdict}", ", ".join(facts)] if facts else [f"{row.label} {verdict}"]) + "."
 
 
-def _preparation(entry: Entry) -> str:
-    record = entry.record
-    said = f"{entry.label} needs {seconds(statistics.median(record.samples_s or ()))} to calibrate"
+def _preparation(row: Row) -> str:
+    record = row.record
+    said = f"{row.label} needs {seconds(statistics.median(record.samples_s or ()))} to calibrate"
     if record.calibration_cost_ratio is not None:
         said += f", {record.calibration_cost_ratio:.2f} times what the same videos take densely"
     if record.mask_agreement is not None:
@@ -77,14 +71,14 @@ def _preparation(entry: Entry) -> str:
     return f"{said}."
 
 
-def _control(entries: Sequence[Entry], timed: Sequence[Entry]) -> list[str]:
-    """How the methods stand against masks that were drawn by lot."""
-    methods = [entry for entry in timed if entry.record.method != RANDOM and _closeness(entry.record) is not None]
+def _control(rows: Sequence[Row], timed: Sequence[Row]) -> list[str]:
+    """How the methods stand against masks that are random."""
+    methods = [row for row in timed if row.record.method != RANDOM and _closeness(row.record) is not None]
     if not methods:
         return []
-    controls = [entry for entry in timed if entry.record.method == RANDOM and _closeness(entry.record) is not None]
+    controls = [row for row in timed if row.record.method == RANDOM and _closeness(row.record) is not None]
     if not controls:
-        ran = any(entry.record.method == RANDOM for entry in entries)
+        ran = any(row.record.method == RANDOM for row in rows)
         why = "could not be timed" if ran else "was not asked for"
         return [f"The random control {why}: nothing shows what the choice of blocks is worth."]
     said = []

@@ -1,0 +1,111 @@
+"""What all figures share: sizes, ink, how an arm is marked, and how many of them share a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from calibatt.bench.record import Mode
+from calibatt.reports.rows import DENSE, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# inches: a page column; at this width the type below stays readable when a phone shrinks it by half
+WIDTH = 7.0
+FONT = 11
+SMALL = 9.5
+INK = "#222222"
+FAINT = "#BBBBBB"
+
+# a marker and its colour are a method's; how much of it is filled tells the mode without colour
+FILLS: Mapping[Mode | None, Literal["full", "left", "bottom", "top"]] = MappingProxyType(
+    {None: "full", "native": "full", "matched": "left", "equal_density": "bottom", "equal_fidelity": "top"}
+)
+_MODES: Mapping[Mode, str] = MappingProxyType(
+    {
+        "native": "own settings", "matched": "the same dense schedule", "equal_density": "at a given density",
+        "equal_fidelity": "at a given fidelity",
+    }
+)  # fmt: skip
+
+# arms of one picture that has a line for each: no picture may have more than 2**16 pixels a side
+_MOST_LINES = 100
+# arms of one picture that has a row of pictures for each: sixty take minutes to lay out, and cannot be seen together
+_MOST_ROWS = 8
+
+
+def new_figure(height: float) -> Figure:
+    """A figure so many inches high, that belongs to no window and no global state."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
+
+
+def marked(row: Row, *, size: float, hollow: bool = False) -> dict[str, Any]:
+    """How `Axes.plot` marks an arm.
+
+    Args:
+        row: the arm.
+        size: of the marker, in points.
+        hollow: with an outline alone.
+    """
+    return {
+        "marker": row.marker, "color": row.colour, "markersize": size, "markeredgewidth": 1.0,
+        "fillstyle": "none" if hollow else FILLS[row.record.mode], "markerfacecoloralt": "white", "linestyle": "none",
+    }  # fmt: skip
+
+
+def name_modes(axes: Axes, rows: Sequence[Row]) -> None:
+    """Say above the axes what the filling of the markers means, where there are several modes."""
+    there = [mode for mode in _MODES if any(row.record.mode == mode for row in rows)]
+    if len(there) < 2:
+        return
+    for mode in there:
+        axes.plot([], [], "o", color=INK, markersize=8, fillstyle=FILLS[mode], markerfacecoloralt="white",
+                  label=_MODES[mode])  # fmt: skip
+    legend(axes, len(there))
+
+
+def legend(axes: Axes, columns: int) -> None:
+    """The legend, above the axes."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, fontsize=SMALL, borderaxespad=0.2
+    )
+
+
+def plain_axes(axes: Axes) -> None:
+    """No frame, faint lines for reading along x."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", color=FAINT, linewidth=0.5, alpha=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=FONT - 1)
+    axes.xaxis.label.set_fontsize(FONT)
+    axes.yaxis.label.set_fontsize(FONT)
+
+
+def name_lines(axes: Axes, rows: Sequence[Row]) -> None:
+    """One line an arm, from the top down, with its name."""
+    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+
+
+def parts(figure: Figure, count: int) -> list[Any]:
+    """The figure cut into so many parts, one below the other."""
+    return list(figure.subfigures(count, 1, squeeze=False)[:, 0])
+
+
+def lines(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """The arms in portions of one picture that has a line for each."""
+    return _portions(rows, _MOST_LINES)
+
+
+def sparse_portions(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """The arms other than dense, in portions of one picture that has a row of pictures for each."""
+    return _portions([row for row in rows if row.record.method != DENSE], _MOST_ROWS)
+
+
+def _portions(rows: Sequence[Row], most: int) -> Iterator[Sequence[Row]]:
+    return (rows[first : first + most] for first in range(0, len(rows), most))

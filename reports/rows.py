@@ -1,0 +1,91 @@
+"""The arms of a workload as a report shows them: name, look, and the data of their pictures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from calibatt.bench.record import MARKERS, Marker, Record, Run, plain
+from calibatt.reports.artifact import Pictures, load_pictures
+
+DENSE = "dense"
+RANDOM = "random"
+
+# Okabe and Ito, "Color Universal Design" (2008), without the yellow that white paper swallows
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# the markers as text has them, for the page and for titles
+GLYPHS: Mapping[Marker, str] = MappingProxyType(
+    {"o": "●", "s": "■", "^": "▲", "v": "▼", "<": "◀", ">": "▶", "D": "◆", "P": "✚", "X": "✖", "*": "★"}
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Row:
+    """One arm in a report.
+
+    Args:
+        record: what was measured.
+        label: name that no other arm of the workload has.
+        colour, marker: of its method, the same in every figure and in any company.
+        pictures: data of its pictures, if there is any.
+    """
+
+    record: Record
+    label: str
+    colour: str
+    marker: Marker
+    pictures: Pictures | None
+
+    @property
+    def glyph(self) -> str:
+        """The marker, as text."""
+        return GLYPHS[self.marker]
+
+    @property
+    def heading(self) -> str:
+        """The label with the marker before it."""
+        return f"{self.glyph} {self.label}"
+
+
+def rows(run: Run, records: Sequence[Record]) -> tuple[Row, ...]:
+    """The arms of one workload, dense first.
+
+    Raises:
+        UnusableFile: an artifact is not what it should be.
+    """
+    ordered = sorted(records, key=lambda record: record.method != DENSE)
+    found = []
+    for record, label in zip(ordered, labels(ordered), strict=True):
+        colour, marker = look(record)
+        pictures = load_pictures(run.artifact(record))
+        found.append(Row(record=record, label=label, colour=colour, marker=marker, pictures=pictures))
+    return tuple(found)
+
+
+def labels(records: Sequence[Record]) -> list[str]:
+    """A name for each record; kernel, block and mask are added where the name alone would stand for several."""
+    names = [record.title for record in records]
+    for field in ("kernel", "block", "mask"):
+        count = Counter(names)
+        names = [
+            name if count[name] == 1 or getattr(record, field) is None else f"{name}, {_shown(getattr(record, field))}"
+            for name, record in zip(names, records, strict=True)
+        ]
+    return [plain(name) for name in names]
+
+
+def look(record: Record) -> tuple[str, Marker]:
+    """Colour and marker of a record's method: its own, or else ones that its name alone decides."""
+    chance = int.from_bytes(hashlib.sha256(record.method.encode()).digest()[:8], "big")
+    marker_number, colour_number = divmod(chance, len(COLOURS))
+    colour = COLOURS[colour_number] if record.method_colour is None else record.method_colour
+    marker = MARKERS[marker_number % len(MARKERS)] if record.method_marker is None else record.method_marker
+    return colour, marker
+
+
+def _shown(value: Any) -> str:
+    return "×".join(map(str, value)) if isinstance(value, tuple) else str(value)
