@@ -30,6 +30,13 @@ def _text(page: Path) -> str:
     return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", without_style)))
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the figures out, which take most of the time."""
+    monkeypatch.setattr("calibatt.reports.page.pictures", lambda rows, stem: [])
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_the_page_shows_every_arm_and_every_reason(full_run: Path, tmp_path: Path) -> None:
     shown = _text(write_report([full_run], tmp_path / "report"))
     records = load_run(full_run).records
@@ -60,6 +67,7 @@ def test_every_picture_on_the_page_is_a_file_beside_it(full_run: Path, tmp_path:
         assert any(name.endswith(f"-{kind}.png") for name in named)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_tables_quote_the_figures_of_every_arm_that_has_a_speedup_beside_it(
     small_run: Path, tmp_path: Path
 ) -> None:
@@ -106,6 +114,7 @@ def test_several_runs_share_a_page_and_no_picture(
     assert len(pictures) == len(set(pictures)) > 2
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("records", "said"),
     [
@@ -115,7 +124,7 @@ def test_several_runs_share_a_page_and_no_picture(
         ({"speed": 1.3, "rounds": 3}, "in 3 rounds, too few for an interval or a claim"),
     ],
 )
-def test_the_headline_claims_no_more_than_the_interval(
+def test_a_finding_claims_no_more_than_the_interval(
     records: dict[str, float], said: str, write_run: Callable[..., Path], make: SimpleNamespace, tmp_path: Path
 ) -> None:
     path = write_run([make.dense_arm(), make.arm("calibatt", **records)])
@@ -124,6 +133,7 @@ def test_the_headline_claims_no_more_than_the_interval(
     assert "The random control was not asked for" in shown
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("psnr", "density", "speed", "beats"),
     [(35, 0.42, 1.2, True), (35, 0.9, 1.6, True), (35, 0.9, 1.1, False), (20, 0.42, 1.6, False)],
@@ -148,6 +158,7 @@ def test_an_unusable_file_writes_nothing(small_run: Path, tmp_path: Path) -> Non
     assert set(tmp_path.iterdir()) == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_unreadable_pictures_are_named_and_leave_the_old_report(full_run: Path, tmp_path: Path) -> None:
     page = write_report([full_run], tmp_path / "report")
     old = page.read_bytes()
@@ -238,6 +249,7 @@ def test_dying_while_a_report_is_replaced_leaves_a_whole_page_that_the_next_run_
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_page_shows_each_method_by_its_marker_in_one_landmark(small_run: Path, tmp_path: Path) -> None:
     page = write_report([small_run], tmp_path / "report").read_text(encoding="utf-8")
     for record in load_run(small_run).records:
@@ -248,6 +260,7 @@ def test_a_page_shows_each_method_by_its_marker_in_one_landmark(small_run: Path,
     assert body.endswith("</main>")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_names_of_others_are_text_on_the_page_and_in_the_tables(
     write_run: Callable[..., Path], make: SimpleNamespace, tmp_path: Path
 ) -> None:
