@@ -1,9 +1,13 @@
-"""The command line. Each subcommand is one function that returns the exit code; errors are one line on stderr."""
+"""The command line. Each subcommand is one function that returns the exit code; an error is one line on stderr."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -11,20 +15,58 @@ from typing import Any
 
 # what argparse itself exits with on bad input; `gate` uses 1 and 3 for its verdicts
 EXIT_BAD_INPUT = 2
+# EX_SOFTWARE of sysexits.h; Python's own 1 would be the gate's regression
+EXIT_INTERNAL = 70
+# 128 + the signal, as shells count
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+# set to anything, it shows where an internal error was raised
+TRACEBACK = "CALIBATT_TRACEBACK"
+_LONGEST_LINE = 300
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # a terminal or a pipe that knows no × is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments))
-    except (ValueError, OSError) as error:
-        print(f"calibatt {arguments.command}: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        code = int(arguments.run(arguments))
+        # or else what is wrong with stdout would show after the exit code is decided
+        print(end="", flush=True)
+        return code
+    except Exception as error:
+        return _failed(arguments.command, error)
     except KeyboardInterrupt:
-        print(f"calibatt {arguments.command}: stopped; nothing was written", file=sys.stderr)
-        # 128 + SIGINT, as shells count
-        return 130
+        _complain(f"calibatt {arguments.command}: stopped; nothing was written")
+        return EXIT_INTERRUPTED
+
+
+def _failed(command: str, error: Exception) -> int:
+    """Say what went wrong, in one line; returns the exit code."""
+    from calibatt.bench.record import plain
+
+    if isinstance(error, BrokenPipeError):
+        # nobody reads on, as with `| head`: what Python would still write at its exit is dropped
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    if isinstance(error, ValueError | OSError):
+        _complain(plain(f"calibatt {command}: {error}", _LONGEST_LINE))
+        return EXIT_BAD_INPUT
+    if os.environ.get(TRACEBACK):
+        _complain("".join(traceback.format_exception(error)).rstrip())
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    hint = f"set {TRACEBACK}=1 to see where"
+    _complain(plain(f"calibatt {command}: internal error: {what}", _LONGEST_LINE - len(hint)) + f" ({hint})")
+    return EXIT_INTERNAL
+
+
+def _complain(text: str) -> None:
+    # without a reader on stderr either, the exit code must do
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -179,6 +179,8 @@ class Plan:
         skip: what the kernel notes and leaves out of the mask by itself; None for nothing. Every head is masked then.
         int8: how many queries, and how many keys, side by side, have one scale where they are multiplied in INT8
             (`kernels/int8.py`); None where they are multiplied as they are.
+        scored: blocks whose scores the method computes to find the mask, as a kernel that skips would; None for none.
+            No kernel reads it: it counts in the density.
 
     Raises:
         ValueError: a part is missing, or belongs to another sequence or number of heads.
@@ -191,6 +193,7 @@ class Plan:
     order: TokenOrder | None = None
     skip: Skip | None = None
     int8: tuple[int, int] | None = None
+    scored: BlockMask | None = None
 
     def __post_init__(self) -> None:
         if ("masked" in self.kinds) != (self.mask is not None) or ("reused" in self.kinds) != (self.reuse is not None):
@@ -199,7 +202,7 @@ class Plan:
             )
         if self.mask is not None and self.mask.heads not in (1, len(self.kinds)):
             raise ValueError(f"the mask has {self.mask.heads} heads, the plan {len(self.kinds)}")
-        for part in (self.mask, self.reuse, self.order):
+        for part in (self.mask, self.reuse, self.order, self.scored):
             if part is not None and part.tokens != self.tokens:
                 raise ValueError(f"the plan is for {self.tokens} tokens, its {type(part).__name__} for {part.tokens}")
         if self.order is not None:
@@ -225,9 +228,17 @@ class Plan:
         return cls(tokens=geometry.tokens, kinds=_alike("dense", geometry.heads))
 
     @classmethod
-    def masked(cls, mask: Mask, heads: int, order: TokenOrder | None = None, skip: Skip | None = None) -> Plan:
+    def masked(
+        cls,
+        mask: Mask,
+        heads: int,
+        order: TokenOrder | None = None,
+        skip: Skip | None = None,
+        scored: BlockMask | None = None,
+    ) -> Plan:
         """Every head computes the blocks of the mask, which may hold the tokens in another order."""
-        return cls(tokens=mask.tokens, kinds=_alike("masked", heads), mask=mask, order=order, skip=skip)
+        kinds = _alike("masked", heads)
+        return cls(tokens=mask.tokens, kinds=kinds, mask=mask, order=order, skip=skip, scored=scored)
 
     def realised(self) -> Plan:
         """What a kernel that has computed this plan did compute: what it left out by itself is gone from the mask."""
@@ -248,6 +259,7 @@ class Plan:
             reuse=None if self.reuse is None else self.reuse.to(device),
             order=None if self.order is None else self.order.each(lambda order: order.to(device)),
             skip=None if self.skip is None else replace(self.skip, low=self.skip.low.to(device)),
+            scored=None if self.scored is None else self.scored.to(device),
         )
 
     def of_heads(self, heads: Sequence[int]) -> Plan:
@@ -257,7 +269,8 @@ class Plan:
         skip = self.skip and self.skip.of_heads(heads)
         order = self.order and self.order.each(lambda order: order if len(order) == 1 else order[list(heads)])
         reuse = self.reuse if "reused" in kinds else None
-        return replace(self, kinds=kinds, mask=mask, reuse=reuse, order=order, skip=skip)
+        scored = self.scored and self.scored.of_heads(heads)
+        return replace(self, kinds=kinds, mask=mask, reuse=reuse, order=order, skip=skip, scored=scored)
 
     def heads_of(self, kind: HeadKind) -> list[int]:
         """Indices of the heads of one kind."""
@@ -280,8 +293,12 @@ class Plan:
     def density(self) -> Float[Tensor, "heads"]:
         """Computed fraction of each head's products, of queries with keys and of weights with values.
 
-        What a kernel leaves out by itself counts for half, since it needs the scores to know; once it has run.
+        What a kernel leaves out by itself counts for half, since it needs the scores to know; once it has run. So does
+        what the method scored to find the mask.
         """
+        if self.scored is not None:
+            left = replace(self, scored=None)
+            return (replace(left, mask=self.scored).density() + left.density()) / 2
         if self.skip is not None and self.skip.leave:
             return (replace(self, skip=None).density() + self.realised().density()) / 2
         density = torch.ones(len(self.kinds), dtype=torch.float64)
@@ -298,7 +315,9 @@ class Plan:
         parts += [] if self.reuse is None else [self.reuse.computed, self.reuse.source]
         if self.order is not None:
             parts += [self.order.queries] if self.order.shared else [self.order.queries, self.order.keys]
-        return parts + ([] if self.skip is None else self.skip.low.tensors())
+        for noted in (None if self.skip is None else self.skip.low, self.scored):
+            parts += [] if noted is None else noted.tensors()
+        return parts
 
     def nbytes(self) -> int:
         """Memory of the plan, in bytes."""

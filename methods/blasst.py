@@ -6,7 +6,7 @@ threshold. What differs:
 
 - A block is the mask's, 128 × 64 tokens unless told otherwise; there it is the tile that the kernel happens to have.
 - Presets named oracle find the same blocks before the call, so that every kernel can compute what is left. Their times
-  are no times of this method: the search costs more than attention, and scores of low blocks are not computed.
+  are no times of this method: the search costs more than attention. Their density is: scores of low blocks count.
 - The calibration watches every call of the videos; there it is one pass, over 4 prompts.
 """
 
@@ -129,7 +129,7 @@ class Blasst(Method):
         heads = site.geometry.heads
         mask = all_blocks(site.geometry.tokens, self.config.block, q.device)
         if self.config.oracle:
-            return Plan.masked(without_low(q, k, mask, self._threshold), heads)
+            return Plan.masked(without_low(q, k, mask, self._threshold), heads, scored=mask)
         return Plan.masked(mask, heads, skip=Skip.of(mask, heads, threshold=self._threshold, leave=True))
 
 

@@ -1,4 +1,4 @@
-"""What methods share that put alike tokens into clusters: k-means, the choice of clusters, and their plan.
+"""What methods share that cluster similar tokens: k-means, attention between clusters, and their plan.
 
 Clusters are blocks that differ in size, which the Triton kernel computes as they are. Kernels of fixed blocks compute
 every block with a pair of tokens of kept clusters, which is more.
@@ -107,9 +107,9 @@ def cluster_counts(geometry: Geometry, clusters: tuple[int, int]) -> tuple[int, 
 def random_tokens(
     x: Float[Tensor, "heads tokens head_dim"], count: int, generator: torch.Generator
 ) -> Float[Tensor, "heads {count} head_dim"]:
-    """Centroids to begin with: some tokens of each head by lot, none twice, in fp32."""
-    lots = torch.rand(x.shape[:2], generator=generator, device=x.device)
-    return x.take_along_dim(lots.topk(count).indices[:, :, None], 1).float()
+    """Centroids to begin with: random tokens of each head, none twice, in fp32."""
+    draws = torch.rand(x.shape[:2], generator=generator, device=x.device)
+    return x.take_along_dim(draws.topk(count).indices[:, :, None], 1).float()
 
 
 def kmeans(
@@ -134,14 +134,14 @@ def kmeans(
         turn += 1
         nearest = centroids.to(x.dtype)
         # the nearest centroid has the largest x · c - |c|² / 2
-        grouped = regroup(x, centroids, nearest, nearest.float().square().sum(-1) / -2)
+        grouped = assign(x, centroids, nearest, nearest.float().square().sum(-1) / -2)
         # to look at how far they moved is to wait for the device: not after the last turn
         if turn >= iterations or bool((grouped.centroids - centroids).norm(dim=-1).max() < tolerance):
             return grouped
         centroids = grouped.centroids
 
 
-def regroup(
+def assign(
     x: Float[Tensor, "heads tokens head_dim"],
     centroids: Float[Tensor, "heads clusters head_dim"],
     directions: Float[Tensor, "heads clusters head_dim"],
@@ -190,34 +190,12 @@ def attention(q: Grouped, k: Grouped) -> Float[Tensor, "heads q_clusters k_clust
     return (scores + k.sizes.log()[:, None]).softmax(-1)
 
 
-def choose(
-    weights: Float[Tensor, "heads q_clusters k_clusters"], *, mass: float, least: Int[Tensor, "heads"]
-) -> Bool[Tensor, "heads q_clusters k_clusters"]:
-    """The clusters of keys with the most attention, for each cluster of queries.
+def seriate(q: Grouped, k: Grouped) -> tuple[Grouped, Grouped]:
+    """The same clusters in another order (seriation): those with similar attention side by side.
 
-    In descending order, clusters are kept as long as those before them hold no more than the mass: the first always,
-    and one more than the smallest set where the mass is met exactly. Of equal clusters the first are taken.
-
-    Args:
-        weights: attention of clusters to clusters.
-        mass: share of a row's attention, 0 to 1.
-        least: clusters that every row of a head keeps at the least.
-    """
-    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
-    # fp64, and the total taken from the same running sum, so that a share of 1 keeps all
-    reached = ordered.double().cumsum(-1)
-    chosen = reached - ordered.double() <= mass * reached[..., -1:]
-    rank = torch.arange(weights.shape[-1], device=weights.device)
-    chosen |= rank < least.clamp(min=1)[:, None, None]
-    return torch.zeros_like(chosen).scatter_(-1, order, chosen)
-
-
-def in_line(q: Grouped, k: Grouped) -> tuple[Grouped, Grouped]:
-    """The same clusters in another order: those with like attention side by side.
-
-    It is of no matter to the mask. But a fixed block holds the ends of several clusters, and is computed for any of
-    them, so the more alike neighbours are, the fewer blocks cover the mask; and a kernel of variable blocks walks kept
-    neighbours as one range, whose tiles are full but for the last. Clusters stand along the second singular
+    The order does not change the mask. But a fixed block holds the ends of several clusters, and is computed for any
+    of them, so the more alike neighbours are, the fewer blocks cover the mask; and a kernel of variable blocks walks
+    kept neighbours as one range, whose tiles are full but for the last. Clusters are sorted by the second singular
     vectors of the attention between them, normalised by its sums over rows and columns, as in spectral co-clustering
     (Dhillon, 2001); the first ones, which are known, tell nothing apart.
     """

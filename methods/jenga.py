@@ -34,6 +34,7 @@ from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan, TokenOrder
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.blocks import pooled, video_blocks, with_text
+from calibatt.methods.selection import top_p
 from calibatt.methods.site import Site
 
 # the share dropped rises over a tenth of the schedule: step_normed in jenga_wan.py
@@ -139,7 +140,9 @@ class Jenga(Method):
         pooled_q, pooled_k = pooled(q[:, places], block_q), pooled(k[:, places], block_k)
         scores = pooled_q[:, layout.rows] @ pooled_k[:, layout.columns].transpose(-1, -2) / math.sqrt(q.shape[-1])
         keep = layout.always.expand(geometry.heads, -1, -1).clone()
-        keep[:, layout.rows, layout.columns] |= heaviest_blocks(scores.softmax(-1), drop=drop, mass=self.config.mass)
+        # the original takes the ceiling after int(), which is too late to round anything up
+        least = int(scores.shape[-1] * (1 - drop))
+        keep[:, layout.rows, layout.columns] |= top_p(scores.softmax(-1), self.config.mass, inclusive=True, least=least)
         mask = BlockMask.from_keep(keep, tokens=geometry.tokens, block_q=block_q, block_k=block_k)
         return Plan.masked(mask, geometry.heads, order=layout.order)
 
@@ -164,25 +167,6 @@ def _layout(geometry: Geometry, config: JengaConfig, device: torch.device) -> _L
     always = torch.ones_like(among_video)
     always[rows, columns] = among_video[rows, columns]
     return _Layout(order=TokenOrder.of_all(order.to(device)), always=always.to(device), rows=rows, columns=columns)
-
-
-def heaviest_blocks(
-    weights: Float[Tensor, "*rows blocks"], *, drop: float, mass: float
-) -> Bool[Tensor, "*rows blocks"]:
-    """The heaviest blocks of each row: as many as `drop` leaves or `mass` needs, whichever is more, and at least one.
-
-    Args:
-        weights: pooled attention; of equal blocks the first are taken.
-        drop: share of the blocks to drop; what is left is rounded down.
-        mass: one block more is kept than those whose running sum, heaviest first, does not pass this share.
-    """
-    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
-    blocks = weights.shape[-1]
-    # the original takes the ceiling after int(), which is too late to round anything up
-    left = int(blocks * (1 - drop))
-    needed = 1 + (ordered.cumsum(-1) <= mass).sum(-1, keepdim=True)
-    chosen = torch.arange(blocks, device=weights.device) < needed.clamp(min=left)
-    return torch.zeros_like(chosen).scatter_(-1, order, chosen)
 
 
 def curve_order(geometry: Geometry, curve: Literal["frame", "video"]) -> Int32[Tensor, "1 tokens"]:

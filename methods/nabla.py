@@ -2,7 +2,8 @@
 
 Follows github.com/gen-ai-team/Wan2.1-NABLA (wan/modules/attention.py), where a block is one patch and the grid is
 cropped to whole patches. Here blocks are consecutive tokens of the sequence in patch order, so that any grid and any
-block will do. There, pooled attention and its sums are in bf16, here in fp32.
+block will do. There, pooled attention and its sums are in bf16, here in fp32 and fp64; and of equal blocks the last are
+kept there, here the first.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from calibatt.kernels.plan import Plan, TokenOrder
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.blocks import pooled
 from calibatt.methods.patches import patch_of_tokens, patch_order
+from calibatt.methods.selection import top_p
 from calibatt.methods.site import Site
 
 
@@ -91,7 +93,7 @@ class Nabla(Method):
         order = self._orders[key]
         places = order[0].long()
         scores = pooled(q[:, places], block_q) @ pooled(k[:, places], block_k).transpose(-1, -2)
-        keep = heaviest((scores / math.sqrt(q.shape[-1])).softmax(-1), self.config.mass)
+        keep = top_p((scores / math.sqrt(q.shape[-1])).softmax(-1), self.config.mass, inclusive=True)
         if self.config.window is not None:
             if key not in self._windows:
                 self._windows[key] = window_blocks(
@@ -100,24 +102,6 @@ class Nabla(Method):
             keep |= self._windows[key]
         mask = BlockMask.from_keep(keep, tokens=site.geometry.tokens, block_q=block_q, block_k=block_k)
         return Plan.masked(mask, site.geometry.heads, order=TokenOrder.of_all(order))
-
-
-def heaviest(weights: Float[Tensor, "*rows blocks"], mass: float) -> Bool[Tensor, "*rows blocks"]:
-    """The original's choice: with the weights in ascending order, those from which on their sum reaches 1 − mass.
-
-    What is left out falls short of 1 − mass, so what is kept holds more than the mass, and without its lightest block
-    would not. Where a share is met exactly, that is one block more than the smallest set that holds it. Of equal blocks
-    the last are kept, and the heaviest always is.
-
-    Args:
-        weights: pooled attention, not negative; sums are taken as shares of the row's.
-        mass: the share, 0 to 1.
-    """
-    ascending, order = weights.sort(dim=-1, stable=True)
-    reached = ascending.cumsum(-1)
-    # of the row's own sum, which rounding may leave below 1: the original could keep nothing at a mass of 0
-    chosen = reached >= (1 - mass) * reached[..., -1:]
-    return torch.zeros_like(chosen).scatter_(-1, order, chosen)
 
 
 def window_blocks(

@@ -1,8 +1,9 @@
 """Radial Attention: a static mask whose band narrows with the distance between frames.
 
 Follows github.com/mit-han-lab/radial-attention (radial_attn/attn_mask.py) as it treats Wan, with the block size as a
-setting. There the rule for blocks is applied to one pair of frames at a time, here to all tokens at once, which differs
-only where frames are not whole blocks.
+setting. What differs: a shorter last block is judged by its own rows; and where frames are not whole blocks, the
+repository cuts off what a frame has beyond ⌈frame / block⌉ blocks, which can leave a block of queries without any key:
+here such a block keeps what was cut off.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.mask import BlockMask, block_count
+from calibatt.kernels.mask import BlockMask, block_count, block_sizes
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Knob, Method
+from calibatt.methods.blocks import text_blocks
 from calibatt.methods.site import Site
 
 # a block is kept where more than this share of its non-empty columns …
@@ -104,25 +106,59 @@ def radial_mask(geometry: Geometry, config: RadialConfig, device: torch.device |
     Between tokens r and c of frames i and j, d = |i − j| apart, with N tokens a frame, positions counted within the
     frames: all pairs where d = 0; those with |r − c| ≤ ⌊N / 2⌋ where d = 1; else those with
     |r − c| ≤ max(w · decay, block), where w = 2^bits(N) / 2^bits(d), and bits counts binary digits. Where w is below a
-    block, only every ⌊block / w⌋-th distance is kept. Blocks that hold text are kept, in both directions.
+    block, only every ⌊block / w⌋-th distance is kept. With a sink, all pairs of the first frame's keys.
+
+    A block is kept where any pair of frames by itself sets enough of it; blocks that hold text are, in both directions.
     """
-    tokens, (block_q, block_k) = geometry.tokens, config.block
-    video = torch.arange(tokens, device=device) - geometry.video_start
-    is_text = (video < 0) | (video >= geometry.video_tokens)
-    # text is clamped to a frame only so that it has one: its blocks are kept below
-    frame = video.div(geometry.frame_tokens, rounding_mode="floor").clamp(0, geometry.grid[0] - 1)
-    place = video.remainder(geometry.frame_tokens)
-    reach = torch.tensor([_reach(d, geometry.frame_tokens, config) for d in range(geometry.grid[0])], device=device)
-    keep = torch.empty(block_count(tokens, block_q), block_count(tokens, block_k), dtype=torch.bool, device=device)
-    # one block row at a time: all pairs of a real video would not fit in memory
-    for row, rows in enumerate(torch.arange(tokens, device=device).split(block_q)):
-        pairs = (place[rows, None] - place).abs() <= reach[(frame[rows, None] - frame).abs()]
-        if config.sink:
-            pairs |= frame == 0
-        keep[row] = _block_row(pairs, block_k)
-    keep[_blocks(is_text, block_q).any(-1)] = True
-    keep[:, _blocks(is_text, block_k).any(-1)] = True
-    return BlockMask.from_keep(keep[None], tokens=tokens, block_q=block_q, block_k=block_k)
+    block_q, block_k = config.block
+    text = text_blocks(geometry, config.block, device)
+    keep, cut_off = torch.zeros_like(text), torch.zeros_like(text)
+    frames, frame_tokens = geometry.grid[0], geometry.frame_tokens
+    places = torch.arange(frame_tokens, device=device)
+    reach = [_reach(distance, frame_tokens, config) for distance in range(frames)]
+    parts_q, parts_k = ([_Part.of(geometry, frame, size, device) for frame in range(frames)] for size in config.block)
+    for i, rows in enumerate(parts_q):
+        sizes = block_sizes(geometry.tokens, block_q, device)[rows.blocks, None]
+        for j, columns in enumerate(parts_k):
+            within = frame_tokens if config.sink and j == 0 else reach[abs(i - j)]
+            if within < 0:
+                continue
+            # of each block of rows, how many rows a column sees: those of an interval around its place
+            last = torch.minimum(rows.last[:, None], (places + within).floor())
+            first = torch.maximum(rows.first[:, None], (places - within).ceil())
+            seen = (last - first + 1).clamp(min=0)
+            filled, full = (columns.sums(part.float()) for part in (seen > 0, seen > _ROWS * sizes))
+            chosen = full > _COLUMNS * filled
+            cut_off[rows.blocks, columns.blocks] |= chosen
+            chosen[block_count(frame_tokens, block_q) :] = False
+            chosen[:, block_count(frame_tokens, block_k) :] = False
+            keep[rows.blocks, columns.blocks] |= chosen
+    keep |= cut_off & ~keep.any(-1, keepdim=True)
+    return BlockMask.from_keep((keep | text)[None], tokens=geometry.tokens, block_q=block_q, block_k=block_k)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Part:
+    """The blocks that hold tokens of a frame, and the frame's first and last place in each."""
+
+    blocks: slice
+    first: Int[Tensor, "blocks"]
+    last: Int[Tensor, "blocks"]
+
+    @classmethod
+    def of(cls, geometry: Geometry, frame: int, block: int, device: torch.device | str) -> _Part:
+        start = geometry.video_start + frame * geometry.frame_tokens
+        end = start + geometry.frame_tokens
+        blocks = slice(start // block, block_count(end, block))
+        first = torch.arange(blocks.start, blocks.stop, device=device) * block - start
+        return cls(
+            blocks=blocks, first=first.clamp(min=0), last=(first + block - 1).clamp(max=geometry.frame_tokens - 1)
+        )
+
+    def sums(self, x: Float[Tensor, "rows frame_tokens"]) -> Float[Tensor, "rows blocks"]:
+        """Sums over the places of each block."""
+        sums = torch.nn.functional.pad(x.cumsum(-1), (1, 0))
+        return sums[:, self.last + 1] - sums[:, self.first]
 
 
 def _reach(distance: int, frame_tokens: int, config: RadialConfig) -> float:
@@ -134,15 +170,3 @@ def _reach(distance: int, frame_tokens: int, config: RadialConfig) -> float:
     if distance <= 1:
         return float(frame_tokens // (1 + distance))
     return max(width * config.decay, float(block))
-
-
-def _block_row(pairs: Bool[Tensor, "rows tokens"], block: int) -> Bool[Tensor, "k_blocks"]:
-    """Which blocks of one block row are kept."""
-    rows_set = _blocks(pairs.sum(0), block)
-    filled, full = (rows_set > 0).sum(-1), (rows_set > _ROWS * len(pairs)).sum(-1)
-    return full > _COLUMNS * filled
-
-
-def _blocks(x: Shaped[Tensor, "tokens"], block: int) -> Shaped[Tensor, "blocks block"]:
-    """Tokens by block, the last one filled up with zeros."""
-    return torch.nn.functional.pad(x, (0, -len(x) % block)).view(-1, block)

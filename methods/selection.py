@@ -1,35 +1,45 @@
-"""Choosing the fewest blocks that hold a given share of attention."""
+"""Top-p: the heaviest blocks of a row, up to a share of its attention."""
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def smallest_set(energy: Float[Tensor, "*rows blocks"], mass: float) -> Bool[Tensor, "*rows blocks"]:
-    """The smallest set of blocks whose energy reaches a share of the row's; of equal blocks the first are taken.
+def top_p(
+    weights: Float[Tensor, "*rows blocks"],
+    mass: float,
+    *,
+    inclusive: bool = False,
+    least: int | Int[Tensor, "*#rows 1"] = 1,
+) -> Bool[Tensor, "*rows blocks"]:
+    """The heaviest blocks of each row: those before which the mass is not reached; of equal blocks the first are taken.
 
     Args:
-        energy: attention mass of each block, not negative; a row need not sum to 1.
-        mass: wanted share of the row's sum, 0 to 1. At least one block is always kept.
+        weights: attention of each block, not negative; a row need not sum to 1.
+        mass: share of the row's sum, 0 to 1.
+        inclusive: whether a block is still taken where those before it hold exactly the mass. Without, it is the
+            smallest set that reaches the mass; with, the smallest set that holds more than the mass, or all blocks.
+        least: blocks that are kept whatever the mass; one is always.
 
     Raises:
         ValueError: the share is outside 0 to 1.
     """
     if not 0 <= mass <= 1:
-        raise ValueError(f"mass is a share of the row's energy, 0 to 1: got {mass}")
-    before, order = _ranked(energy)
-    needed = before < mass
-    needed[..., 0] = True
-    return torch.zeros_like(needed).scatter_(-1, order, needed)
+        raise ValueError(f"mass is a share of the row's attention, 0 to 1: got {mass}")
+    before, order = _ranked(weights)
+    chosen = before <= mass if inclusive else before < mass
+    rank = torch.arange(weights.shape[-1], device=weights.device)
+    chosen |= rank < (least.clamp(min=1) if isinstance(least, Tensor) else max(1, least))
+    return torch.zeros_like(chosen).scatter_(-1, order, chosen)
 
 
 def mass_before(energy: Float[Tensor, "*rows blocks"]) -> Float[Tensor, "*rows blocks"]:
-    """The share of its row's energy that lies in blocks which are taken before a block: any above it needs the block.
+    """The share of its row's energy that lies in heavier blocks: `top_p` takes a block at every mass above it.
 
     Args:
-        energy: as for `smallest_set`, in which every row has some.
+        energy: as for `top_p`, in which every row has some.
 
     Returns:
         0 to 1, fp64.
@@ -39,7 +49,7 @@ def mass_before(energy: Float[Tensor, "*rows blocks"]) -> Float[Tensor, "*rows b
 
 
 def _ranked(energy: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks from the largest to the smallest: the share before each, and which it is."""
+    """Blocks from the heaviest to the lightest: the share before each, and which it is."""
     ordered, order = energy.sort(dim=-1, descending=True, stable=True)
     # fp64, and the total taken from the same running sum, so that a share of 1 is reached at the last block that adds
     # anything

@@ -10,7 +10,7 @@ low. The preset `tuned` searches the settings of both for each layer and head. W
   block of a list is always computed. As in the repository's kernels, the softmax's sum loses what is left out; in the
   paper's algorithm 1 it does not. Thresholds are powers of two, as the repository's kernels compare them.
 - Presets named oracle find the low blocks before the call, so that every kernel can compute what is left. Their times
-  are no times of this method: the search costs more than attention.
+  are no times of this method: the search costs more than attention. Their density is: scores of low blocks count.
 - The search tries a grid, on some query blocks of a call; there it bisects, on all of them. It watches the conditional
   branch alone, sees no error of INT8, and judges whether a head is sparse when all is watched; there a head that once
   was not is given up for good. It joins no neighbouring thresholds of similarity, which lie further apart here.
@@ -53,7 +53,7 @@ class SpargeConfig:
     """Settings of the choice. Blocks are chosen by topk, by cdf, or by what was found for each layer and head.
 
     Args:
-        similarity: blocks of less self-similarity than this (mean cosine of their tokens) cannot be pooled: they stay on.
+        similarity: blocks of less self-similarity (mean cosine of their tokens) cannot be pooled: they stay on.
         topk: share of the key blocks that each query block keeps.
         cdf: share of pooled attention that the kept blocks of a row do not pass, except that one is always kept.
         l1, l2: largest relative L1 error of a head's output under which similarity and cdf are searched, and after
@@ -160,12 +160,13 @@ class Sparge(Method):
         if config.sink:
             keep[..., 0] = True
         block_q, block_k = config.block
-        mask, skip = BlockMask.from_keep(keep, tokens=site.geometry.tokens, block_q=block_q, block_k=block_k), None
-        if thresholds is not None and config.oracle:
-            mask = without_low(q, k, mask, thresholds)
-        elif thresholds is not None:
-            skip = Skip.of(mask, heads, threshold=thresholds, leave=True)
-        plan = Plan.masked(mask, heads, skip=skip)
+        mask = BlockMask.from_keep(keep, tokens=site.geometry.tokens, block_q=block_q, block_k=block_k)
+        if thresholds is None:
+            plan = Plan.masked(mask, heads)
+        elif config.oracle:
+            plan = Plan.masked(without_low(q, k, mask, thresholds), heads, scored=mask)
+        else:
+            plan = Plan.masked(mask, heads, skip=Skip.of(mask, heads, threshold=thresholds, leave=True))
         return replace(plan, int8=config.block) if config.int8 else plan
 
 

@@ -4,7 +4,7 @@ Follows github.com/svg-project/Sparse-VideoGen (svg/kmeans_utils.py, scripts/wan
 
 - There a kernel walks clusters of any size. So it does here in the presets named `clusters`; in the others the plan
   computes all blocks of fixed size that hold any of the mask, which is more, and what all kernels have. For that to be
-  little more, clusters are put in another order (`in_line`).
+  little more, clusters are put in another order (`seriate`).
 - There both branches of guidance share one cache of centroids in Wan, so that each branch starts from the other's. Here
   each has its own.
 - Short videos have fewer clusters, as `cluster_counts` says; there every video has as many.
@@ -30,14 +30,14 @@ from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.clusters import (
     attention,
-    choose,
     cluster_counts,
     cluster_order,
     cluster_plan,
-    in_line,
     kmeans,
     random_tokens,
+    seriate,
 )
+from calibatt.methods.selection import top_p
 from calibatt.methods.site import Branch, Site
 
 
@@ -51,11 +51,11 @@ class Svg2Config:
         dense_layers: share of the first layers that stay dense, rounded down to whole layers.
         mass: share of a cluster's estimated attention that its chosen clusters of keys hold at the least.
         least_share: share of the clusters of keys that is kept at the least, rounded down, whatever the mass.
-        first_iterations: turns of k-means in the first sparse step, from tokens by lot.
+        first_iterations: turns of k-means in the first sparse step, from random tokens.
         iterations: turns in every later step, from the centroids of the last.
         tolerance: k-means ends early when no centroid moves as far as this.
         block: tokens of a query and of a key block that clusters are covered by; None computes just the clusters.
-        seed: of the lots.
+        seed: of the random tokens.
 
     Raises:
         ValueError: a share is outside 0 to 1, or a number of clusters or iterations is below 1.
@@ -152,17 +152,17 @@ class Svg2(Method):
             kmeans(x, start, iterations=iterations, tolerance=config.tolerance)
             for x, start in zip((q, k), starts, strict=True)
         )
-        queries, keys = in_line(queries, keys)
+        queries, keys = seriate(queries, keys)
         self._centroids[place] = _Centroids(
             geometry=geometry, step=site.step, queries=queries.centroids, keys=keys.centroids
         )
-        least = torch.full((geometry.heads,), int(config.least_share * keys.sizes.shape[1]), device=q.device)
+        least = int(config.least_share * keys.sizes.shape[1])
         return cluster_plan(
             geometry,
             cluster_order(geometry, queries.labels, keys.labels),
             queries.sizes,
             keys.sizes,
-            choose(attention(queries, keys), mass=config.mass, least=least),
+            top_p(attention(queries, keys), config.mass, inclusive=True, least=least),
             config.block,
         )
 

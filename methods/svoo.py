@@ -10,7 +10,7 @@ to reach 0.95 of its attention, within bounds. What differs:
   their tokens under G. So a token x goes to the centroid c with the largest x · G · c / √(c · G · c), which is the
   same, and no profile is made.
 - The table is the paper's, of mean and standard deviation over prompts; the repository's has their largest value.
-- A table is learnt from some rows of queries by lot. The repository takes all, or every so many.
+- A table is learnt from random rows of queries. The repository takes all, or every so many.
 - What `methods/svg2.py` says on fixed blocks, short videos, first centroids and text holds here too.
 """
 
@@ -31,17 +31,17 @@ from calibatt.kernels.plan import Plan, TokenOrder
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.clusters import (
     Grouped,
+    assign,
     attention,
-    choose,
     cluster_counts,
     cluster_order,
     cluster_plan,
-    in_line,
     random_tokens,
-    regroup,
+    seriate,
 )
 from calibatt.methods.energy import products
 from calibatt.methods.learning import Learnt
+from calibatt.methods.selection import top_p
 from calibatt.methods.site import Branch, Site
 
 # the table's name in what was learnt
@@ -60,13 +60,13 @@ class SvooConfig:
         bounds: the learnt share of the clusters of keys that a head keeps at the least is raised or lowered to these.
         mass: share of a cluster's estimated attention that its chosen clusters of keys hold at the least.
         clusters: clusters of queries and of keys in every head; fewer in short videos.
-        iterations: turns of co-clustering, each from tokens by lot.
+        iterations: turns of co-clustering, each from random tokens.
         reuse: share of the schedule over which clusters are kept, from the first sparse step on.
         coverage: share of a query's attention that its heaviest keys are counted up to.
         deviations: standard deviations over videos that are added to the mean share.
         rows: queries of each call that are learnt from.
         block: tokens of a query and of a key block that clusters are covered by; None computes just the clusters.
-        seed: of all lots.
+        seed: of all draws.
 
     Raises:
         ValueError: a share is outside 0 to 1, bounds do not ascend, or a number is below 1.
@@ -179,7 +179,7 @@ class Svoo(Method):
             self._coclusters[place] = last
         share = self.learnt.at(_SHARE, site).to(q.device).clamp(*self.config.bounds)
         counts = (share * last.k_sizes.shape[1]).long()
-        keep = choose(last.weights, mass=self.config.mass, least=counts)
+        keep = top_p(last.weights, self.config.mass, inclusive=True, least=counts[:, None, None])
         return cluster_plan(site.geometry, last.order, last.q_sizes, last.k_sizes, keep, self.config.block)
 
     def reset(self) -> None:
@@ -193,7 +193,7 @@ class Svoo(Method):
         video = slice(geometry.video_start, geometry.video_start + geometry.video_tokens)
         generator = site.generator(self.config.seed, q.device)
         counts = cluster_counts(geometry, self.config.clusters)
-        queries, keys = in_line(*cocluster(q[:, video], k[:, video], counts, self.config.iterations, generator))
+        queries, keys = seriate(*cocluster(q[:, video], k[:, video], counts, self.config.iterations, generator))
         return _Coclusters(
             geometry=geometry,
             step=site.step,
@@ -279,18 +279,18 @@ def cocluster(
     Args:
         q, k: the tokens.
         counts: clusters of queries and of keys.
-        iterations: turns, from tokens by lot.
-        generator: of the lots.
+        iterations: turns, from random tokens.
+        generator: of the random tokens.
     """
     q_centroids, k_centroids = random_tokens(q, counts[0], generator), random_tokens(k, counts[1], generator)
     for _ in range(iterations):
-        keys = _regrouped(k, k_centroids, by=q_centroids)
-        queries = _regrouped(q, q_centroids, by=keys.centroids)
+        keys = _assigned(k, k_centroids, by=q_centroids)
+        queries = _assigned(q, q_centroids, by=keys.centroids)
         q_centroids, k_centroids = queries.centroids, keys.centroids
     return queries, keys
 
 
-def _regrouped(
+def _assigned(
     x: Float[Tensor, "heads tokens head_dim"],
     centroids: Float[Tensor, "heads clusters head_dim"],
     *,
@@ -303,4 +303,4 @@ def _regrouped(
     lengths = (directions * centroids).sum(-1, keepdim=True).clamp(min=0).sqrt()
     # a centroid without any score has no direction: 0, as the original's
     directions = (directions / lengths.clamp(min=1e-8)).to(x.dtype)
-    return regroup(x, centroids, directions, torch.zeros_like(lengths[..., 0]))
+    return assign(x, centroids, directions, torch.zeros_like(lengths[..., 0]))

@@ -1,4 +1,4 @@
-"""XAttention: blocks chosen online by the sums of the scores' antidiagonals.
+"""XAttention: blocks chosen online by the sums of the scores' antidiagonals, and the first key block.
 
 Follows github.com/mit-han-lab/x-attention (xattn/src/Xattention.py) as its HunyuanVideo evaluation calls it: without a
 causal mask, video and text one sequence. There, the zeros that fill up the sequence are keys of score 0, which take
@@ -21,7 +21,7 @@ from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.energy import block_mass
-from calibatt.methods.selection import smallest_set
+from calibatt.methods.selection import top_p
 from calibatt.methods.site import Site
 
 
@@ -52,7 +52,7 @@ class XAttentionConfig:
 
 
 class XAttention(Method):
-    """Estimates the attention of every block from its antidiagonals, and keeps the fewest blocks that hold a share."""
+    """Estimates the attention of blocks from their antidiagonals; keeps the fewest that hold a share, and the first."""
 
     name: ClassVar[str] = "xattention"
     label: ClassVar[str] = "XAttention"
@@ -87,7 +87,9 @@ class XAttention(Method):
             return Plan.dense(site.geometry)
         block_q, block_k = self.config.block
         energy = antidiagonal_energy(q, k, stride=self.config.stride, block_q=block_q, block_k=block_k)
-        keep = smallest_set(energy, self.config.threshold)
+        keep = top_p(energy, self.config.threshold)
+        # the repository writes a dropped block's place as 0 (find_blocks_chunked, not causal): the first is never off
+        keep[..., 0] = True
         mask = BlockMask.from_keep(keep, tokens=site.geometry.tokens, block_q=block_q, block_k=block_k)
         return Plan.masked(mask, site.geometry.heads)
 

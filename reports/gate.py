@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
-from calibatt.bench.record import Record, Run
+from calibatt.bench.record import Record, Run, UnusableFile, plain
 from calibatt.bench.statistics import Interval
 
 # runs of one build on one machine differ by up to some percent (clock, memory layout): less is no one's fault
 TOLERANCE = 0.05
 # a fall in PSNR that is plainly more noise; rounding alone moves it by hundredths of a decibel
 PSNR_DROP_DB = 1.0
+# letters; the reason why an arm failed may be anything
+_LONGEST_LINE = 600
 
 
 class ExitCode(IntEnum):
@@ -27,7 +29,7 @@ class ExitCode(IntEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class Judgement:
     """What the gate says of one arm.
 
     Args:
@@ -42,26 +44,27 @@ class Finding:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.code.name.lower():<12}  {self.workload}  {self.arm}: {self.reason}"
+        # names are a file's: they may not end the line, nor move the cursor
+        return plain(f"{self.code.name.lower():<12}  {self.workload}  {self.arm}: {self.reason}", _LONGEST_LINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What the gate says of a run: the worst that it found."""
 
-    findings: tuple[Finding, ...]
+    judgements: tuple[Judgement, ...]
 
     @property
     def exit_code(self) -> ExitCode:
         """A regression outweighs what is inconclusive, and that outweighs a pass."""
-        codes = {finding.code for finding in self.findings}
+        codes = {one.code for one in self.judgements}
         worst_first = (ExitCode.REGRESSION, ExitCode.INCONCLUSIVE)
         return next((code for code in worst_first if code in codes), ExitCode.PASS)
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """One line an arm, then the sum."""
-        return (*map(str, self.findings), self.exit_code.name.lower())
+        """One line an arm, then the verdict."""
+        return (*map(str, self.judgements), self.exit_code.name.lower())
 
 
 def judge(current: Run, baseline: Run, *, tolerance: float = TOLERANCE) -> Verdict:
@@ -77,20 +80,21 @@ def judge(current: Run, baseline: Run, *, tolerance: float = TOLERANCE) -> Verdi
         tolerance: fraction of the speedup whose loss is accepted.
 
     Raises:
-        ValueError: the tolerance is no fraction, or a run has two records of one arm.
+        ValueError: the tolerance is no fraction.
+        UnusableFile: a run has two records of one arm.
     """
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance {tolerance} must be at least 0 and less than 1")
     now, before = _by_key(current), _by_key(baseline)
     elsewhere = _other_machine(current, baseline)
-    findings = []
+    judgements = []
     for key in dict.fromkeys([*before, *now]):
         new, old = now.get(key), before.get(key)
         code, reason = _compare(new, old, tolerance, elsewhere)
         shown = new or old
         assert shown is not None
-        findings.append(Finding(workload=_workload(shown), arm=_arm(shown), code=code, reason=reason))
-    return Verdict(findings=tuple(findings))
+        judgements.append(Judgement(workload=_workload(shown), arm=_arm(shown), code=code, reason=reason))
+    return Verdict(judgements=tuple(judgements))
 
 
 def _compare(new: Record | None, old: Record | None, tolerance: float, elsewhere: str | None) -> tuple[ExitCode, str]:
@@ -148,7 +152,7 @@ def _by_key(run: Run) -> dict[tuple[Any, ...], Record]:
     found: dict[tuple[Any, ...], Record] = {}
     for record in run.records:
         if found.setdefault(record.key, record) is not record:
-            raise ValueError(f"{run.path}: has {_workload(record)} {_arm(record)} twice; run it again into a new file")
+            raise UnusableFile(f"{run.path}: has {_workload(record)} {_arm(record)} twice; run again into a new file")
     return found
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -122,19 +127,114 @@ def test_a_video_is_made_calibrated_and_sped_up(capsys: pytest.CaptureFixture[st
 
 
 def test_the_module_is_the_same_command(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     shown = subprocess.run(
         [sys.executable, "-m", "calibatt", "models"], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert "shapes" in shown.stdout
 
 
-def test_gate_passes_a_file_against_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    info = {"schema": 1, "suite": "denoise", "model": "shapes", "method": "radial", "kernel": "flex", "outcome": "ok",
-            "baseline_samples_s": [2.0] * 6}  # fmt: skip
-    path = tmp_path / "run.json"
-    path.write_text(json.dumps({"benchmarks": [{"stats": {"data": [1.0] * 6}, "extra_info": info}]}))
-    assert main(["gate", str(path), "--baseline", str(path)]) == 0
-    assert "radial" in capsys.readouterr().out
+def _run(path: Path, samples_s: Sequence[float] = (1.0,) * 6, method: str = "radial", **more: Any) -> str:
+    """A file of one arm, by itself twice as fast as dense."""
+    info = {"schema": 1, "suite": "denoise", "model": "shapes", "method": method, "kernel": "flex", "outcome": "ok",
+            "samples_s": list(samples_s), "baseline_samples_s": [2.0] * len(samples_s), "block": [64, 64]}  # fmt: skip
+    path.write_text(json.dumps({"benchmarks": [{"stats": {}, "extra_info": {**info, **more}}]}))
+    return str(path)
+
+
+def _command(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from calibatt.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run([sys.executable, "-c", code, *arguments], text=True, cwd="/", **more)
+
+
+@pytest.mark.parametrize(
+    ("samples_s", "code", "verdict"),
+    [
+        ((1.0,) * 6, 0, "pass"),
+        ((1.5,) * 6, 1, "regression"),
+        ((0.8, 0.9, 1.1, 1.1, 1.2, 1.3), 3, "inconclusive"),
+        ((1.0,) * 3, 3, "inconclusive"),
+    ],
+)
+def test_gate_exits_with_its_verdict(
+    samples_s: Sequence[float], code: int, verdict: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, now = _run(tmp_path / "before.json"), _run(tmp_path / "now.json", samples_s)
+    assert main(["gate", now, "--baseline", before]) == code
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[-1] == verdict
+    assert "radial" in shown.out
+    assert shown.err == ""
+
+
+def test_gate_exits_with_two_of_a_file_that_cannot_be_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = _run(tmp_path / "run.json", method_label=5)
+    assert "method_label: Input should be a valid string" in _refused(capsys, "gate", path, "--baseline", path)
+
+
+def test_an_error_is_one_line_of_bounded_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = _run(tmp_path / "run.json", **{"x\n\x1b[2J" * 10_000: 1})
+    for arguments in (["gate", path, "--baseline", path], ["gate", "x" * 5_000, "--baseline", path]):
+        line = _refused(capsys, *arguments)
+        assert len(line) <= 300
+        assert line.isprintable()
+
+
+@pytest.mark.parametrize("error", [RecursionError("too deep"), MemoryError(), IndexError("a\nb"), ZeroDivisionError()])
+def test_what_was_not_foreseen_exits_with_a_code_that_is_no_verdict(
+    error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("calibatt.reports.gate.judge", fail)
+    path = _run(tmp_path / "run.json")
+    assert main(["gate", path, "--baseline", path]) == 70
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"calibatt gate: internal error: {type(error).__name__}")
+    assert "CALIBATT_TRACEBACK=1" in line
+    monkeypatch.setenv("CALIBATT_TRACEBACK", "1")
+    assert main(["gate", path, "--baseline", path]) == 70
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_being_stopped_is_no_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("calibatt.reports.gate.judge", stop)
+    path = _run(tmp_path / "run.json")
+    assert main(["gate", path, "--baseline", path]) == 130
+    assert capsys.readouterr().err == "calibatt gate: stopped; nothing was written\n"
+
+
+def test_gate_passes_where_the_output_knows_no_letters_but_ascii(tmp_path: Path) -> None:
+    path = _run(tmp_path / "run.json", suite="kernel", method="é")
+    done = _command(
+        "gate", path, "--baseline", path, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.isascii()
+    assert r"\xe9 (flex, 64\xd764)" in done.stdout
+
+
+@pytest.mark.parametrize("count", [1, 3000])
+def test_a_reader_that_left_is_no_error_and_no_verdict(count: int, tmp_path: Path) -> None:
+    path = Path(_run(tmp_path / "run.json"))
+    data = json.loads(path.read_text())
+    (one,) = data["benchmarks"]
+    # what fits the buffer is written at the end, more of it before
+    data["benchmarks"] = [{**one, "extra_info": {**one["extra_info"], "preset": f"p{i}"}} for i in range(count)]
+    path.write_text(json.dumps(data))
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = _command("gate", str(path), "--baseline", str(path), stdout=writing, stderr=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (141, "")
+        # nor is there a reader of the error
+        assert _command("gate", "nowhere", "--baseline", "nowhere", stderr=writing).returncode == 2
+    finally:
+        os.close(writing)

@@ -35,6 +35,12 @@ def test_the_interval_covers_the_true_median_as_often_as_it_says() -> None:
     assert 0.953 < covered / 2000 < 0.977
 
 
+def test_a_hundred_thousand_pairs_take_a_moment() -> None:
+    interval = paired_ratio([float(i) for i in range(1, 100_001)], [1.0] * 100_000)
+    # 1.96 standard deviations of a fair coin thrown so often are 310
+    assert interval.low == pytest.approx(50_000 - 310, abs=2)
+
+
 def test_common_slowness_of_a_round_cancels() -> None:
     slow = [1.0, 3.0, 1.0, 5.0, 1.0, 2.0]
     interval = paired_ratio([1.5 * s for s in slow], slow)

@@ -18,8 +18,8 @@ from calibatt.kernels.fused import FusedKernel
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, VariableBlockMask, block_count
 from calibatt.kernels.plan import Plan, RowReuse, Skip, TokenOrder
-from calibatt.methods.blocks import alike_blocks
-from calibatt.methods.clusters import regroup
+from calibatt.methods.blocks import self_similarity
+from calibatt.methods.clusters import assign
 from calibatt.methods.energy import block_mass
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,9 +69,9 @@ def estimate(q: Tensor, k: Tensor) -> None:
     block_mass(q[:, :296].reshape(HEADS, 37, -1), k[:, :296].reshape(HEADS, 37, -1), block=(16, 16))
     for block in ((128, 128), (64, 48)):
         block_mass(q, k, block=block)
-    alike_blocks(q, 80, k.float().mean(1))
+    self_similarity(q, 80, k.float().mean(1))
     centroids = torch.randn(HEADS, 7, q.shape[-1], device=DEVICE)
-    regroup(q, centroids, centroids.to(q.dtype), centroids.square().sum(-1) / -2)
+    assign(q, centroids, centroids.to(q.dtype), centroids.square().sum(-1) / -2)
 
 
 def share_out(head_dim: int) -> int:

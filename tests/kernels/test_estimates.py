@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from calibatt.kernels import estimates, tiles
-from calibatt.methods.blocks import alike_blocks
-from calibatt.methods.clusters import Grouped, by_cluster, kmeans, regroup
+from calibatt.methods.blocks import self_similarity
+from calibatt.methods.clusters import Grouped, assign, by_cluster, kmeans
 from calibatt.methods.energy import block_energy, block_mass
 from calibatt.methods.xattention import antidiagonal_energy
 
@@ -81,17 +81,17 @@ def test_the_mass_of_blocks_is_that_of_plain_torch(
 @pytest.mark.parametrize(("tokens", "block"), [(256, 64), (300, 128), (63, 128), (301, 80)])
 def test_means_and_likeness_of_blocks_are_those_of_plain_torch(tokens: int, block: int, fused: list[bool]) -> None:
     x = as_models_have_it(noise(2, tokens, 64)) + 1
-    # equal tokens are as alike as can be, and zeros have no direction
+    # equal tokens have a similarity of 1, and zeros have no direction
     x[1, :block] = x[1, :1]
     x[0, 0] = 0
     centre = torch.zeros(2, 64, device=DEVICE)
     for middle in (centre, x.float().mean(1)):
-        means, alike = alike_blocks(x, block, middle)
+        means, similarity = self_similarity(x, block, middle)
         assert fused.pop()
-        expected, expected_alike = alike_blocks(x.float(), block, middle)
+        expected, expected_similarity = self_similarity(x.float(), block, middle)
         torch.testing.assert_close(means, expected, **CLOSE)
-        torch.testing.assert_close(alike, expected_alike, **CLOSE)
-    assert alike_blocks(x, block, centre)[1][1, 0].item() == pytest.approx(1.0, abs=1e-5)
+        torch.testing.assert_close(similarity, expected_similarity, **CLOSE)
+    assert self_similarity(x, block, centre)[1][1, 0].item() == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("tma", [True, False])
@@ -164,8 +164,8 @@ def test_clusters_are_those_of_plain_torch(tokens: int, clusters: int, head_dim:
     # ties: every cluster has a twin
     directions[:, clusters - clusters // 2 :] = directions[:, : clusters // 2]
     centroids, offsets = directions.float() + 1, directions.float().square().sum(-1) / -2
-    found = regroup(x, centroids, directions, offsets)
-    same(found, regroup(x.float(), centroids, directions.float(), offsets))
+    found = assign(x, centroids, directions, offsets)
+    same(found, assign(x.float(), centroids, directions.float(), offsets))
     assert (found.labels < clusters - clusters // 2).all()
     assert fused == [True, False]
 
@@ -174,9 +174,9 @@ def test_a_cluster_of_nearly_all_tokens_and_clusters_without_any(fused: list[boo
     x = whole(2, 400, 64)
     directions, centroids = whole(2, 3, 64, seed=1), torch.randn(2, 3, 64, device=DEVICE)
     offsets = torch.tensor([[0.0, 10_000.0, -10_000.0], [-torch.inf, -torch.inf, -torch.inf]], device=DEVICE)
-    found = regroup(x, centroids, directions, offsets)
+    found = assign(x, centroids, directions, offsets)
     assert found.sizes.tolist() == [[0, 400, 0], [400, 0, 0]]
-    same(found, regroup(x.float(), centroids, directions.float(), offsets))
+    same(found, assign(x.float(), centroids, directions.float(), offsets))
     assert torch.equal(found.centroids[0, 0], centroids[0, 0])
 
 

@@ -14,16 +14,14 @@ from calibatt.methods import clusters
 from calibatt.methods.clusters import (
     Grouped,
     attention,
-    choose,
     cluster_counts,
     cluster_order,
     cluster_plan,
-    in_line,
     kmeans,
     random_tokens,
+    seriate,
 )
-
-LEAST = torch.zeros(1, dtype=torch.int64)
+from calibatt.methods.selection import top_p
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -73,14 +71,14 @@ def test_tokens_taken_in_parts_are_clustered_alike(chunk: int, monkeypatch: pyte
 
 def test_kmeans_ends_when_no_centroid_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = 0
-    original = clusters.regroup
+    original = clusters.assign
 
     def counted(*args: Any) -> Grouped:
         nonlocal turns
         turns += 1
         return original(*args)
 
-    monkeypatch.setattr(clusters, "regroup", counted)
+    monkeypatch.setattr(clusters, "assign", counted)
     x = torch.tensor([0.0, 2.0, 10.0, 12.0]).view(1, 4, 1)
     start = torch.tensor([0.0, 10.0]).view(1, 2, 1)
     # they move by 1 in the first turn, and not at all in the second
@@ -133,30 +131,6 @@ def test_attention_is_that_of_centroids_times_the_size_of_the_keys_cluster() -> 
     torch.testing.assert_close(attention(groups(alone, x), groups(alone, y)), (x @ y.mT / 2).softmax(-1))
 
 
-# shares 0.5, 0.25, 0.125 and 0.125, exact in binary: those before the third hold 0.75
-@pytest.mark.parametrize(
-    ("mass", "kept"),
-    [
-        (0.0, [1]),
-        (0.49, [1]),
-        (0.5, [1, 3]),
-        (0.74, [1, 3]),
-        (0.75, [0, 1, 3]),
-        (0.9, [0, 1, 2, 3]),
-        (1.0, [0, 1, 2, 3]),
-    ],
-)
-def test_clusters_are_kept_as_long_as_those_before_hold_no_more_than_the_mass(mass: float, kept: list[int]) -> None:
-    weights = torch.tensor([[[0.125, 0.5, 0.125, 0.25]]])
-    assert choose(weights, mass=mass, least=LEAST)[0, 0].nonzero().flatten().tolist() == kept
-
-
-def test_each_head_keeps_its_own_least() -> None:
-    weights = torch.tensor([0.1, 0.4, 0.2, 0.3]).expand(3, 2, 4)
-    kept = choose(weights, mass=0.0, least=torch.tensor([0, 2, 4]))
-    assert kept[:, 0].int().tolist() == kept[:, 1].int().tolist() == [[0, 1, 0, 0], [0, 1, 0, 1], [1, 1, 1, 1]]
-
-
 # --- plan -------------------------------------------------------------------------------------------------------------
 
 
@@ -187,34 +161,34 @@ def test_text_is_a_cluster_that_stays_where_it_is_and_sees_and_is_seen_by_all(si
 # --- order -----------------------------------------------------------------------------------------------------------
 
 
-def test_clusters_in_line_are_the_same_clusters() -> None:
+def test_seriated_clusters_are_the_same_clusters() -> None:
     x, y = noise(2, 2, 100, 8)
     q, k = (kmeans(tokens, tokens[:, :9], iterations=2, tolerance=0.0) for tokens in (x, y))
-    for before, after in zip((q, k), in_line(q, k), strict=True):
+    for before, after in zip((q, k), seriate(q, k), strict=True):
         for head in range(2):
             # every token still has its centroid, and every centroid its size
             for old, new in ((before.centroids, after.centroids), (before.sizes[..., None], after.sizes[..., None])):
                 assert torch.equal(old[head][before.labels[head]], new[head][after.labels[head]])
 
 
-def test_clusters_in_line_are_covered_by_fewer_blocks() -> None:
-    # clusters that see their neighbours on a line, numbered by lot
+def test_seriated_clusters_are_covered_by_fewer_blocks() -> None:
+    # clusters that see their neighbours on a line, numbered at random
     count, each = 40, 10
-    lots = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    angles = torch.pi * lots / count
+    number = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    angles = torch.pi * number / count
     centroids = 20 * torch.stack((angles.cos(), angles.sin()), -1)[None]
     labels = torch.arange(count).repeat_interleave(each)[None]
     geometry = Geometry(grid=(1, count, each), heads=1, head_dim=2)
 
     def covered(q: Grouped, k: Grouped) -> float:
-        keep = choose(attention(q, k), mass=0.9, least=LEAST)
+        keep = top_p(attention(q, k), 0.9, inclusive=True)
         order = cluster_order(geometry, q.labels, k.labels)
         return cluster_plan(geometry, order, q.sizes, k.sizes, keep, (16, 16)).density().item()
 
     q, k = groups(labels, centroids), groups(labels, centroids)
-    assert covered(*in_line(q, k)) < 0.6 * covered(q, k)
+    assert covered(*seriate(q, k)) < 0.6 * covered(q, k)
 
 
-def test_one_cluster_stays_one_in_line() -> None:
+def test_one_cluster_stays_one_seriate() -> None:
     alone = groups(torch.zeros(2, 5, dtype=torch.int64), noise(2, 1, 4))
-    assert all(found.labels.eq(0).all() for found in in_line(alone, alone))
+    assert all(found.labels.eq(0).all() for found in seriate(alone, alone))

@@ -19,7 +19,6 @@ from calibatt.methods.jenga import (
     adjacent_blocks,
     curve_order,
     first_frame_blocks,
-    heaviest_blocks,
     hilbert_index,
 )
 from calibatt.methods.site import Site
@@ -238,24 +237,18 @@ def test_where_text_leaves_no_block_to_the_video_all_is_kept(side: Any) -> None:
 @pytest.mark.parametrize(
     ("drop", "mass", "count"),
     [
-        # four blocks less the share dropped, rounded down, and at least one
-        (0.0, 0.0, 4), (0.25, 0.0, 3), (0.49, 0.0, 2), (0.51, 0.0, 1), (0.7, 0.0, 1), (1.0, 0.0, 1),
+        # eight blocks less the share dropped, rounded down, and at least one
+        (0.5, 0.0, 4), (0.62, 0.0, 3), (0.63, 0.0, 2), (0.75, 0.0, 2), (0.9, 0.0, 1), (1.0, 0.0, 1),
         # one more than those whose sums, 0.4, 0.7, 0.9 and 1, do not pass the mass
         (1.0, 0.3, 1), (1.0, 0.5, 2), (1.0, 0.75, 3), (1.0, 0.95, 4),
         # whichever is more
-        (0.5, 0.3, 2), (0.5, 0.75, 3), (0.25, 0.5, 3),
+        (0.75, 0.3, 2), (0.75, 0.75, 3), (0.625, 0.5, 3),
     ],
 )  # fmt: skip
 def test_the_heaviest_blocks_are_kept_that_drop_leaves_or_mass_needs(drop: float, mass: float, count: int) -> None:
-    weights = torch.tensor([0.3, 0.1, 0.4, 0.2])
-    heaviest = [2, 0, 3, 1][:count]
-    assert heaviest_blocks(weights, drop=drop, mass=mass).nonzero().flatten().tolist() == sorted(heaviest)
-
-
-def test_a_sum_that_meets_the_mass_does_not_pass_it() -> None:
-    weights = torch.full((4,), 0.25)
-    assert heaviest_blocks(weights, drop=1.0, mass=0.5).tolist() == [True, True, True, False]
-    assert heaviest_blocks(weights, drop=1.0, mass=0.499).tolist() == [True, True, False, False]
+    # of the last frame, whose neighbours are the last two
+    kept = keep(*by_weight([0.3, 0.1, 0.4, 0.2, 1e-9, 1e-9, 1e-9, 1e-9]), drop=drop, mass=mass)[0, 7]
+    assert kept.nonzero().flatten().tolist() == [*sorted([2, 0, 3, 1][:count]), 6, 7]
 
 
 def test_the_softmax_is_of_scores_over_the_root_of_the_channels() -> None:

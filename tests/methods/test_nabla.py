@@ -14,7 +14,7 @@ from torch import Tensor
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Method
-from calibatt.methods.nabla import Nabla, heaviest, window_blocks
+from calibatt.methods.nabla import Nabla, window_blocks
 from calibatt.methods.patches import patch_order
 from calibatt.methods.site import Site
 
@@ -68,23 +68,6 @@ def test_it_is_a_method() -> None:
 def test_the_heaviest_blocks_that_hold_more_than_the_mass_are_kept(mass: float, kept: list[int]) -> None:
     chosen = keep(*by_weight([0.4, 0.3, 0.2, 0.1]), mass=mass)[0]
     assert all(row.nonzero().flatten().tolist() == kept for row in chosen)
-
-
-def test_a_mass_that_is_met_exactly_takes_one_block_more() -> None:
-    # sums of 0.25, 0.5, 0.75, 1: the second reaches 1 - 0.5, and from it on three blocks are kept
-    weights = torch.full((4,), 0.25)
-    assert heaviest(weights, 0.5).tolist() == [False, True, True, True]
-    assert heaviest(weights, 0.501).tolist() == [False, True, True, True]
-    assert heaviest(weights, 0.499).tolist() == [False, False, True, True]
-
-
-@pytest.mark.parametrize("blocks", [3, 7, 1000])
-def test_no_mass_keeps_the_heaviest_block_and_all_of_it_every_block(blocks: int) -> None:
-    # rounding leaves the sum of a softmax beside 1, on either side
-    weights = torch.randn(50, blocks, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    assert torch.equal(heaviest(weights, 0.0).nonzero()[:, 1], weights.argmax(-1))
-    assert heaviest(weights, 1.0).all()
-    assert heaviest(torch.tensor([0.0, 1.0, 0.0]), 1.0).all()
 
 
 def test_more_mass_keeps_all_that_less_keeps(all_ragged: tuple[Geometry, ...]) -> None:

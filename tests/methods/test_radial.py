@@ -52,6 +52,52 @@ def test_the_mask_is_the_closed_form(sink: bool) -> None:
     assert torch.equal(keep(GEOMETRY, sink=sink), by_hand(10, sink=sink))
 
 
+def by_pairs(geometry: Geometry, block: int) -> Tensor:
+    """The repository's rule, one pair of frames at a time, with its loss of what lies beyond ⌈frame / block⌉ blocks."""
+    frames, size = geometry.grid[0], geometry.frame_tokens
+    place = torch.arange(size)
+    whole = -(-size // block)
+    kept = torch.zeros(2 * [-(-geometry.tokens // block) + 1], dtype=torch.bool)
+    for i in range(frames):
+        for j in range(frames):
+            distance = abs(i - j)
+            width = 2.0 ** (size.bit_length() - distance.bit_length())
+            reach = (size, size // 2)[distance] if distance < 2 else max(width / 4, block)
+            pairs = (place - place[:, None]).abs() <= reach
+            pairs &= width >= block or distance % int(block / width) == 0
+            if j == 0:
+                pairs[:] = True
+            (up, above), (left, before) = (divmod(frame * size, block) for frame in (i, j))
+            padded = torch.zeros(2 * [(whole + 2) * block])
+            padded[above : above + size, before : before + size] = pairs.float()
+            shares = padded.view(whole + 2, block, whole + 2, block).mean(1)[:whole, :whole]
+            chosen = (shares > 1 / 3).sum(-1) > 0.6 * (shares > 0).sum(-1)
+            kept[up : up + whole, left : left + whole] |= chosen
+    return kept[:-1, :-1]
+
+
+@pytest.mark.parametrize(("grid", "block"), [((8, 3, 6), 4), ((4, 5, 6), 8), ((12, 5, 6), 8)])
+def test_where_frames_are_not_whole_blocks_each_pair_of_frames_is_judged_by_itself(
+    grid: tuple[int, int, int], block: int
+) -> None:
+    geometry = Geometry(grid=grid, heads=2, head_dim=8)
+    expected = by_pairs(geometry, block)
+    assert expected.any(-1).all()
+    assert torch.equal(keep(geometry, block=(block, block)), expected)
+
+
+def test_a_query_block_that_would_lose_every_key_keeps_what_the_repository_cuts_off() -> None:
+    # of blocks of 32, frames of 125 fill four; the fourth reaches 28 tokens into a fifth, which the next hardly fills
+    geometry = Geometry(grid=(8, 5, 25), heads=2, head_dim=8)
+    expected, made = by_pairs(geometry, 32), keep(geometry, block=(32, 32))
+    filled = expected.any(-1)
+    # the last block is shorter, and judged by its own rows
+    filled[-1] = False
+    assert not filled[:-1].all()
+    assert torch.equal(made[filled], expected[filled])
+    assert made.any(-1).all()
+
+
 def test_a_wider_band_keeps_more() -> None:
     # at decay 1 the band between frames 2 or 3 apart is 8 wide, not 4: two blocks to either side
     rows = keep(GEOMETRY, decay=1.0, sink=False)[:4]

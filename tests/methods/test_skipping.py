@@ -124,6 +124,41 @@ def test_blassts_oracle_leaves_out_what_its_kernel_would() -> None:
     assert kept(build("blasst", preset="oracle", block=BLOCK).plan(q, k, k, site()).mask) == [True, True, False, True]
 
 
+@pytest.mark.parametrize(
+    ("name", "online", "oracle", "settings"),
+    [
+        ("blasst", "default", "oracle", {"threshold": -2.0, "dense_ends": 0}),
+        ("sparge", "pv-skip", "pv-skip-oracle", {"topk": 0.75, "pv_threshold": 2.0}),
+    ],
+)
+def test_an_oracles_density_is_that_of_the_kernel_which_computes_the_scores_of_low_blocks_too(
+    name: str, online: str, oracle: str, settings: dict[str, Any]
+) -> None:
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    q, k = (x.to(device, dtype) for x in by_score(1.0, 9.0, 3.0, 8.5))
+    in_kernel, before = (
+        build(name, preset=preset, block=BLOCK, **settings).plan(q, k, k, site()) for preset in (online, oracle)
+    )
+    KERNELS["triton"].attend(q[None], k[None], k[None], in_kernel)
+    assert before.mask is not None
+    assert in_kernel.mask is not None
+    chosen, left = in_kernel.mask.density().item(), before.mask.density().item()
+    assert left < chosen
+    assert before.density().tolist() == in_kernel.density().tolist() == [(chosen + left) / 2]
+
+
+def test_what_was_scored_goes_with_the_plan() -> None:
+    q, k = (x.expand(2, -1, -1) for x in by_score(4.0, 1.0, 3.5, 3.0))
+    kept = without_low(q, k, ALL, (-2.0, -0.75))
+    plan = Plan.masked(kept, 2, scored=ALL)
+    assert plan.density().tolist() == ((1 + kept.density()) / 2).tolist()
+    assert plan.of_heads([1]).density().tolist() == plan.density()[1:].tolist()
+    assert plan.to("cpu").density().tolist() == plan.density().tolist()
+    assert plan.nbytes() == kept.bits.nbytes + ALL.bits.nbytes
+    with pytest.raises(ValueError, match="60 tokens, its BlockMask for 64"):
+        Plan.masked(kept, 2, scored=all_blocks(64, BLOCK, torch.device("cpu")))
+
+
 def test_blassts_fit_finds_the_law_that_shares_follow() -> None:
     # λ · 60 = 2 · exp(9 · share)
     shares = (torch.tensor(LAMBDAS).mul(60).log() - math.log(2)).div(9).clamp(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -296,19 +297,25 @@ def qkv(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def search(*seeds: int, config: SlidingTileConfig = FOUND) -> Tensor:
+    """The distances of candidates and heads, over videos."""
     learner = SlidingTile.learner(config)
     assert learner is not None
-    for seed in seeds:
-        learner.watch(*qkv(seed), place())
-    return learner.tables()["distance"]
+    merged = learner.merge([learner.note(*qkv(seed), place(), prompt) for prompt, seed in enumerate(seeds)])
+    return merged["distance"]
 
 
-def found(distance: Tensor, config: SlidingTileConfig = FOUND, step: int = 3) -> Plan:
-    learnt = Learnt(
-        method="sta", preset="searched", geometry=SEARCHED, steps=4, layers=2, tables={"distance": distance}
-    )
-    q, k, _ = qkv(99)
-    return SlidingTile(config, learnt).plan(q, k, k, place(step))
+Found = Callable[..., Plan]
+
+
+@pytest.fixture
+def found(tabled: Callable[..., Learnt]) -> Found:
+    """The plan by a table of distances."""
+
+    def planned(distance: Tensor, config: SlidingTileConfig = FOUND, step: int = 3) -> Plan:
+        learnt = tabled("sta", place(), {"distance": distance}, SlidingTile.learner(config))
+        return SlidingTile(config, learnt).plan(*qkv(99), place(step))
+
+    return planned
 
 
 def of_window(window: tuple[int, int, int], **settings: Any) -> Plan:
@@ -316,7 +323,7 @@ def of_window(window: tuple[int, int, int], **settings: Any) -> Plan:
 
 
 def test_candidates_are_compared_by_their_outputs_over_all_prompts() -> None:
-    distance = search(1, 2)[3, 0]
+    distance = search(1, 2)
     for candidate, window in enumerate(FOUND.candidates[:3]):
         expected = torch.zeros(3, dtype=torch.float64)
         for seed in (1, 2):
@@ -330,12 +337,16 @@ def test_candidates_are_compared_by_their_outputs_over_all_prompts() -> None:
 
 
 def test_a_candidate_that_leaves_nothing_out_is_not_chosen() -> None:
-    assert search(1)[3, 0, 3].tolist() == [float("inf")] * 3
+    assert search(1)[3].tolist() == [float("inf")] * 3
     # but where all are such, there is no other
-    assert (search(1, config=replace(FOUND, reach=4.0))[3, 0] < 1e-6).all()
+    assert (search(1, config=replace(FOUND, candidates=((2, 3, 4), (4, 3, 4)))) < 1e-6).all()
 
 
-def test_each_head_has_the_nearest_window() -> None:
+def test_windows_are_searched_as_they_are_and_scaled_afterwards() -> None:
+    assert SlidingTile.learner(replace(FOUND, reach=4.0)) == SlidingTile.learner(FOUND)
+
+
+def test_each_head_has_the_nearest_window(found: Found) -> None:
     distance = torch.zeros(4, 2, 4, 3)
     distance[3, 0] = torch.tensor([[0.2, 0.1, 0.3], [0.1, 0.2, 0.2], [0.3, 0.3, 0.1], [9.0, 9.0, 9.0]])
     for reach in (1.0, 0.4):
@@ -347,12 +358,12 @@ def test_each_head_has_the_nearest_window() -> None:
             assert torch.equal(made.mask.keep()[head], expected.keep()[0])
 
 
-def test_a_search_costs_nothing_at_steps_that_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_costs_nothing_at_steps_that_stay_dense(monkeypatch: pytest.MonkeyPatch, found: Found) -> None:
     learner = SlidingTile.learner(FOUND)
     assert learner is not None
     monkeypatch.setattr("calibatt.methods.sta.window_distance", None)
-    learner.watch(*qkv(1), place(step=1))
-    assert set(found(learner.tables()["distance"], step=1).kinds) == {"dense"}
+    assert not learner.note(*qkv(1), place(step=1), 0)["distance"].any()
+    assert set(found(torch.zeros(4, 2, 4, 3), step=1).kinds) == {"dense"}
 
 
 def test_queries_of_large_inputs_are_drawn_alike_for_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,7 +371,7 @@ def test_queries_of_large_inputs_are_drawn_alike_for_all_prompts(monkeypatch: py
     monkeypatch.setattr("calibatt.methods.sta._QUERIES", 96)
     drawn = search(1)
     assert not torch.equal(drawn, whole)
-    torch.testing.assert_close(drawn[3, 0, :3], whole[3, 0, :3], rtol=0.2, atol=0.0)
+    torch.testing.assert_close(drawn[:3], whole[:3], rtol=0.2, atol=0.0)
     torch.testing.assert_close(search(1, 1), drawn)
 
 

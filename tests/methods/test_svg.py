@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,17 +13,16 @@ from torch import Tensor
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
 from calibatt.methods import svg
-from calibatt.methods.learning import Learner, Learning, Learnt
+from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
 from calibatt.methods.svg import (
+    OutputErrors,
     SparseVideoGen,
     SparseVideoGenConfig,
     band_mask,
     band_width,
     head_orders,
     mask_errors,
-    sampled_masks,
-    sampled_rows,
     token_major_order,
 )
 
@@ -36,6 +36,11 @@ SMALL: dict[str, Any] = {"sink": False, "block": (8, 8)}
 
 def config(preset: str = "no-warmup", **settings: Any) -> SparseVideoGenConfig:
     return replace(SparseVideoGen.presets[preset], **settings)
+
+
+def sampled(made: SparseVideoGenConfig) -> OutputErrors:
+    """What the choice is made by."""
+    return OutputErrors.of(made)
 
 
 def line(tokens: int, text: int = 0, side: Any = "last") -> Geometry:
@@ -145,20 +150,18 @@ def test_errors_are_what_a_mask_changes() -> None:
     q = k = torch.zeros(1, 4, 2)
     rows = torch.tensor([0, 3])
     masks = torch.tensor([[[1, 1, 1, 1], [1, 1, 1, 1]], [[1, 1, 0, 0], [1, 0, 0, 0]], [[0, 0, 1, 1], [0, 1, 1, 0]]])
-    # 4 · (1/4)² = 1/4, and (3/4)² + 3 · (1/4)² = 3/4
-    assert mask_errors(q, k, rows, masks.bool()).flatten().tolist() == [0, 1 / 2, 1 / 4]
     # outputs of 2 instead of 1, and of 4; then of 0 twice
     v = torch.tensor([[[4.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]])
-    assert mask_errors(q, k, rows, masks.bool(), v).flatten().tolist() == [0, 5, 1]
+    assert mask_errors(q, k, v, rows, masks.bool()).flatten().tolist() == [0, 5, 1]
 
 
 def test_errors_do_not_depend_on_how_many_heads_are_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = torch.randn(3, 5, 128, 16, generator=torch.Generator().manual_seed(0))
     rows = torch.arange(0, 128, 2)
-    masks = sampled_masks(VIDEO, config(**SMALL), rows, head_orders(VIDEO))
-    whole = mask_errors(q, k, rows, masks, v)
+    masks = sampled(config(**SMALL)).masks(VIDEO, rows, head_orders(VIDEO))
+    whole = mask_errors(q, k, v, rows, masks)
     monkeypatch.setattr(svg, "_CHUNK", 2 * masks[0].numel())
-    torch.testing.assert_close(mask_errors(q, k, rows, masks, v), whole)
+    torch.testing.assert_close(mask_errors(q, k, v, rows, masks), whole)
 
 
 @pytest.mark.parametrize(("side", "text"), [("first", 4), ("last", 4), ("last", 0)])
@@ -171,7 +174,7 @@ def test_the_choice_is_by_bands_of_blocks_in_both_orders(side: Any, text: int) -
     rows = torch.tensor([0, 7, 8]) + start
     texts = [token for token in range(geometry.tokens) if not start <= token < start + 12]
     for mask, keys in zip(
-        sampled_masks(geometry, made, rows, head_orders(geometry)),
+        sampled(made).masks(geometry, rows, head_orders(geometry)),
         ([[0, 1], [6, 7], [8, 9]], [[0, 6], [1, 7], [2, 8]]),
         strict=True,
     ):
@@ -182,18 +185,18 @@ def test_the_choice_is_by_bands_of_blocks_in_both_orders(side: Any, text: int) -
 def test_the_band_of_the_choice_is_two_frames_whatever_the_density() -> None:
     # 2 · 3,600 // 128 = 56 blocks less than which are kept: 55 to the right of the first
     for density in (0.05, 0.9):
-        mask = sampled_masks(WAN, config(density=density, sink=False), torch.tensor([0]), head_orders(WAN)[:1])[0, 0]
+        mask = sampled(config(density=density, sink=False)).masks(WAN, torch.tensor([0]), head_orders(WAN)[:1])[0, 0]
         assert mask.sum() == 56 * 128
         assert mask[: 56 * 128].all()
     # HunyuanVideo's is 1.5 frames, 42 blocks, and its text
-    mask = sampled_masks(HUNYUAN, config("hunyuan"), torch.tensor([0]), head_orders(HUNYUAN)[:1])[0, 0]
+    mask = sampled(config("hunyuan")).masks(HUNYUAN, torch.tensor([0]), head_orders(HUNYUAN)[:1])[0, 0]
     assert mask.sum() == 42 * 128 + 256
 
 
 def test_the_sink_of_a_temporal_head_is_the_first_places_of_all_frames() -> None:
     # 16 tokens of a frame, in token-major order: two places in eight frames
     made = config(sampled_band=0.0, block=(8, 8))
-    frames, places = sampled_masks(VIDEO, made, torch.tensor([127]), head_orders(VIDEO))[:, 0]
+    frames, places = sampled(made).masks(VIDEO, torch.tensor([127]), head_orders(VIDEO))[:, 0]
     assert frames.nonzero().flatten().tolist() == [*range(16), *range(120, 128)]
     assert places.view(8, 16).int().tolist() == [[1, 1, *[0] * 13, 1]] * 8
 
@@ -201,9 +204,20 @@ def test_the_sink_of_a_temporal_head_is_the_first_places_of_all_frames() -> None
 def test_heads_of_frames_are_spatial_and_heads_of_places_temporal() -> None:
     frame, place = torch.arange(128) // 16, torch.arange(128) % 16
     x = 8 * torch.eye(16)[torch.stack((place, frame))]
+    # values that all differ, so that what a query sees shows in its output
+    v = torch.randn(2, 128, 16, generator=torch.Generator().manual_seed(0))
     made = SparseVideoGen(config(**SMALL))
-    assert temporal(made.plan(x, x, x, at(VIDEO))) == [True, False]
-    assert temporal(made.plan(x.flip(0), x.flip(0), x.flip(0), at(VIDEO))) == [False, True]
+    assert temporal(made.plan(x, x, v, at(VIDEO))) == [True, False]
+    assert temporal(made.plan(x.flip(0), x.flip(0), v, at(VIDEO))) == [False, True]
+
+
+def test_every_call_is_chosen_by_its_outputs() -> None:
+    # queries see all keys alike, so that the weights are the same in both heads and tell nothing: a band of whole
+    # frames has all places, a band of whole places all frames
+    method, q = SparseVideoGen(config(**SMALL)), torch.zeros(2, 128, 16)
+    v = by_frame_and_place()
+    assert temporal(method.plan(q, q, v, at(VIDEO))) == [True, False]
+    assert temporal(method.plan(q, q, v.flip(0), at(VIDEO))) == [False, True]
 
 
 def test_heads_whose_errors_are_equal_are_spatial() -> None:
@@ -222,16 +236,16 @@ def test_one_mask_serves_all_heads() -> None:
 def test_samples_are_of_the_video_and_of_its_first_tokens_where_so_set() -> None:
     cpu = torch.device("cpu")
     geometry = Geometry(grid=(8, 4, 4), heads=1, head_dim=1, text_tokens=50, text_side="first")
-    rows = sampled_rows(at(geometry), config(samples=4000), cpu)
+    rows = sampled(config(samples=4000)).rows(at(geometry), cpu)
     assert sorted(set(rows.tolist())) == list(range(50, 178))
-    rows = sampled_rows(at(geometry), config(samples=4000, sampled_from=100), cpu)
+    rows = sampled(config(samples=4000, sampled_from=100)).rows(at(geometry), cpu)
     assert sorted(set(rows.tolist())) == list(range(50, 150))
-    assert sampled_rows(at(geometry), config(sampled_from=10_000), cpu).max() < 178
+    assert sampled(config(sampled_from=10_000)).rows(at(geometry), cpu).max() < 178
 
 
 def test_samples_are_the_sites_and_the_seeds_but_not_the_branches() -> None:
     def drawn(seed: int = 0, **where: Any) -> list[int]:
-        rows: list[int] = sampled_rows(at(WAN, **where), config(seed=seed), torch.device("cpu")).tolist()
+        rows: list[int] = sampled(config(seed=seed)).rows(at(WAN, **where), torch.device("cpu")).tolist()
         return rows
 
     assert drawn() == drawn() == drawn(branch="uncond", sample=1)
@@ -241,18 +255,15 @@ def test_samples_are_the_sites_and_the_seeds_but_not_the_branches() -> None:
 # --- what is learnt --------------------------------------------------------------------------------------------------
 
 
-def learnt_from(*values: Tensor) -> tuple[SparseVideoGen, Learner]:
+Learn = Callable[..., Learnt]
+
+
+def learnt_from(learn: Learn, *values: Tensor) -> SparseVideoGen:
     """The preset, after videos whose queries see all keys alike."""
     settings = config("learnt", **SMALL)
-    learner = SparseVideoGen.learner(settings)
-    assert learner is not None
     q = torch.zeros(2, 128, 16)
-    for v in values:
-        learner.watch(q, q, v, at(VIDEO))
-    tables = learner.tables()
-    return SparseVideoGen(
-        settings, Learnt(method="svg", preset="learnt", geometry=VIDEO, steps=50, layers=4, tables=tables)
-    ), learner
+    learnt = learn("svg", SparseVideoGen.learner(settings), {at(VIDEO): [(q, q, v) for v in values]})
+    return SparseVideoGen(settings, learnt)
 
 
 def by_frame_and_place() -> Tensor:
@@ -261,27 +272,27 @@ def by_frame_and_place() -> Tensor:
     return torch.eye(16)[torch.stack((frame, place))]
 
 
-def test_the_learnt_choice_is_by_outputs() -> None:
-    # a band of whole frames has all places, a band of whole places all frames; weights are the same in both heads
-    method, _ = learnt_from(by_frame_and_place())
+def test_the_learnt_choice_is_by_outputs_of_other_videos(learn: Learn) -> None:
+    method = learnt_from(learn, by_frame_and_place())
     q = torch.zeros(2, 128, 16)
     assert temporal(method.plan(q, q, q, at(VIDEO))) == [True, False]
 
 
-def test_videos_add_up_and_what_was_not_watched_is_spatial() -> None:
+def test_videos_add_up_and_of_no_error_a_head_is_spatial(learn: Learn) -> None:
     v = by_frame_and_place()
-    method, learner = learnt_from(v, 3 * v.flip(0))
-    once = learnt_from(v)[1].tables()["errors"][3, 2]
-    both = learner.tables()["errors"]
+    once = learnt_from(learn, v).learnt
+    method = learnt_from(learn, v, 3 * v.flip(0))
+    assert once is not None
+    assert method.learnt is not None
+    alone = once.at("errors", at(VIDEO))
     # three times the value is nine times its square
-    torch.testing.assert_close(both[3, 2], once + 9 * once.flip(-1))
+    torch.testing.assert_close(method.learnt.at("errors", at(VIDEO)), alone + 9 * alone.flip(-1))
     q = torch.zeros(2, 128, 16)
-    assert temporal(method.plan(q, q, q, at(VIDEO))) == [False, True]
-    assert temporal(method.plan(q, q, q, at(VIDEO, step=4))) == [False, False]
+    assert temporal(method.plan(q, q, v, at(VIDEO))) == [False, True]
+    assert temporal(method.plan(q, q, v, at(VIDEO, step=4))) == [False, False]
 
 
 def test_only_the_learnt_preset_learns() -> None:
-    assert isinstance(SparseVideoGen, Learning)
     learning = [name for name, made in SparseVideoGen.presets.items() if SparseVideoGen.learner(made) is not None]
     assert learning == ["learnt"]
 

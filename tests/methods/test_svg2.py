@@ -53,13 +53,13 @@ def keep(plan: Plan) -> Tensor:
 def turns(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The centroids that each turn of k-means starts from."""
     seen: list[Tensor] = []
-    original = clusters.regroup
+    original = clusters.assign
 
     def noted(x: Tensor, centroids: Tensor, *rest: Tensor) -> Grouped:
         seen.append(centroids)
         return original(x, centroids, *rest)
 
-    monkeypatch.setattr(clusters, "regroup", noted)
+    monkeypatch.setattr(clusters, "assign", noted)
     return seen
 
 

@@ -201,7 +201,7 @@ def test_tokens_go_to_the_centroid_of_the_most_alike_profile() -> None:
 
 
 def test_keys_that_no_query_tells_apart_are_one() -> None:
-    # queries along the first axis; keys of two kinds, which differ along it and by lot along all others
+    # queries along the first axis; keys of two kinds, which differ along it and at random along all others
     generator = torch.Generator().manual_seed(0)
     sign = torch.where(torch.rand(1, 400, generator=generator) < 0.5, -1.0, 1.0)
     k = 5 * torch.randn(1, 400, 8, generator=generator)

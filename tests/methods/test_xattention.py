@@ -18,6 +18,7 @@ from calibatt.methods.xattention import XAttention, antidiagonal_energy
 # 64 tokens are 4 blocks of 16, each of 4 groups of 4
 GEOMETRY = Geometry(grid=(4, 4, 4), heads=1, head_dim=4)
 DIAGONAL = torch.eye(4, dtype=torch.bool)
+FIRST = torch.tensor([True, False, False, False])
 
 
 def plan(
@@ -72,7 +73,13 @@ def noise(heads: int, tokens: int, channels: int = 4) -> tuple[Tensor, Tensor]:
 
 def test_a_query_block_keeps_the_key_block_that_points_where_it_does() -> None:
     x = one_direction_a_block()
-    assert torch.equal(keep(x, x)[0], DIAGONAL)
+    assert torch.equal(keep(x, x)[0], DIAGONAL | FIRST)
+
+
+def test_the_first_key_block_is_on_in_every_row_whatever_its_attention() -> None:
+    # it has none: as in the repository, where what a row drops is written to place 0
+    chosen = keep(*by_weight([1e-9, 0.5, 0.3, 0.2]), threshold=0.4)[0]
+    assert chosen.tolist() == [[True, True, False, False]] * 4
 
 
 def test_only_the_antidiagonal_of_a_tile_counts() -> None:
@@ -99,17 +106,22 @@ def test_the_estimate_is_the_softmax_of_the_antidiagonal_sums(stride: int, block
 # a block is kept as long as those before it fall short: 0.4, 0.7, 0.9 and 1 are reached after one to four
 @pytest.mark.parametrize(
     ("threshold", "kept"),
-    [(0.0, [1]), (0.39, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.71, [1, 2, 3]), (0.91, [0, 1, 2, 3])],
+    [(0.0, [0, 1]), (0.39, [0, 1]), (0.41, [0, 1, 3]), (0.69, [0, 1, 3]), (0.71, [0, 1, 2, 3]), (0.91, [0, 1, 2, 3])],
 )
-def test_the_fewest_blocks_that_reach_the_threshold_are_kept(threshold: float, kept: list[int]) -> None:
+def test_the_fewest_blocks_that_reach_the_threshold_are_kept_beside_the_first(
+    threshold: float, kept: list[int]
+) -> None:
     chosen = keep(*by_weight([0.1, 0.4, 0.2, 0.3]), threshold=threshold)[0]
     assert all(row.nonzero().flatten().tolist() == kept for row in chosen)
 
 
-def test_the_ends_of_the_knob_are_one_block_a_row_and_all_that_hold_anything() -> None:
+def test_the_ends_of_the_knob_are_the_first_block_and_the_heaviest_and_all_that_hold_anything() -> None:
     q, k = noise(1, 64)
     assert XAttention.knob is not None
-    assert keep(q, k, threshold=XAttention.knob.low).sum(-1).tolist() == [[1] * 4]
+    heaviest = antidiagonal_energy(q, k, stride=4, block_q=16, block_k=16).argmax(-1)
+    assert torch.equal(
+        keep(q, k, threshold=XAttention.knob.low), torch.nn.functional.one_hot(heaviest, 4).bool() | FIRST
+    )
     assert keep(q, k, threshold=XAttention.knob.high).all()
     # a score 200 below the others, whose exponential is 0 in fp32
     q, k = by_weight([1.0] * 4)
@@ -147,7 +159,7 @@ def test_heads_choose_apart() -> None:
     geometry = Geometry(grid=(4, 4, 4), heads=2, head_dim=4)
     x = one_direction_a_block()
     q, k = torch.cat((x, x.flip(1))), torch.cat((x, x))
-    assert torch.equal(keep(q, k, geometry), torch.stack((DIAGONAL, DIAGONAL.flip(0))))
+    assert torch.equal(keep(q, k, geometry), torch.stack((DIAGONAL, DIAGONAL.flip(0))) | FIRST)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -21,6 +21,8 @@ MACHINE = {
     "system": "Linux", "machine": "x86_64", "release": "6.1", "python_version": "3.11.7", "threads": 2,
     "cpu": {"brand_raw": "Test data CPU", "count": 2}, "versions": {"calibatt": "0.1.0", "torch": "2.9.0"},
 }  # fmt: skip
+# labels as their methods have them; the other methods have none
+LABELS = {"dense": "Dense", "calibatt": "CalibAtt", "sparge": "SpargeAttn", "radial": "Radial", "random": "Random mask"}
 PROMPTS = tuple(f"test data {i}: a red circle moving left over $stripes$ & a blue square, still" for i in range(6))
 SHOWN_VIDEOS, FRAMES, STEPS, LAYERS, HEADS, BLOCKS = 2, 12, 8, 6, 4, 24
 
@@ -31,7 +33,8 @@ def arm(method: str, speed: float = 1.3, *, rounds: int = 6, psnr: float = 30.0,
     dense = 4 + 0.05 * rng.standard_normal(rounds)
     samples = dense / speed * (1 + 0.02 * rng.standard_normal(rounds))
     facts: dict[str, Any] = {
-        **WORKLOAD, "suite": "denoise", "method": method, "preset": "default", "mode": "native", "kernel": "flex",
+        **WORKLOAD, "suite": "denoise", "method": method, "method_label": LABELS.get(method), "preset": "default",
+        "mode": "native", "kernel": "flex",
         "block": (64, 64), "baseline": "sdpa-flash", "prompts": PROMPTS[:rounds], "outcome": "ok",
         "samples_s": tuple(samples), "baseline_samples_s": tuple(dense),
         "phases_s": {"plan": tuple(samples * 0.05), "attend": tuple(samples * 0.5)},

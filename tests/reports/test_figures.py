@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,77 +13,177 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibatt.bench.record import Record, Run, UnusableFile
-from calibatt.reports import figures
-from calibatt.reports.entries import Entry, entries, palette
+from calibatt.bench.record import Record, Run
+from calibatt.reports.figures import catalogue, density, fidelity, frames, ideal, masks, phases, speedup
+from calibatt.reports.rows import Row, look, rows
 
 BARE: dict[str, Any] = {"suite": "denoise", "model": "shapes", "kernel": "flex", "outcome": "ok"}
 
 
-def _entries(*records: Record, folder: Path = Path("nowhere")) -> tuple[Entry, ...]:
-    run = Run(path=folder / "run.json", machine={}, commit={}, datetime="", command="", records=records)
-    return entries(run, records, palette(record.method for record in records))
+def _rows(*records: Record, folder: Path = Path("nowhere")) -> tuple[Row, ...]:
+    return rows(Run(path=folder / "run.json", machine={}, commit={}, datetime="", command="", records=records), records)
 
 
 def _texts(figure: Any) -> list[str]:
     return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
 
 
+def _one(drawn: Iterable[tuple[str, Any]]) -> Any:
+    ((_, figure),) = drawn
+    return figure
+
+
+def test_every_module_of_the_folder_is_in_the_catalogue_and_says_how_to_read_it() -> None:
+    folder = Path(catalogue.__file__).parent
+    names = {path.stem for path in folder.glob("*.py")} - {"__init__", "catalogue", "style"}
+    assert [module.__name__.rpartition(".")[2] for module in catalogue.FIGURES] == [
+        "speedup", "fidelity", "ideal", "phases", "density", "masks", "frames",
+    ]  # fmt: skip
+    assert len(names) == len(catalogue.FIGURES)
+    for module in catalogue.FIGURES:
+        assert module.__name__.rpartition(".")[2] in names
+        assert module.TITLE
+        assert module.CAPTION.endswith(".")
+
+
 def test_one_round_is_drawn_and_said_to_have_no_interval(make: SimpleNamespace) -> None:
-    arms = _entries(make.dense_arm(rounds=1), make.arm("calibatt", rounds=1))
-    speedup, fidelity, phases = figures.speedup(arms), figures.fidelity(arms), figures.phases(arms)
-    assert speedup is not None
-    assert any("no interval" in text for text in _texts(speedup))
-    for figure in (speedup, fidelity, phases):
-        assert figure is not None
-        figure.draw_without_rendering()
+    arms = _rows(make.dense_arm(rounds=1), make.arm("calibatt", rounds=1))
+    assert any("no interval" in text for text in _texts(_one(speedup.draw(arms))))
+    for module in (speedup, fidelity, phases):
+        _one(module.draw(arms)).draw_without_rendering()
 
 
 def test_records_with_hardly_any_field_draw_only_their_speedup() -> None:
     dense = Record(**BARE, method="dense", samples_s=(2.0,) * 6)
     sparse = Record(**BARE, method="new", samples_s=(1.0,) * 6, baseline_samples_s=(2.0,) * 6)
     failed = Record(**{**BARE, "outcome": "failed"}, method="radial", reason="test data")
-    arms = _entries(dense, sparse, failed)
-    speedup = figures.speedup(arms)
-    assert speedup is not None
-    assert "2.00×  (2.00–2.00)" in _texts(speedup)
-    assert figures.fidelity(arms) is figures.phases(arms) is figures.density(arms) is figures.masks(arms) is None
-    assert figures.videos(arms) == []
-    assert figures.speedup(_entries(dense, failed)) is None
+    arms = _rows(dense, sparse, failed)
+    assert "2.00×  (2.00–2.00)" in _texts(_one(speedup.draw(arms)))
+    for module in (fidelity, ideal, phases, density, masks, frames):
+        assert list(module.draw(arms)) == []
+    assert list(speedup.draw(_rows(dense, failed))) == []
 
 
-def test_every_arm_is_named_in_the_fidelity_figure_even_where_all_coincide(make: SimpleNamespace) -> None:
-    arms = _entries(*(make.arm("radial", preset=f"preset-{i}", kernel="flex") for i in range(12)))
-    figure = figures.fidelity(arms)
-    assert figure is not None
+def test_a_hundred_arms_share_a_figure_and_more_have_another(make: SimpleNamespace) -> None:
+    arms = _rows(*(make.arm("radial", preset=f"preset-{i}") for i in range(101)))
+    assert [len(figure.axes[0].get_yticks()) for _, figure in speedup.draw(arms)] == [100, 1]
+    assert [len(figure.axes[0].get_yticks()) for _, figure in phases.draw(arms)] == [100, 1]
+
+
+def test_a_dozen_arms_are_named_in_the_fidelity_figure_even_where_all_coincide(make: SimpleNamespace) -> None:
+    arms = _rows(*(make.arm("radial", preset=f"preset-{i}", kernel="flex") for i in range(12)))
+    figure = _one(fidelity.draw(arms))
     figure.draw_without_rendering()
     for axes in figure.axes:
-        assert {entry.label for entry in arms} <= {text.get_text() for text in axes.texts}
+        assert {row.label for row in arms} <= {text.get_text() for text in axes.texts}
+    assert not figure.legends
+
+
+def test_of_many_arms_those_are_named_that_none_beats_and_the_outermost(make: SimpleNamespace) -> None:
+    best = {"fast": (1.6, 20.0), "fair": (1.4, 30.0), "close": (1.2, 40.0), "slowest": (0.5, 25.0), "worst": (1.0, 5.0)}
+    facts = {"alignment": None, "alignment_dense": None, "method_error": None, "rounds": 6}
+    arms = [
+        make.arm(method, ratio, psnr_db=(psnr,) * 6, samples_s=(1.0,) * 6, baseline_samples_s=(ratio,) * 6, **facts)
+        for method, (ratio, psnr) in best.items()
+    ]
+    arms += [
+        make.arm(
+            "radial", preset=f"p{i}", psnr_db=(15.0,) * 6, samples_s=(1.0,) * 6, baseline_samples_s=(1.1,) * 6, **facts
+        )
+        for i in range(60)
+    ]
+    shown = _rows(*arms)
+    start = time.perf_counter()
+    figure = _one(fidelity.draw(shown))
+    # it took 25 seconds when every arm was named
+    assert time.perf_counter() - start < 5
+    named = {text.get_text() for text in figure.axes[0].texts} & {row.label for row in shown}
+    assert named == set(best)
+    # the others are told by their marker, which a legend of the methods explains
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {*best, "Radial"}
+
+
+def test_less_method_error_is_the_better() -> None:
+    facts = {**BARE, "suite": "attention", "samples_s": (1.0,) * 6}
+    records = [
+        Record(**facts, method=f"m{i}", method_error=0.1 + 0.01 * i, baseline_samples_s=(1 + 0.1 * i,) * 6)
+        for i in range(14)
+    ]
+    # slower and less close than another, and outermost in nothing
+    beaten = Record(**facts, method="beaten", method_error=0.2, baseline_samples_s=(1.05,) * 6)
+    names = {text.get_text() for text in _one(fidelity.draw(_rows(*records, beaten))).axes[0].texts}
+    assert {"m0", "m13"} <= names
+    assert "beaten" not in names
+
+
+def test_alignment_is_the_mean_and_psnr_the_median_as_the_caption_says(make: SimpleNamespace) -> None:
+    values = (1.0, 1.0, 1.0, 1.0, 1.0, 0.4)
+    row = _rows(make.arm("calibatt", alignment=values, psnr_db=(20.0, 20.0, 20.0, 20.0, 20.0, 80.0)))
+    psnr, alignment = (axes.lines[0].get_ydata()[0] for axes in _one(fidelity.draw(row)).axes)
+    assert alignment == pytest.approx(0.9)
+    assert psnr == 20.0
+    assert "for alignment the mean" in fidelity.CAPTION
+
+
+def test_the_phases_and_the_rest_add_up_to_the_time_and_launching_is_no_part_of_it(make: SimpleNamespace) -> None:
+    parts = {"plan": (0.2,) * 3, "attend": (0.5,) * 3, "lists": (0.1,) * 3, "launch": (7.0,) * 3}
+    arms = _rows(make.arm("calibatt", rounds=3, samples_s=(2.0,) * 3, baseline_samples_s=(3.0,) * 3, phases_s=parts))
+    axes = _one(phases.draw(arms)).axes[0]
+    widths = {bar.get_label(): bar[0].get_width() for bar in axes.containers}
+    assert widths == pytest.approx({"plan": 0.2, "attend": 0.5, "lists": 0.1, "other": 1.2})
+    assert "2 s" in _texts(axes)
+    only = _rows(make.arm("calibatt", rounds=3, phases_s={"launch": (7.0,) * 3}))
+    assert list(phases.draw(only)) == []
+
+
+def _marks(figure: Any) -> dict[tuple[float, float], tuple[str, str]]:
+    """Colour and marker of what is drawn at each place."""
+    return {
+        (float(line.get_xdata()[0]), float(line.get_ydata()[0])): (line.get_color(), line.get_marker())
+        for axes in figure.axes
+        for line in axes.lines
+        if line.get_marker() not in ("None", None, "") and len(line.get_xdata())
+    }
+
+
+@pytest.mark.parametrize("company", [[], ["dense", "radial", "sta"], ["one", "other", "random", "sparge"]])
+def test_a_method_looks_the_same_in_every_figure_and_in_any_company(
+    company: list[str], make: SimpleNamespace, tmp_path: Path
+) -> None:
+    make.artifact(tmp_path / "a.npz", 0.4, 0)
+    own = make.arm("mine", 1.3, artifact="a.npz")
+    arms = _rows(own, *(make.arm(name, 1.1, psnr=20) for name in company), folder=tmp_path)
+    colour, marker = look(own)
+    row = next(row for row in arms if row.record is own)
+    assert (row.colour, row.marker) == (colour, marker)
+    for module in (speedup, fidelity):
+        assert (colour, marker) in _marks(_one(module.draw(arms))).values()
+    (map_title,) = [axes._left_title for axes in _one(density.draw(arms)).axes if axes._left_title.get_text()]
+    titles = [map_title, *(_one(masks.draw(arms)).subfigs[0].texts), *(next(frames.draw(arms))[1].subfigs[0].texts)]
+    for title in titles:
+        assert title.get_text().startswith(f"{row.glyph} mine")
+        assert title.get_color() == colour
 
 
 def test_an_artifact_with_some_arrays_draws_what_it_has(make: SimpleNamespace, tmp_path: Path) -> None:
     np.savez(tmp_path / "frames.npz", frames=np.zeros((1, 3, 8, 8, 3), np.uint8))
     np.savez(tmp_path / "density.npz", density=np.ones((2, 1, 1), np.float32))
-    arms = _entries(
-        make.arm("radial", artifact="frames.npz"), make.arm("sparge", artifact="density.npz"), folder=tmp_path
-    )
-    density, (video,) = figures.density(arms), figures.videos(arms)
-    assert density is not None
-    assert "SpargeAttn\nmean 1.00" in _texts(density)
-    assert video[0] == ""
-    assert not any("SpargeAttn" in text for text in _texts(video[1]))
+    arms = _rows(make.arm("radial", artifact="frames.npz"), make.arm("sparge", artifact="density.npz"), folder=tmp_path)
+    ((title, video),) = frames.draw(arms)
+    assert any(text.endswith("SpargeAttn\nmean 1.00") for text in _texts(_one(density.draw(arms))))
+    assert title == "Frames"
+    assert not any("SpargeAttn" in text for text in _texts(video))
 
 
 def test_frames_of_dense_stand_first_under_their_caption(make: SimpleNamespace, tmp_path: Path) -> None:
-    for name, density in (("dense", 1.0), ("radial", 0.4)):
-        make.artifact(tmp_path / f"{name}.npz", density, 0)
-    arms = _entries(make.arm("radial", artifact="radial.npz"), make.dense_arm(artifact="dense.npz"), folder=tmp_path)
-    drawn = figures.videos(arms)
-    assert [caption for caption, _ in drawn] == list(make.prompts[:2])
-    rows = [part.get_suptitle().split(":")[0] for part in drawn[0][1].subfigs]
-    assert rows == ["Dense", "Radial"]
-    # a caption's dollar signs are no formula
-    drawn[0][1].draw_without_rendering()
+    for name, kept in (("dense", 1.0), ("radial", 0.4)):
+        make.artifact(tmp_path / f"{name}.npz", kept, 0)
+    arms = _rows(make.arm("radial", artifact="radial.npz"), make.dense_arm(artifact="dense.npz"), folder=tmp_path)
+    drawn = list(frames.draw(arms))
+    assert [title for title, _ in drawn] == [f"“{prompt}”" for prompt in make.prompts[:2]]
+    parts = [part.get_suptitle().split(":")[0] for part in drawn[0][1].subfigs]
+    assert parts == [row.heading for row in arms]
+    assert [row.label for row in arms] == ["Dense", "Radial"]
 
 
 @pytest.mark.parametrize("starts", [True, False])
@@ -88,47 +192,53 @@ def test_frame_boundaries_are_drawn_only_where_they_are_known(
 ) -> None:
     known = {"frame_starts": np.array([0, 128, 256])} if starts else {}
     np.savez(tmp_path / "a.npz", masks=np.eye(6, dtype=bool)[None], mask_sites=np.array([[0, 0, 0]]), **known)
-    figure = figures.masks(_entries(make.arm("radial", artifact="a.npz"), folder=tmp_path))
-    assert figure is not None
+    figure = _one(masks.draw(_rows(make.arm("radial", artifact="a.npz"), folder=tmp_path)))
     lines = figure.subfigs[0].axes[0].lines
     # two inner boundaries, across and down, at whole blocks of 64 tokens
     assert sorted({float(line.get_xdata()[0]) for line in lines} - {0.0}) == ([2.0, 4.0] if starts else [])
 
 
-@pytest.mark.parametrize(
-    "arrays",
-    [
-        {"frames": np.zeros((3, 8, 8, 3), np.uint8)},
-        {"masks": np.ones((2, 4, 4), bool)},
-        {"captions": np.array(["a", None], dtype=object)},
-    ],
-)
-def test_an_artifact_of_another_form_is_refused(arrays: dict[str, Any], make: SimpleNamespace, tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(UnusableFile, match=r"a\.npz"):
-        _entries(make.arm("radial", artifact="a.npz"), folder=tmp_path)
-
-
-def _blocks(density: float, speed: float, **more: Any) -> Record:
+def _blocks(kept: float, speed: float, **more: Any) -> Record:
     facts = {**BARE, "suite": "kernel", "method": "blocks", "block": (64, 64), "mask": "random", **more}
-    return Record(
-        **facts, preset=f"{density:g}", density=density, samples_s=(1 / speed,) * 6, baseline_samples_s=(1.0,) * 6
-    )
+    return Record(**facts, preset=f"{kept:g}", density=kept, samples_s=(1 / speed,) * 6, baseline_samples_s=(1.0,) * 6)
 
 
 def test_kernels_are_compared_with_what_leaving_blocks_out_could_give() -> None:
     whole = Record(**{**BARE, "suite": "kernel"}, method="blocks", preset="1", density=1.0, samples_s=(1.0,) * 6)
-    arms = _entries(whole, _blocks(0.5, 1.6), _blocks(0.25, 3.2), _blocks(0.25, 2.0, kernel="triton"))
-    figure = figures.ideal(arms)
-    assert figure is not None
+    figure = _one(ideal.draw(_rows(whole, _blocks(0.5, 1.6), _blocks(0.25, 3.2), _blocks(0.25, 2.0, kernel="triton"))))
     drawn = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
     assert list(drawn["flex, 64×64, random"]) == pytest.approx([0.8, 0.8])
     assert list(drawn["triton, 64×64, random"]) == pytest.approx([0.5])
-    # one density has nothing to be compared over
-    assert figures.ideal(_entries(_blocks(0.5, 1.6))) is None
+    # one density has nothing to be compared over, and no density no logarithm
+    assert list(ideal.draw(_rows(_blocks(0.5, 1.6)))) == []
+    assert list(ideal.draw(_rows(_blocks(0.0, 1.6), _blocks(0.5, 1.6)))) == []
 
 
-def test_a_method_keeps_its_colour(make: SimpleNamespace) -> None:
-    few, many = palette(["calibatt"]), palette(["calibatt", "dense", "radial", "one", "other"])
-    assert few["calibatt"] == many["calibatt"]
-    assert len(set(many.values())) == len(many)
+def test_labels_of_densities_that_nearly_agree_do_not_touch() -> None:
+    figure = _one(ideal.draw(_rows(*(_blocks(kept, 1.6) for kept in (0.1, 0.15, 0.25, 0.37, 0.38, 0.5)))))
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert len(boxes) == 5
+    assert not any(one.overlaps(other) for one, other in itertools.pairwise(boxes))
+
+
+def test_a_dollar_sign_is_no_formula_in_any_figure(make: SimpleNamespace, tmp_path: Path) -> None:
+    make.artifact(tmp_path / "a.npz", 0.4, 0)
+    bad = r"$\badcommand$"
+    arms = _rows(
+        make.dense_arm(artifact="a.npz", kernel=bad),
+        make.arm("calibatt", preset=bad, artifact="a.npz", phases_s={bad: (0.1,) * 6}, baseline=bad),
+        *(_blocks(kept, 1.6, kernel=bad) for kept in (0.25, 0.5)),
+        folder=tmp_path,
+    )
+    drawn = catalogue.pictures(arms, "stem")
+    assert {picture.name.rpartition("-")[2] for picture in drawn} == {
+        f"{module.__name__.rpartition('.')[2]}.png" for module in catalogue.FIGURES
+    }
+
+
+def test_medians_of_bars_are_those_of_the_rounds(make: SimpleNamespace) -> None:
+    record = make.arm("calibatt")
+    (axes,) = _one(phases.draw(_rows(record))).axes
+    plan = next(bar for bar in axes.containers if bar.get_label() == "plan")[0].get_width()
+    assert plan == pytest.approx(statistics.median(record.phases_s["plan"]))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from calibatt.bench.record import Record, Run
+from calibatt.bench.record import Record, Run, UnusableFile
 from calibatt.reports.gate import ExitCode, Verdict, judge
 
 MACHINE = {"gpu": None, "cpu": {"brand_raw": "Test data CPU"}, "threads": 2}
@@ -26,7 +26,7 @@ def _steady(make: SimpleNamespace, ratio: float, rounds: int = 6, **more: Any) -
 
 
 def _code(verdict: Verdict) -> ExitCode:
-    assert len(verdict.lines) == len(verdict.findings) + 1
+    assert len(verdict.lines) == len(verdict.judgements) + 1
     return verdict.exit_code
 
 
@@ -82,7 +82,7 @@ def test_an_arm_that_no_longer_runs_is_a_regression_with_its_reason(outcome: str
     verdict = judge(_run(now), _run(make.arm("calibatt")))
     assert _code(verdict) == ExitCode.REGRESSION
     assert "it broke" in verdict.lines[0]
-    assert len(verdict.findings) == 1
+    assert len(verdict.judgements) == 1
 
 
 def test_an_arm_that_did_not_run_before_either_passes(make: SimpleNamespace) -> None:
@@ -113,5 +113,42 @@ def test_dense_may_run_on_another_kernel(make: SimpleNamespace) -> None:
 
 
 def test_a_run_with_an_arm_twice_is_refused(make: SimpleNamespace) -> None:
-    with pytest.raises(ValueError, match="twice"):
+    with pytest.raises(UnusableFile, match="twice"):
         judge(_run(make.arm("calibatt"), make.arm("calibatt")), _run(make.arm("calibatt")))
+
+
+def test_a_regression_outweighs_what_is_inconclusive_and_that_a_pass(make: SimpleNamespace) -> None:
+    before = _run(*(_steady(make, 1.3, preset=name) for name in "abc"))
+    better = _steady(make, 1.3, preset="a")
+    unsure = _steady(make, 1.2, preset="b", samples_s=(0.8, 0.9, 1.0, 1.0, 1.1, 1.2))
+    worse = _steady(make, 1.0, preset="c")
+    steady = _steady(make, 1.3, preset="c")
+    for now, code in (
+        ((better, unsure, worse), 1),
+        ((better, unsure, steady), 3),
+        ((better,), 1),
+        ((worse, better), 1),
+    ):
+        assert _code(judge(_run(*now), before)) == code
+    codes = [one.code.value for one in judge(_run(better, unsure, worse), before).judgements]
+    assert codes == [0, 3, 1]
+
+
+def test_within_an_arm_too_a_regression_outweighs_what_is_inconclusive(make: SimpleNamespace) -> None:
+    # its PSNR fell, and its speed cannot be told
+    now = _steady(make, 1.3, 3, prompts=None, psnr_db=(10.0,) * 3)
+    (one,) = judge(_run(now), _run(_steady(make, 1.3, prompts=None))).judgements
+    assert one.code == ExitCode.REGRESSION
+    assert "six rounds" in one.reason
+
+
+def test_a_name_or_a_reason_cannot_forge_a_line(make: SimpleNamespace) -> None:
+    evil = "x\npass          all is well\r\x1b[2K\x1b[1A"
+    now = make.broken(evil, "failed", "\n".join(["pass"] * 1000))
+    verdict = judge(_run(now), _run(make.arm(evil)))
+    assert _code(verdict) == ExitCode.REGRESSION
+    first, last = verdict.lines
+    assert first.startswith("regression  ")
+    assert first.isprintable()
+    assert len(first) <= 600
+    assert last == "regression"

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from calibatt.bench.record import UnusableFile, load_run
-from calibatt.reports.entries import labels
+from calibatt.reports.figures.catalogue import Picture
 from calibatt.reports.page import write_report
+from calibatt.reports.rows import GLYPHS, labels, look
 
 # what makes a browser fetch something
 LOADS = re.compile(r"""(?:src|href|srcset|data|action)\s*=\s*["']?(?!data:image/png;base64,)[^"'\s>]+|url\(|@import""")
@@ -26,6 +30,13 @@ def _text(page: Path) -> str:
     return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", without_style)))
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the figures out, which take most of the time."""
+    monkeypatch.setattr("calibatt.reports.page.pictures", lambda rows, stem: [])
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_the_page_shows_every_arm_and_every_reason(full_run: Path, tmp_path: Path) -> None:
     shown = _text(write_report([full_run], tmp_path / "report"))
     records = load_run(full_run).records
@@ -56,6 +67,7 @@ def test_every_picture_on_the_page_is_a_file_beside_it(full_run: Path, tmp_path:
         assert any(name.endswith(f"-{kind}.png") for name in named)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_tables_quote_the_figures_of_every_arm_that_has_a_speedup_beside_it(
     small_run: Path, tmp_path: Path
 ) -> None:
@@ -102,6 +114,7 @@ def test_several_runs_share_a_page_and_no_picture(
     assert len(pictures) == len(set(pictures)) > 2
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("records", "said"),
     [
@@ -111,7 +124,7 @@ def test_several_runs_share_a_page_and_no_picture(
         ({"speed": 1.3, "rounds": 3}, "in 3 rounds, too few for an interval or a claim"),
     ],
 )
-def test_the_headline_claims_no_more_than_the_interval(
+def test_a_finding_claims_no_more_than_the_interval(
     records: dict[str, float], said: str, write_run: Callable[..., Path], make: SimpleNamespace, tmp_path: Path
 ) -> None:
     path = write_run([make.dense_arm(), make.arm("calibatt", **records)])
@@ -120,6 +133,7 @@ def test_the_headline_claims_no_more_than_the_interval(
     assert "The random control was not asked for" in shown
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("psnr", "density", "speed", "beats"),
     [(35, 0.42, 1.2, True), (35, 0.9, 1.6, True), (35, 0.9, 1.1, False), (20, 0.42, 1.6, False)],
@@ -144,6 +158,7 @@ def test_an_unusable_file_writes_nothing(small_run: Path, tmp_path: Path) -> Non
     assert set(tmp_path.iterdir()) == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_unreadable_pictures_are_named_and_leave_the_old_report(full_run: Path, tmp_path: Path) -> None:
     page = write_report([full_run], tmp_path / "report")
     old = page.read_bytes()
@@ -192,9 +207,82 @@ def test_a_picture_of_others_in_a_report_is_kept(small_run: Path, tmp_path: Path
     assert photo.read_text() == "mine"
 
 
-def test_names_of_arms_tell_kernels_apart(make: SimpleNamespace) -> None:
-    records = [make.arm("radial"), make.arm("radial", kernel="triton"), make.arm("sparge")]
-    assert labels(records) == ["Radial, flex", "Radial, triton", "SpargeAttn"]
+@pytest.mark.parametrize("done", range(7))
+def test_dying_while_a_report_is_replaced_leaves_a_whole_page_that_the_next_run_takes_over(
+    done: int, small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "report"
+
+    def write(*names: str) -> bytes:
+        drawn = [Picture(name=name, png=b"", title="Test data", caption="Not drawn.") for name in names]
+        monkeypatch.setattr("calibatt.reports.page.pictures", lambda rows, stem: drawn)
+        return write_report([small_run], out).read_bytes()
+
+    new = write("b.png", "c.png", "d.png")
+    old = write("a.png", "b.png")
+    steps = iter(range(7))
+
+    def dying(work: Callable[..., None]) -> Callable[..., None]:
+        def step(*arguments: Any) -> None:
+            if next(steps) == done:
+                raise KeyboardInterrupt
+            work(*arguments)
+
+        return step
+
+    # a picture less, then the page, the tables and three pictures
+    remove = Path.unlink
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", dying(os.replace))
+        patched.setattr(Path, "unlink", lambda path: dying(remove)(path) if path.parent == out else remove(path))
+        with pytest.raises(KeyboardInterrupt) if done < 6 else contextlib.nullcontext():
+            write("b.png", "c.png", "d.png")
+    page = (out / "index.html").read_bytes()
+    assert page == (old if done < 2 else new)
+    named = set(re.findall(r'data-file="([^"]+)"', page.decode())) | {"index.html", "tables.md"}
+    left = {path.name for path in out.iterdir()}
+    assert left <= named
+    assert (left == named) is (done in (0, 6))
+    # it is no folder of strange files, but a report
+    assert write("b.png", "c.png", "d.png") == new
+    assert {path.name for path in out.iterdir()} == {"b.png", "c.png", "d.png", "index.html", "tables.md"}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_page_shows_each_method_by_its_marker_in_one_landmark(small_run: Path, tmp_path: Path) -> None:
+    page = write_report([small_run], tmp_path / "report").read_text(encoding="utf-8")
+    for record in load_run(small_run).records:
+        colour, marker = look(record)
+        assert f'style="color: {colour}" aria-hidden="true">{GLYPHS[marker]}</span>' in page
+    body = page[page.index("<body>") + len("<body>") : page.index("</body>")].strip()
+    assert body.startswith("<main>")
+    assert body.endswith("</main>")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_names_of_others_are_text_on_the_page_and_in_the_tables(
+    write_run: Callable[..., Path], make: SimpleNamespace, tmp_path: Path
+) -> None:
+    evil = "<script>|x|\n# y\x1b[2J"
+    arms = [make.dense_arm(), make.arm("sparge", preset=evil), make.broken("sta", reason=f"{evil} <b>")]
+    page = write_report([write_run(arms)], tmp_path / "report")
+    assert "<script" not in page.read_text(encoding="utf-8")
+    brief = (page.parent / "tables.md").read_text(encoding="utf-8")
+    assert "<" not in brief
+    assert "\x1b" not in brief
+    lines = brief.splitlines()
+    assert [line for line in lines if line.startswith("#")] == ["# run.json"]
+    (row,) = [line for line in lines if line.startswith("| SpargeAttn")]
+    heading = next(line for line in lines if line.startswith("| arm"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == len(re.findall(r"(?<!\\)\|", heading))
+
+
+def test_a_long_name_of_a_workload_fits_the_name_of_a_file(
+    write_run: Callable[..., Path], make: SimpleNamespace, tmp_path: Path
+) -> None:
+    run = write_run([make.dense_arm(model="m" * 200), make.arm("sparge", model="m" * 200, resolution="r" * 200)])
+    assert list(write_report([run], tmp_path / "report").parent.glob("*-speedup.png"))
 
 
 def test_importing_the_report_loads_no_torch() -> None:
