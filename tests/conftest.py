@@ -1,4 +1,4 @@
-"""What all tests run under: checked shapes, poisoned memory, two threads, and a reason where there is no GPU.
+"""What all tests run under: checked shapes, poisoned memory, few threads, and a reason where there is no GPU.
 
 This file installs the check of shapes and types before anything of ours is imported; no test may import `calibatt` in a
 plugin that loads earlier.
@@ -41,15 +41,15 @@ install_import_hook("calibatt", "beartype.beartype(conf=beartype.BeartypeConf(is
 
 
 def pytest_configure() -> None:
-    """Poison what is allocated and not written, and keep to two threads."""
+    """Poison what is allocated and not written, and keep to a core or two."""
     # an element of torch.empty that nothing wrote is NaN (or the largest integer), not a lucky zero
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     # code that torch.compile generates allocates by functions of its own, which do not fill: it looks them up here
     for device in ("cpu", "cuda"):
         setattr(torch._C._dynamo.guards, f"_empty_strided_{device}", functools.partial(_poisoned, device))
-    # other work may go on beside the tests
-    torch.set_num_threads(2)
+    # other work may go on beside the tests; of several processes, each has a core
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
