@@ -51,21 +51,27 @@ def test_a_folder_imports_only_what_stands_above_it(folder: str) -> None:
     assert not wrong
 
 
-# orders of tokens that the kernel suite times are methods' own
-SHARED_WITH_BENCH = {"sta": {"bench/permutation.py"}, "svg": {"bench/permutation.py"}}
+# orders of tokens that the kernel suite times are methods' own; the control keeps as much as CalibAtt does
+SHARED = {
+    "sta": {"bench/permutation.py"},
+    "svg": {"bench/permutation.py"},
+    "calibatt": {"methods/random_mask.py"},
+}
 
 
-def test_a_method_is_one_file_one_line_of_the_catalogue_and_tests_alone() -> None:
-    modules = {kind.__module__.rpartition(".")[2] for kind in METHODS.values()}
-    assert "random_mask" in modules
+def test_a_method_is_one_module_one_line_of_the_catalogue_and_tests_alone() -> None:
+    """A module is a file, or a folder where it takes several."""
+    modules = {method.__module__.removeprefix("calibatt.methods.").partition(".")[0] for method in METHODS.values()}
+    assert {"random_mask", "calibatt"} <= modules
     for module in modules:
         importers = {
             str(path.relative_to(ROOT))
             for folder in (*ARROWS, "calibatt")
             for path in (ROOT / folder).rglob("*.py")
-            if any(name == f"methods.{module}" or name.startswith(f"methods.{module}.") for name in _imports(path))
+            if ROOT / "methods" / module not in path.parents
+            and any(name == f"methods.{module}" or name.startswith(f"methods.{module}.") for name in _imports(path))
         }
-        assert importers - SHARED_WITH_BENCH.get(module, set()) == {"methods/catalogue.py"}
+        assert importers - SHARED.get(module, set()) == {"methods/catalogue.py"}
     named = (ROOT / "methods" / "catalogue.py").read_text(encoding="utf-8").split()
     # the import, and the line of the mapping
     assert [word for word in named if word.startswith("RandomMask")] == ["RandomMask", "RandomMask,"]

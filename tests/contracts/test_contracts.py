@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,9 +22,9 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, VariableBlockMask, block_count
 from calibatt.kernels.plan import HeadKind, Plan, RowReuse, TokenOrder
 from calibatt.methods.base import Method
-from calibatt.methods.catalogue import METHODS, build
+from calibatt.methods.catalogue import METHODS, build, learns_from
 from calibatt.methods.catalogue import learner as build_learner
-from calibatt.methods.learning import Learnt
+from calibatt.methods.learning import CalibrationMismatch, Learner, Learnt, Origin, Provenance, settings_of
 from calibatt.methods.site import Site
 from calibatt.methods.skipping import without_low
 
@@ -115,25 +115,6 @@ def kinds_plan(geometry: Geometry, kinds: tuple[HeadKind, ...], seed: int = 0) -
     )
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """A calibration by chance: other blocks at every step and layer, and one head of each kind."""
-
-    geometry: Geometry
-
-    def at(self, loss: float) -> Calibrated:
-        return self
-
-    def density(self, *, repetition: bool = True) -> Tensor:
-        return torch.stack([self.plan(site(self.geometry), repetition=repetition).density()])[None]
-
-    def plan(self, site: Site, *, repetition: bool = True) -> Plan:
-        if site.geometry != self.geometry:
-            raise ValueError(f"learnt for {self.geometry}, not for {site.geometry}")
-        kinds: tuple[HeadKind, ...] = ("masked", "reused", "dense") if repetition else ("masked", "masked", "masked")
-        return kinds_plan(self.geometry, kinds, seed=site.step * site.layers + site.layer)
-
-
 def places_of(geometry: Geometry) -> Tensor:
     """Channels by which tokens that lie near each other, in time and across a frame, are alike; none for text."""
     frame, _, column = torch.meshgrid(*(torch.arange(extent) / extent for extent in geometry.grid), indexing="ij")
@@ -144,28 +125,60 @@ def places_of(geometry: Geometry) -> Tensor:
     return channels
 
 
-@functools.cache
+# frames have five rows and more, of which fewer can be anchors
+LEARNT_WITH: dict[str, dict[str, Any]] = {"calibatt": {"anchors": 2}}
+# where methods are asked in these tests
+STEPS, LAYERS = (0, 20, 40), (0, 5)
+SITES = [{"step": step, "layer": layer} for step in STEPS for layer in LAYERS]
+
+
 def learnt(name: str, preset: str, geometry: Geometry, block: tuple[int, int] = BLOCK) -> Learnt | None:
-    """What a preset learns from two videos, whose attention is to what is near, watched at the sites that are used."""
-    learner = build_learner(name, preset=preset, block=block)
-    if learner is None:
+    """What a preset's calibration holds, of whichever method it is; None where it needs none."""
+    source = learns_from(name, preset)
+    if source is None:
         return None
+    # presets of another method's calibration have names of their own
+    own = preset if source == name else "default"
+    learner = build_learner(source, preset=own, block=block, **LEARNT_WITH.get(source, {}))
+    assert learner is not None
+    return calibrated(source, learner, geometry)
+
+
+@functools.cache
+def calibrated(method: str, learner: Learner, geometry: Geometry) -> Learnt:
+    """Learnt from two videos, whose attention is to what is near; other sites have what the last one asked has."""
     near = places_of(geometry)
-    for video in range(2):
-        for step in (0, 20, 40):
-            for layer in (0, 5):
-                q, k, v = inputs(geometry, seed=1000 * (video + 1) + step + layer)
-                q[..., :4] += near
-                k[..., :4] += near
-                learner.watch(q[0], k[0], v[0], site(geometry, step=step, layer=layer))
-    return Learnt(method=name, preset=preset, geometry=geometry, steps=50, layers=8, tables=learner.tables())
+    merged = {}
+    for where in (site(geometry, **place) for place in SITES):
+        notes = []
+        for prompt in range(2):
+            q, k, v = inputs(geometry, seed=1000 * (prompt + 1) + where.step + where.layer)
+            q[..., :4] += near
+            k[..., :4] += near
+            notes.append(learner.note(q[0], k[0], v[0], where, prompt))
+        merged[where.step, where.layer] = learner.merge(notes)
+    asked = [
+        (max(at for at in STEPS if at <= step), max(at for at in LAYERS if at <= layer))
+        for step in range(50)
+        for layer in range(8)
+    ]
+    tables = {name: torch.stack([merged[at][name] for at in asked]).unflatten(0, (50, 8)) for name in merged[0, 0]}
+    if method == "calibatt":
+        # one repetitive head beside others
+        tables["similarity"][:] = torch.tensor([0.0, 1.0, 0.0])
+    return Learnt(
+        method=method, preset="default", settings=settings_of(learner), tables=tables,
+        provenance=Provenance(
+            origin=Origin(model="none", weights="0", scheduler="none"), geometry=geometry, steps=50, layers=8,
+            guidance=1.0, prompts=("one", "two"), seed=0, cost_ratio=1.0,
+        ),
+    )  # fmt: skip
 
 
 def made(name: str, preset: str, geometry: Geometry, device: str = "cpu", block: tuple[int, int] = BLOCK) -> Method:
     """A method for the geometry, what it learnt on a device; skips where it does not apply."""
     known = learnt(name, preset, geometry, block)
-    source = Calibrated(geometry) if METHODS[name].offline else known and known.to(device)
-    method = build(name, preset=preset, source=source, block=block)
+    method = build(name, preset=preset, calibration=known and known.to(device), block=block)
     if (refusal := method.refusal(geometry)) is not None:
         pytest.skip(refusal.reason)
     return method
@@ -255,7 +268,7 @@ def test_a_kernel_mixes_the_kinds_of_heads(
 
 
 def _parted(tokens: int, blocks: int, heads: int = HEADS) -> Tensor:
-    """Sizes of so many blocks by lot, some of them empty or of one token."""
+    """Random sizes of so many blocks, some of them empty or of one token."""
     generator = torch.Generator().manual_seed(blocks)
     ends = torch.randint(0, tokens + 1, (heads, blocks - 1), generator=generator).sort(-1).values
     ends[:, 1], ends[:, 2] = ends[:, 0], ends[:, 0] + 1
@@ -264,17 +277,17 @@ def _parted(tokens: int, blocks: int, heads: int = HEADS) -> Tensor:
 
 
 def variable_plan(keep: Tensor, tokens: int, kinds: tuple[HeadKind, ...], *, order: bool = False) -> Plan:
-    """Blocks of any size, of tokens in an order by lot where one is asked for."""
+    """Blocks of any size, of tokens in a random order where one is asked for."""
     heads, rows, columns = keep.shape
     q_sizes, k_sizes = (
         _parted(tokens, count, heads) if count > 1 else torch.full((heads, 1), tokens) for count in (rows, columns)
     )
-    lots = torch.rand((2, len(kinds), tokens), generator=torch.Generator().manual_seed(0)).argsort(-1).int()
+    orders = torch.rand((2, len(kinds), tokens), generator=torch.Generator().manual_seed(0)).argsort(-1).int()
     return Plan(
         tokens=tokens,
         kinds=kinds,
         mask=VariableBlockMask.from_keep(keep, q_sizes=q_sizes, k_sizes=k_sizes, tokens=tokens),
-        order=TokenOrder(queries=lots[0], keys=lots[1]) if order else None,
+        order=TokenOrder(queries=orders[0], keys=orders[1]) if order else None,
     )
 
 
@@ -429,8 +442,7 @@ def test_an_arm_computes_its_plan_and_only_what_is_left_out_or_rounded_changes_t
     # Triton's interpreter takes as long for a small block as for a large one: of so many tokens, seconds a preset
     block = COARSE if interpreted and geometry is not SMALL and preset != "default" else BLOCK
     q, k, v = inputs(geometry, place)
-    # a calibration's plans are where its masks are
-    plan = made(name, preset, geometry, place[0], block).plan(q[0], k[0], site(geometry)).to(place[0])
+    plan = made(name, preset, geometry, place[0], block).plan(q[0], k[0], v[0], site(geometry))
     out = run(kernel, q, k, v, plan)
     assert_exact(out, q, k, v, plan)
     if place[0] != "cpu":
@@ -450,21 +462,20 @@ def test_a_plan_is_for_its_site_and_leaves_its_inputs_alone(name: str, preset: s
     geometry = GEOMETRIES[where]
     method = made(name, preset, geometry)
     assert isinstance(method, Method)
-    q, k, _ = inputs(geometry)
-    before = q.clone(), k.clone()
+    q, k, v = inputs(geometry)
+    before = q.clone(), k.clone(), v.clone()
     state = torch.get_rng_state()
-    plan = method.plan(q[0], k[0], site(geometry))
+    plan = method.plan(q[0], k[0], v[0], site(geometry))
     assert (plan.tokens, len(plan.kinds)) == (geometry.tokens, geometry.heads)
-    assert torch.equal(q, before[0])
-    assert torch.equal(k, before[1])
+    assert all(map(torch.equal, (q, k, v), before))
     assert torch.equal(torch.get_rng_state(), state), "the plan drew from the generator that the video is made with"
 
 
 @pytest.mark.parametrize(("name", "preset"), ARMS)
 def test_what_can_be_sparse_is_sparse_late_in_a_long_video(name: str, preset: str) -> None:
     method = made(name, preset, LARGE)
-    q, k, _ = inputs(LARGE)
-    plan = method.plan(q[0], k[0], site(LARGE))
+    q, k, v = inputs(LARGE)
+    plan = method.plan(q[0], k[0], v[0], site(LARGE))
     if plan.skip is not None and isinstance(plan.mask, BlockMask):
         # what a kernel would note and leave out by itself
         kept = without_low(q[0], k[0], plan.mask, plan.skip.thresholds)
@@ -472,16 +483,16 @@ def test_what_can_be_sparse_is_sparse_late_in_a_long_video(name: str, preset: st
     density = plan.density()
     assert 0 < density.min() <= density.max() <= 1
     # what has neither a knob nor anything learnt has nothing to be sparse by, and some know nothing at a first call
-    if method.offline or (method.knob is not None and not method.knob.over_videos):
+    if method.knob is not None and not method.knob.over_videos:
         assert density.mean() < 0.95
 
 
 @pytest.mark.parametrize("where", ["1000-text-first", "1000-text-last"])
-@pytest.mark.parametrize(("name", "preset"), [arm for arm in ARMS if not METHODS[arm[0]].offline])
+@pytest.mark.parametrize(("name", "preset"), ARMS)
 def test_no_query_is_left_without_a_key(name: str, preset: str, where: str) -> None:
     geometry = GEOMETRIES[where]
-    q, k, _ = inputs(geometry)
-    plan = made(name, preset, geometry).plan(q[0], k[0], site(geometry))
+    q, k, v = inputs(geometry)
+    plan = made(name, preset, geometry).plan(q[0], k[0], v[0], site(geometry))
     if plan.mask is not None:
         # an empty block has no key
         assert bool((plan.mask.keep() & (plan.mask.sizes()[1] > 0)[:, None]).any(-1).all())
@@ -489,15 +500,15 @@ def test_no_query_is_left_without_a_key(name: str, preset: str, where: str) -> N
 
 Call = tuple[int, dict[str, Any]]
 # a video: the seed of the inputs, and where the call happens
-FIRST: list[Call] = [(step, {"step": step, "layer": layer}) for step in (0, 20, 40) for layer in (0, 5)]
-SECOND: list[Call] = [(100 + step, {"step": step, "layer": layer}) for step in (0, 20, 40) for layer in (0, 5)]
+FIRST: list[Call] = [(where["step"], where) for where in SITES]
+SECOND: list[Call] = [(100 + where["step"], where) for where in SITES]
 
 
 def planned(method: Method, calls: list[Call]) -> list[Plan]:
     plans = []
     for seed, where in calls:
-        q, k, _ = inputs(PLANNED, seed=seed)
-        plans.append(method.plan(q[0], k[0], site(PLANNED, **where)))
+        q, k, v = inputs(PLANNED, seed=seed)
+        plans.append(method.plan(q[0], k[0], v[0], site(PLANNED, **where)))
     return plans
 
 
@@ -525,19 +536,20 @@ def test_another_geometry_gets_its_own_plan_or_a_refusal(name: str, preset: str)
     method = made(name, preset, PLANNED)
     # the same number of tokens: a plan kept by length would pass unseen
     other = Geometry(grid=(5, 8, 25), heads=HEADS, head_dim=16)
-    q, k, _ = inputs(PLANNED)
-    method.plan(q[0], k[0], site(PLANNED))
+    q, k, v = inputs(PLANNED)
+    method.plan(q[0], k[0], v[0], site(PLANNED))
     method.reset()
-    if method.offline or learnt(name, preset, PLANNED) is not None:
-        with pytest.raises(ValueError, match="learnt for"):
-            method.plan(q[0], k[0], site(other))
+    if method.learnt is not None:
+        with pytest.raises(CalibrationMismatch, match=f"^what {method.learnt.method} learnt is for"):
+            method.plan(q[0], k[0], v[0], site(other))
     else:
-        assert same(method.plan(q[0], k[0], site(other)), made(name, preset, other).plan(q[0], k[0], site(other)))
+        fresh = made(name, preset, other).plan(q[0], k[0], v[0], site(other))
+        assert same(method.plan(q[0], k[0], v[0], site(other)), fresh)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("name", "preset"), [arm for arm in ARMS if not METHODS[arm[0]].offline])
+@pytest.mark.parametrize(("name", "preset"), ARMS)
 def test_a_plan_is_made_where_its_queries_are(name: str, preset: str) -> None:
     q, k, v = inputs(LARGE, ("cuda", torch.bfloat16))
-    plan = made(name, preset, LARGE, "cuda").plan(q[0], k[0], site(LARGE))
+    plan = made(name, preset, LARGE, "cuda").plan(q[0], k[0], v[0], site(LARGE))
     assert_exact(run(KERNELS["flex"], q, k, v, plan), q, k, v, plan)

@@ -222,3 +222,10 @@ def test_a_prompt_with_fewer_text_tokens_is_refused_in_one_line(learn: Learn) ->
 def test_a_density_outside_0_to_1_is_refused(density: float) -> None:
     with pytest.raises(ValueError, match="density is a share"):
         config(density=density)
+
+
+def test_prompts_of_several_lengths_have_no_common_map() -> None:
+    long = replace(SITE, geometry=replace(GEOMETRY, text_tokens=32))
+    notes = [Scaling.learner(config()).note(*qkv(1, site.geometry), site, 0) for site in (SITE, long)]
+    with pytest.raises(ValueError, match="prompts of one number of text tokens"):
+        Scaling.learner(config()).merge(notes)
