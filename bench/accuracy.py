@@ -1,4 +1,4 @@
-"""How true a result is: against fp64 under the same plan, against dense attention, and video against video."""
+"""How true an attention output is: against fp64 under the same plan, and against dense attention."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.bench.meter import Probe
+from calibatt.bench.observers import Probe
 from calibatt.kernels import oracle
 from calibatt.kernels.base import Attender
 from calibatt.kernels.permute import permute
 from calibatt.kernels.plan import Plan
 from calibatt.methods.energy import CHUNK, exponentials
-
-# identical videos have no finite PSNR; 8-bit frames that differ in one pixel by one level stay below this
-PSNR_CAP_DB = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,34 +121,3 @@ def recall(
                 mass += ((weights * seen).sum(-1) / weights.sum(-1)).sum().item()
             kept.append(mass / plan.tokens)
     return kept
-
-
-def psnr_db(video: Float[Tensor, "3 frames height width"], other: Float[Tensor, "3 frames height width"]) -> float:
-    """Peak signal-to-noise ratio of two videos as 8-bit frames, in dB; identical ones give PSNR_CAP_DB."""
-    error = (eight_bit(video).double() - eight_bit(other).double()).square().mean().item()
-    return PSNR_CAP_DB if error == 0 else 10 * math.log10(255**2 / error)
-
-
-def ssim(video: Float[Tensor, "3 frames height width"], other: Float[Tensor, "3 frames height width"]) -> float:
-    """Structural similarity (Wang et al. 2004, Gaussian window of σ 1.5) of 8-bit frames, mean over frames."""
-    from skimage.metrics import structural_similarity
-
-    frames = zip(eight_bit(video).unbind(1), eight_bit(other).unbind(1), strict=True)
-    scores = [
-        structural_similarity(
-            a.numpy(),
-            b.numpy(),
-            channel_axis=0,
-            data_range=255,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-        )
-        for a, b in frames
-    ]
-    return float(sum(scores) / len(scores))
-
-
-def eight_bit(video: Float[Tensor, "3 frames height width"]) -> Tensor:
-    """Values in [-1, 1] as bytes, the way a video file holds them."""
-    return video.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-import torch
+from typing import Any
 
 from calibatt.bench.accuracy import Truth, judge
 from calibatt.bench.cells import DENSE, Arm
-from calibatt.bench.meter import Probe
-from calibatt.bench.record import Outcome, Record, Suite
-from calibatt.bench.stage import Stage
+from calibatt.bench.context import Context
+from calibatt.bench.failure import Failure, guarded
+from calibatt.bench.observers import Probe
+from calibatt.bench.record import Record, Suite
 from calibatt.kernels.base import Kernel, Task, Unsupported
-from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.default import ran_on
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Planner
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -29,8 +25,9 @@ class Ready:
     Args:
         arm: which one.
         method, kernel: built.
-        plans: the method's plans on the stage's probes, after one call at the first of every layer.
+        plans: the method's plans on the probes, after one call at the first of every layer.
         truth: how it did on them.
+        preparation_s: seconds of its offline part; None where it has none, or was made before.
     """
 
     arm: Arm
@@ -38,6 +35,7 @@ class Ready:
     kernel: Kernel
     plans: tuple[Plan, ...]
     truth: Truth
+    preparation_s: float | None
 
     @property
     def block(self) -> tuple[int, int] | None:
@@ -45,37 +43,29 @@ class Ready:
         return block_of(self.plans)
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why something has no times."""
-
-    outcome: Outcome
-    reason: str
-
-
-def ready(stage: Stage, arm: Arm) -> Ready | Failure:
+def ready(context: Context, arm: Arm) -> Ready | Failure:
     """Build an arm and check it on the probes."""
-    return guarded(lambda: _ready(stage, arm))
+    return guarded(lambda: _ready(context, arm))
 
 
-def _ready(stage: Stage, arm: Arm) -> Ready | Failure:
-    method = stage.method(arm)
+def _ready(context: Context, arm: Arm) -> Ready | Failure:
+    method = context.method(arm)
     if isinstance(method, Unsupported):
         return Failure("unsupported", method.reason)
-    kernel = stage.dense if arm == DENSE else KERNELS[arm.kernel]
+    kernel = context.kernel(arm)
     plans: list[Plan] = []
 
     def planned() -> Iterator[Plan]:
         # each after the kernel has run the one before: some methods go by what it found
-        for probe in stage.probes:
+        for probe in context.probes:
             plans.append(_accepted(method, kernel, probe))
             yield plans[-1]
 
     try:
         method.reset()
-        for first in first_of_layers(stage.probes):
+        for first in first_of_layers(context.probes):
             kernel.attend(first.q, first.k, first.v, _accepted(method, kernel, first))
-        truth = judge(planned(), kernel, stage.probes, stage.dense_truth, stage.checked_heads)
+        truth = judge(planned(), kernel, context.probes, context.truth, context.checked_heads)
     except _Refused as refused:
         return Failure("unsupported", str(refused))
     if not truth.right:
@@ -83,7 +73,10 @@ def _ready(stage: Stage, arm: Arm) -> Ready | Failure:
             "wrong",
             f"its largest error against fp64 is {truth.kernel_error:.3g}, allowed {truth.kernel_error_budget:.3g}",
         )
-    return Ready(arm=arm, method=method, kernel=kernel, plans=tuple(plans), truth=truth)
+    return Ready(
+        arm=arm, method=method, kernel=kernel, plans=tuple(plans), truth=truth,
+        preparation_s=context.preparation_s(method),
+    )  # fmt: skip
 
 
 def first_of_layers(probes: Sequence[Probe]) -> list[Probe]:
@@ -99,21 +92,11 @@ class _Refused(Exception):
 
 
 def _accepted(method: Planner, kernel: Kernel, probe: Probe) -> Plan:
-    plan = method.plan(probe.q[0], probe.k[0], probe.site)
+    plan = method.plan(probe.q[0], probe.k[0], probe.v[0], probe.site)
     refusal = kernel.refusal(Task.of(probe.q, plan))
     if refusal is not None:
         raise _Refused(refusal.reason)
     return plan
-
-
-def guarded(work: Callable[[], _T]) -> _T | Failure:
-    """The work's result; running out of memory or raising is a failure with its reason, so that other arms go on."""
-    try:
-        return work()
-    except torch.OutOfMemoryError as error:
-        return Failure("out_of_memory", str(error).splitlines()[0])
-    except Exception as error:
-        return Failure("failed", f"{type(error).__name__}: {error}")
 
 
 def block_of(plans: tuple[Plan, ...]) -> tuple[int, int] | None:
@@ -121,34 +104,23 @@ def block_of(plans: tuple[Plan, ...]) -> tuple[int, int] | None:
     return next((plan.mask.block for plan in plans if plan.mask is not None), None)
 
 
-def facts(stage: Stage, suite: Suite, arm: Arm) -> dict[str, Any]:
+def facts(context: Context, suite: Suite, arm: Arm) -> dict[str, Any]:
     """The fields of a record that say what was run."""
-    return {
-        **stage.facts(),
-        "suite": suite,
-        "method": arm.method,
-        "preset": arm.preset,
-        "mode": arm.mode,
-        "target_density": arm.density,
-        "target_psnr_db": arm.psnr_db,
-        "dense_steps": None if arm.dense_first is None else arm.dense_first[0],
-        "dense_layers": None if arm.dense_first is None else arm.dense_first[1],
-        "block_choice": arm.block_choice,
-        "kernel": stage.dense.name if arm == DENSE else arm.kernel,
-        "baseline": None if arm == DENSE else stage.dense.name,
-    }
+    dense = context.dense.name
+    own = {"kernel": dense, "baseline": None} if arm == DENSE else {"baseline": dense}
+    return {**context.facts, **arm.facts(), "suite": suite, **own}
 
 
-def failed(stage: Stage, suite: Suite, arm: Arm, failure: Failure) -> Record:
+def failed(context: Context, suite: Suite, arm: Arm, failure: Failure) -> Record:
     """The record of an arm without times."""
-    return Record(**facts(stage, suite, arm), outcome=failure.outcome, reason=failure.reason)
+    return Record(**facts(context, suite, arm), outcome=failure.outcome, reason=failure.reason)
 
 
-def passed(stage: Stage, suite: Suite, one: Ready) -> dict[str, Any]:
+def passed(context: Context, suite: Suite, one: Ready) -> dict[str, Any]:
     """The fields of a record of an arm that was checked and timed, as far as all suites share them."""
-    tasks = [Task.of(probe.q, plan) for probe, plan in zip(stage.probes, one.plans, strict=True)]
+    tasks = [Task.of(probe.q, plan) for probe, plan in zip(context.probes, one.plans, strict=True)]
     return {
-        **facts(stage, suite, one.arm),
+        **facts(context, suite, one.arm),
         "outcome": "ok",
         "ran_on": ran_on(one.kernel, tasks),
         "block": one.block,
@@ -156,6 +128,6 @@ def passed(stage: Stage, suite: Suite, one: Ready) -> dict[str, Any]:
         "kernel_error": one.truth.kernel_error,
         "kernel_error_budget": one.truth.kernel_error_budget,
         "method_error": one.truth.method_error,
-        "preparation_s": stage.preparation_s(one.arm),
-        "checked_heads": len(stage.checked_heads),
+        "preparation_s": one.preparation_s,
+        "checked_heads": len(context.checked_heads),
     }

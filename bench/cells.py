@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 
-from calibatt.bench.masks import Pattern
+from calibatt.bench.record import SUITES, Mode, Pattern
+from calibatt.bench.video_metrics import PSNR_CAP_DB
+from calibatt.kernels.base import dtype_name
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import look_up
 from calibatt.methods.catalogue import METHODS
-from calibatt.models.catalogue import MODELS, ModelEntry
+from calibatt.models.catalogue import MODELS
 from calibatt.models.device import working_dtype
+from calibatt.models.entry import ModelEntry
 
-Mode = Literal["native", "matched", "equal_density", "equal_fidelity"]
 Order = Literal["tile", "token-major", "random"]
-ORDERS: tuple[Order, ...] = ("tile", "token-major", "random")
+ORDERS: tuple[Order, ...] = get_args(Order)
+# `pytest -k SUITE` finds every name that contains the word: a method's name must not
+_SHORT: Mapping[str, str] = {"attention": "attn"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """A method on a kernel, as one thing to measure.
+    """A method on a kernel, as one thing to measure; its fields are those of the record.
 
     Args:
         method, preset: names in the catalogue of methods.
         mode: the preset as it is; with the dense schedule of the run in place of its own; or with its knob turned for
             a density or a fidelity.
-        density: the wanted density; None for CalibAtt's own, and in other modes.
-        psnr_db: the wanted fidelity, PSNR against the dense video; None in other modes.
-        dense_first: shares of the steps and of the layers that are dense, in place of the method's own schedule.
+        target_density: the wanted density; None for CalibAtt's own, and in other modes.
+        target_psnr_db: the wanted fidelity, PSNR against the dense video; None in other modes.
+        dense_steps, dense_layers: shares of the steps and of the layers that are dense, in place of the method's own
+            schedule; None for that one.
         block: tokens of a query and of a key block; `native` for the preset's own, None for the model's.
         kernel: name of the sparse kernel; dense itself runs on whichever is fastest.
     """
@@ -39,9 +45,10 @@ class Arm:
     preset: str
     mode: Mode
     kernel: str
-    density: float | None = None
-    psnr_db: float | None = None
-    dense_first: tuple[float, float] | None = None
+    target_density: float | None = None
+    target_psnr_db: float | None = None
+    dense_steps: float | None = None
+    dense_layers: float | None = None
     block: tuple[int, int] | Literal["native"] | None = None
 
     @classmethod
@@ -50,14 +57,18 @@ class Arm:
 
         Args:
             text: the arm.
-            kernel, dense_first: of all arms of the run.
+            kernel: of all arms of the run.
+            dense_first: shares of the steps and of the layers that are dense in all arms of the run.
 
         Raises:
             UnknownName: there is no such method, preset or kernel.
-            ValueError: a density or a fidelity is none, or is asked of a method that has no knob.
+            ValueError: a preset is missing after /, a density or a fidelity is none, or is asked of a method that has
+                no knob.
         """
         name, equal, wanted = text.partition("=")
-        method, _, preset = name.partition("/")
+        method, slash, preset = name.partition("/")
+        if slash and not preset:
+            raise ValueError(f"{text}: after '/' give a preset, or leave out '/'")
         preset = preset or "default"
         found = look_up(METHODS, method, "method")
         look_up(found.presets, preset, f"preset of {method}")
@@ -66,24 +77,26 @@ class Arm:
             raise ValueError(f"{method} has no knob that changes its density: leave out {equal}{wanted}")
         if method == DENSE.method:
             return DENSE
-        mode: Mode = "native" if dense_first is None else "matched"
-        density = psnr_db = None
-        if wanted.endswith("dB"):
-            mode, psnr_db = "equal_fidelity", _number(text, wanted.removesuffix("dB"), below=math.inf)
-        elif equal:
-            mode, density = "equal_density", None if wanted in ("", "density") else _number(text, wanted, below=1)
-        return cls(
-            method=method, preset=preset, mode=mode, kernel=kernel, density=density, psnr_db=psnr_db,
-            dense_first=dense_first,
+        arm = cls(
+            method=method, preset=preset, mode="native" if dense_first is None else "matched", kernel=kernel,
+            dense_steps=dense_first and dense_first[0], dense_layers=dense_first and dense_first[1],
         )  # fmt: skip
+        if wanted.endswith("dB"):
+            psnr = _number(text, wanted.removesuffix("dB"), most=PSNR_CAP_DB)
+            return replace(arm, mode="equal_fidelity", target_psnr_db=psnr)
+        if equal:
+            density = None if wanted == "density" else _number(text, wanted, most=1)
+            return replace(arm, mode="equal_density", target_density=density)
+        return arm
 
     def __str__(self) -> str:
+        """As it is asked for on the command line, then what the run's other options say of it."""
         preset = "" if self.preset == "default" else f"/{self.preset}"
         wanted = {
-            "equal_density": "=density" if self.density is None else f"={self.density:g}",
-            "equal_fidelity": f"={self.psnr_db:g}dB" if self.psnr_db is not None else "",
+            "equal_density": "=density" if self.target_density is None else f"={self.target_density:g}",
+            "equal_fidelity": "" if self.target_psnr_db is None else f"={self.target_psnr_db:g}dB",
         }.get(self.mode, "")
-        first = "" if self.dense_first is None else f"-dense{self.dense_first[0]:g}x{self.dense_first[1]:g}"
+        first = "" if self.dense_steps is None else f"-dense{self.dense_steps:g}x{self.dense_layers:g}"
         block = "" if self.block is None else f"-{self.block_choice}"
         return f"{self.method}{preset}{wanted}{first}{block}"
 
@@ -92,15 +105,40 @@ class Arm:
         """The choice of blocks in words: `native` or, say, `64x128`; None for the model's."""
         return "x".join(map(str, self.block)) if isinstance(self.block, tuple) else self.block
 
+    @property
+    def untuned(self) -> Arm:
+        """The same arm with no density or fidelity asked of it: what it learns offline does not depend on that."""
+        mode: Mode = "native" if self.dense_steps is None else "matched"
+        return replace(self, mode=mode, target_density=None, target_psnr_db=None)
 
-def _number(text: str, wanted: str, *, below: float) -> float:
+    def facts(self) -> dict[str, Any]:
+        """The fields of a record that say what the arm is."""
+        method = METHODS[self.method]
+        return {
+            "method": self.method,
+            "method_label": method.label,
+            "method_colour": method.colour,
+            "method_marker": method.marker,
+            "preset": self.preset,
+            "mode": self.mode,
+            "target_density": self.target_density,
+            "target_psnr_db": self.target_psnr_db,
+            "dense_steps": self.dense_steps,
+            "dense_layers": self.dense_layers,
+            "block_choice": self.block_choice,
+            "kernel": self.kernel,
+        }
+
+
+def _number(text: str, wanted: str, *, most: float) -> float:
     try:
         number = float(wanted)
     except ValueError:
         number = math.nan
-    if not 0 < number <= below or math.isinf(number):
+    if not 0 < number <= most:
         raise ValueError(
-            f"{text}: behind = stands `density`, for CalibAtt's, a density above 0 and up to 1, or a PSNR such as 30dB"
+            f"{text}: after '=' give 'density' (CalibAtt's), a density in (0, 1], or a PSNR such as 30dB, "
+            f"at most {PSNR_CAP_DB:g}dB"
         )
     return number
 
@@ -131,7 +169,7 @@ class BlockArm:
         whole = self.density == 1
         blockless = whole or self.mask == "rows"
         if not 0 < self.density <= 1 or (self.mask is None) != whole or (self.block is None) != blockless:
-            raise ValueError(f"a density is above 0 and up to 1, and has mask and blocks below 1: got {self}")
+            raise ValueError(f"a density lies in (0, 1], and has mask and blocks below 1: got {self!r}")
 
     def __str__(self) -> str:
         if self.mask is None:
@@ -139,13 +177,20 @@ class BlockArm:
         block = "" if self.block is None else f"-{self.block[0]}x{self.block[1]}"
         return f"{self.mask}-{self.density:g}{block}"
 
+    def facts(self) -> dict[str, Any]:
+        """The fields of a record that say what the arm is."""
+        return {
+            "method": "blocks", "preset": f"{self.density:g}", "kernel": self.kernel, "block": self.block,
+            "mask": self.mask,
+        }  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PermutationArm:
     """Queries, keys and values into another order, as one thing to measure; the baseline is a copy of them.
 
     Args:
-        order: tiles of a video, the frames of one place after the other, or every head by lot.
+        order: tiles of a video, the frames of one place after the other, or every head at random.
     """
 
     order: Order
@@ -153,6 +198,10 @@ class PermutationArm:
 
     def __str__(self) -> str:
         return f"permute-{self.order}"
+
+    def facts(self) -> dict[str, Any]:
+        """The fields of a record that say what the arm is."""
+        return {"method": "permute", "preset": self.order, "kernel": self.kernel, "baseline": "copy"}
 
 
 AnyArm = Arm | BlockArm | PermutationArm
@@ -189,6 +238,18 @@ class Workload:
         steps = f"-{self.steps}" if self.steps else ""
         return f"{self.model}-{self.resolution}{steps}{'-resampled' if self.resampled else ''}"
 
+    def facts(self) -> dict[str, Any]:
+        """The fields of a record that say what the workload is, as far as they are known without its weights."""
+        geometry = self.entry.geometry(self.resolution)
+        size = {
+            "model": self.model, "resolution": self.resolution, "tokens": geometry.tokens, "heads": geometry.heads,
+            "head_dim": geometry.head_dim, "dtype": dtype_name(self.dtype),
+        }  # fmt: skip
+        if not self.steps:
+            return size
+        frames = self.entry.resolution(self.resolution).frames
+        return {**size, "frames": frames, "steps": self.steps, "compiled": False}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
@@ -198,4 +259,7 @@ class Cell:
     arm: AnyArm
 
     def __str__(self) -> str:
-        return f"{self.workload}-{self.arm}-{self.arm.kernel}"
+        arm = str(self.arm)
+        for suite in SUITES:
+            arm = arm.replace(suite, _SHORT.get(suite, suite))
+        return f"{self.workload}-{arm}-{self.arm.kernel}"

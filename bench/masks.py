@@ -1,27 +1,26 @@
-"""Plans to time kernels with: masks by lot, in a band, or as uneven as the embedded model's; row reuse; both."""
+"""Plans to time kernels with: random masks, masks in a band, or as uneven as the embedded model's; row reuse; both."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from calibatt.bench.record import Pattern
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import HeadKind, Plan, RowReuse
 
 MaskSource = Literal["random", "banded", "captured"]
-# `rows`: heads that reuse rows; `mixed`: every other head reuses rows, the others have a random mask
-Pattern = Literal["random", "banded", "captured", "rows", "mixed"]
 
 
 def random_keep(density: float, heads: int, rows: int, columns: int) -> Bool[Tensor, "heads rows columns"]:
-    """Every block kept or not by lot, the same at every call."""
+    """Every block kept or not at random, the same at every call."""
     return torch.rand((heads, rows, columns), generator=torch.Generator().manual_seed(0)) < density
 
 
@@ -51,8 +50,8 @@ def captured_keep(
 
 _Maker = Callable[[float, int, int, int], Bool[Tensor, "heads rows columns"]]
 _MAKERS: Mapping[MaskSource, _Maker] = MappingProxyType({"random": random_keep, "banded": banded_keep})
-MASK_SOURCES: tuple[MaskSource, ...] = ("random", "banded", "captured")
-PATTERNS: tuple[Pattern, ...] = (*MASK_SOURCES, "rows", "mixed")
+MASK_SOURCES: tuple[MaskSource, ...] = get_args(MaskSource)
+PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 
 
 def make_mask(

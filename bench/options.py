@@ -1,181 +1,319 @@
-"""From the command line's options to the cells of a run."""
+"""The options of `pytest bench`: each is one field of `Options`, with its name, default, reader and help."""
 
 from __future__ import annotations
 
+import math
 import re
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from calibatt.bench.cells import DENSE, ORDERS, AnyArm, Arm, BlockArm, Cell, Order, PermutationArm, Workload
-from calibatt.bench.console import Console
-from calibatt.bench.masks import PATTERNS, Pattern
-from calibatt.bench.record import Suite
+import torch
+
+from calibatt.bench.cells import DENSE, ORDERS, Arm, Cell, Order, Workload
+from calibatt.bench.masks import PATTERNS
+from calibatt.bench.record import Pattern
 from calibatt.bench.resampled import check_resampled
-from calibatt.bench.session import BenchSession, Settings
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import look_up
-from calibatt.methods.catalogue import has_blocks, learner
+from calibatt.methods.catalogue import has_blocks
 from calibatt.models.catalogue import MODELS
 from calibatt.models.device import pick_device
 from calibatt.models.generate import read_prompts
 
-
-def open_session(options: Namespace, console: Console) -> BenchSession:
-    """The session that the options describe.
-
-    Raises:
-        ValueError: an option makes no sense; the message is one line that says what to do.
-        OSError: the file of prompts cannot be read.
-    """
-    if options.rounds < 1 or options.calibration_prompts < 1:
-        raise ValueError("--rounds and --calibration-prompts must be at least 1")
-    if options.calibration is not None and not options.calibration.is_file():
-        raise ValueError(f"--calibration {options.calibration}: no such file; `calibatt calibrate` makes one")
-    settings = Settings(
-        rounds=options.rounds,
-        calibration_prompts=options.calibration_prompts,
-        calibration=options.calibration,
-        prompts=None if options.prompts is None else read_prompts(options.prompts),
-        artifacts=artifacts_folder(options.benchmark_json),
-    )
-    return BenchSession(settings, console)
+BlockChoice = Literal["native"] | tuple[int, int]
+# of the quickest workload, more than a day: a larger number is a slip of the finger
+_MOST_ROUNDS = 10_000
 
 
-def cells(options: Namespace, suite: Suite) -> list[Cell]:
-    """The cells of a suite, in the order they will run.
-
-    Raises:
-        ValueError: an option makes no sense; the message is one line that says what to do.
-    """
-    if suite == "kernel":
-        return _kernel_cells(options)
-    dense_first = _dense_first(options)
-    arms = dict.fromkeys(
-        arm
-        for kernel in _names(options.kernels)
-        for method in _names(options.methods)
-        for arm in _in_blocks(Arm.parse(method, kernel, dense_first), options.blocks)
-    )
-    if suite == "calibration":
-        # one calibration serves every preset and kernel, and what a preset learns in some blocks every mode and kernel
-        calibrated = [arm for arm in arms if arm.method == "calibatt"][:1]
-        learning = [arm for arm in arms if learner(arm.method, preset=arm.preset) is not None]
-        arms = dict.fromkeys([*calibrated, *{(arm.method, arm.preset, arm.block): arm for arm in learning}.values()])
-    if options.inputs == "resampled":
-        # there are calls, but no videos
-        workloads = _workloads(options) if suite == "attention" else []
-    else:
-        # what cannot be loaded has its place in the kernel suite alone
-        workloads = [workload for workload in _workloads(options) if workload.entry.loader is not None]
-    return [Cell(workload=workload, arm=arm) for workload in workloads for arm in arms]
-
-
-def _in_blocks(arm: Arm, choices: str) -> Sequence[Arm]:
-    """The arm in every choice of blocks; once where it has none to choose."""
-    if arm == DENSE or not has_blocks(arm.method, preset=arm.preset):
-        return [arm]
-    chosen: list[Literal["native"] | tuple[int, int]] = []
-    for choice in _names(choices):
-        chosen += ["native"] if choice == "native" else _blocks(choice)
-    return [replace(arm, block=block) for block in chosen] or [arm]
-
-
-def _dense_first(options: Namespace) -> tuple[float, float] | None:
-    """Shares of the steps and of the layers that are dense in every arm; None for each method's own."""
-    given = (options.dense_steps, options.dense_layers)
-    if given == (None, None):
-        # resampled inputs have one layer, which is neither first nor last
-        return (0.0, 0.0) if options.inputs == "resampled" else None
-    steps, layers = (0.0 if share is None else share for share in given)
-    if not (0 <= steps <= 1 and 0 <= layers <= 1):
-        raise ValueError("--dense-steps and --dense-layers are shares, from 0 to 1")
-    return steps, layers
-
-
-def _kernel_cells(options: Namespace) -> list[Cell]:
-    if options.inputs == "resampled":
-        return []
-    kernels = _names(options.kernels)
-    for kernel in kernels:
-        look_up(KERNELS, kernel, "kernel")
-    catalogue: dict[str, Pattern] = {pattern: pattern for pattern in PATTERNS}
-    patterns = [look_up(catalogue, name, "mask") for name in _names(options.masks)]
-    orders: dict[str, Order] = {order: order for order in ORDERS}
-    moves = [PermutationArm(order=look_up(orders, name, "order")) for name in _names(options.orders)]
-    found: list[Cell] = []
-    # the same geometry at another number of steps is the same
-    for workload in dict.fromkeys(replace(workload, steps=0) for workload in _workloads(options)):
-        # a kernel by itself has no blocks of its own
-        blocks = _blocks(options.blocks, but="native") or [workload.entry.block]
-        arms: list[AnyArm] = [DENSE, *moves]
-        for kernel in kernels:
-            for density in _densities(options.densities):
-                if density == 1:
-                    arms.append(BlockArm(kernel=kernel, density=density, mask=None, block=None))
-                else:
-                    arms += [
-                        BlockArm(kernel=kernel, density=density, mask=pattern, block=block)
-                        for pattern in patterns
-                        for block in ([None] if pattern == "rows" else blocks)
-                    ]
-        found += [Cell(workload=workload, arm=arm) for arm in arms]
+def _names(text: str) -> tuple[str, ...]:
+    found = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not found:
+        raise ValueError("give at least one")
     return found
 
 
-def artifacts_folder(json_file: str | None) -> Path | None:
-    """Where the data of the report's pictures goes: beside the JSON file."""
-    return None if json_file is None else Path(json_file).with_suffix(".artifacts")
+def _listed(read: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """A reader of values separated by commas; what stands there twice is there once."""
+    return lambda text: tuple(dict.fromkeys(read(name) for name in _names(text)))
 
 
-def _workloads(options: Namespace) -> list[Workload]:
-    device = pick_device(options.device)
-    workloads = []
-    for model in _names(options.models):
-        entry = look_up(MODELS, model, "model")
-        for resolution in _names(options.resolutions) or list(entry.resolutions)[:1]:
-            for steps in _steps(options.steps) or [entry.steps_at(resolution)]:
-                workloads.append(
-                    Workload(
-                        model=model, resolution=resolution, steps=steps, device=device,
-                        resampled=options.inputs == "resampled",
-                    )
-                )  # fmt: skip
-                if options.inputs == "resampled":
-                    check_resampled(entry.geometry(resolution))
-    return workloads
+def _one_of(*choices: str) -> Callable[[str], str]:
+    return lambda text: look_up({choice: choice for choice in choices}, text, "choice")
 
 
-def _names(text: str) -> Sequence[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+def _whole(most: float = math.inf) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        # nine digits: longer ones are no number of anything here
+        if not re.fullmatch(r"\d{1,9}", text) or not 1 <= int(text) <= most:
+            raise ValueError(f"give a whole number from 1 {'up' if math.isinf(most) else f'to {most:,.0f}'}")
+        return int(text)
+
+    return read
 
 
-def _steps(text: str) -> list[int]:
-    try:
-        steps = [int(name) for name in _names(text)]
-    except ValueError:
-        steps = [0]
-    if any(number < 1 for number in steps):
-        raise ValueError(f"--steps {text}: give whole numbers from 1 up, separated by commas")
-    return steps
+def _number(low_open: bool, what: str) -> Callable[[str], float]:
+    """A reader of numbers up to 1, from 0 or from above it."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not 0 <= number <= 1 or (low_open and number == 0):
+            raise ValueError(f"give {what}")
+        return number
+
+    return read
 
 
-def _densities(text: str) -> list[float]:
-    try:
-        densities = [float(name) for name in _names(text)]
-    except ValueError:
-        densities = [0.0]
-    if not all(0 < density <= 1 for density in densities):
-        raise ValueError(f"--densities {text}: give numbers above 0 and up to 1, separated by commas")
-    return densities
+_density = _number(True, "a density above 0 and up to 1")
+_share = _number(False, "a share, from 0 to 1")
 
 
-def _blocks(text: str, *, but: str = "") -> list[tuple[int, int]]:
-    found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name) for name in _names(text) if name != but]
-    if not all(found):
-        raise ValueError(
-            f"--blocks {text}: give QUERIESxKEYS in tokens, such as 128x128,64x64; for methods also native"
+def _block(text: str) -> BlockChoice:
+    if text == "native":
+        return "native"
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
+    if match is None:
+        raise ValueError("give QUERIESxKEYS in tokens, such as 128x128, or for methods native")
+    return int(match[1]), int(match[2])
+
+
+def _file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise ValueError("no such file")
+    return Path(text)
+
+
+def _option(read: Callable[[str], Any], help: str, *, default: str | None = None) -> dict[str, Any]:
+    """What makes a field an option.
+
+    Args:
+        read: makes its value of the text; None stands for an option that is not given and has no default.
+        help: of `pytest bench --help`.
+        default: the text where the option is not given.
+    """
+    return {"read": read, "help": help, "default": default}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What is measured, and how: the options' values, in the order of `pytest bench --help`."""
+
+    models: tuple[str, ...] = field(
+        metadata=_option(
+            _listed(lambda name: look_up(MODELS, name, "model").name), "see `calibatt models`", default="shapes"
         )
-    return [(int(match[1]), int(match[2])) for match in found if match]
+    )
+    methods: tuple[str, ...] = field(
+        metadata=_option(
+            _names,
+            "METHOD[/PRESET][=density], see `calibatt methods`; =density turns the method's knob to CalibAtt's "
+            "density, =0.35 to that one, =30dB to that PSNR against dense videos",
+            default="dense,calibatt,radial,sparge,random",
+        )
+    )
+    resolutions: tuple[str, ...] | None = field(
+        metadata=_option(_names, "see `calibatt models`; default: each model's first")
+    )
+    steps: tuple[int, ...] | None = field(
+        metadata=_option(_listed(_whole()), "denoising steps; default: the model's at that resolution")
+    )
+    kernels: tuple[str, ...] = field(
+        metadata=_option(
+            _listed(lambda name: look_up(KERNELS, name, "kernel").name), "see `calibatt kernels`", default="default"
+        )
+    )
+    densities: tuple[float, ...] = field(
+        metadata=_option(_listed(_density), "of the kernel suite, 1 for dense", default="0.25")
+    )
+    blocks: tuple[BlockChoice, ...] | None = field(
+        metadata=_option(
+            _listed(_block),
+            "QUERIESxKEYS in tokens, and for methods also `native`, each preset's own; default: the model's",
+        )
+    )
+    dense_steps: float | None = field(
+        metadata=_option(
+            _share,
+            "share of the first steps that are dense in every arm, in place of each method's own steps and layers",
+        )
+    )
+    dense_layers: float | None = field(
+        metadata=_option(
+            _share,
+            "share of the first layers likewise; if one of both is given, the other is 0; default: each method's own",
+        )
+    )
+    inputs: Literal["own", "resampled"] = field(
+        metadata=_option(
+            _one_of("own", "resampled"),
+            "of attention calls: the model's own, or those of the embedded model resampled to the model's size, which "
+            "needs no weights; then there is the attention suite alone, without dense steps",
+            default="own",
+        )
+    )
+    masks: tuple[Pattern, ...] = field(
+        metadata=_option(
+            _listed(_one_of(*PATTERNS)),
+            "of the kernel suite: random, banded, captured from the embedded model, rows (reused, no mask), mixed",
+            default="random",
+        )
+    )
+    orders: tuple[Order, ...] | None = field(
+        metadata=_option(
+            _listed(_one_of(*ORDERS)),
+            "of the kernel suite: permutations to time against a copy: tile, token-major, random; default: none",
+        )
+    )
+    device: torch.device | None = field(metadata=_option(pick_device, "cpu or cuda; default: cuda where there is one"))
+    rounds: int = field(
+        metadata=_option(_whole(_MOST_ROUNDS), "videos an arm; below 6 no interval exists", default="6")
+    )
+    calibration_prompts: int = field(metadata=_option(_whole(_MOST_ROUNDS), "prompts to calibrate on", default="4"))
+    calibration: Path | None = field(metadata=_option(_file, "a file of `calibatt calibrate`, in place of calibrating"))
+    prompts: tuple[str, ...] | None = field(
+        metadata=_option(
+            lambda name: read_prompts(Path(name)), "file of prompts, one a line: first those to calibrate on"
+        )
+    )
+
+    @classmethod
+    def read(cls, given: Namespace) -> Options:
+        """The values of what was given on the command line.
+
+        Raises:
+            ValueError: one makes no sense; the message is one line that names it and says what to do.
+        """
+        values: dict[str, Any] = {}
+        for one in fields(cls):
+            text = getattr(given, one.name)
+            try:
+                values[one.name] = None if text is None else one.metadata["read"](text)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{flag(one.name)} {text}: {error}".replace("\n", " ")) from None
+        return cls(**values)
+
+    @property
+    def resampled(self) -> bool:
+        """Whether attention calls have the embedded model's inputs, resampled."""
+        return self.inputs == "resampled"
+
+    @property
+    def dense_first(self) -> tuple[float, float] | None:
+        """Shares of the steps and of the layers that are dense in every arm; None for each method's own."""
+        if (self.dense_steps, self.dense_layers) == (None, None):
+            # resampled inputs have one layer, which is neither first nor last
+            return (0.0, 0.0) if self.resampled else None
+        return self.dense_steps or 0.0, self.dense_layers or 0.0
+
+    def workloads(self) -> list[Workload]:
+        """Every model at every resolution and number of steps.
+
+        Raises:
+            ValueError: a model has no such resolution, or none that inputs can be resampled to.
+        """
+        device = self.device or pick_device(None)
+        found = []
+        for model in self.models:
+            entry = MODELS[model]
+            for resolution in self.resolutions or list(entry.resolutions)[:1]:
+                if self.resampled:
+                    check_resampled(entry.geometry(resolution))
+                found += [
+                    Workload(
+                        model=model, resolution=resolution, steps=steps, device=device, resampled=self.resampled
+                    )
+                    for steps in self.steps or [entry.steps_at(resolution)]
+                ]  # fmt: skip
+        return found
+
+
+def flag(name: str) -> str:
+    """How a field is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def add_options(add: Callable[..., None]) -> None:
+    """Declare every option.
+
+    Args:
+        add: a group's `addoption`.
+    """
+    for one in fields(Options):
+        default = one.metadata["default"]
+        shown = "" if default is None else "; default: %(default)s"
+        add(flag(one.name), default=default, help=one.metadata["help"] + shown)
+
+
+def method_cells(options: Options) -> list[Cell]:
+    """Every method on every kernel and workload that can be loaded; what cannot has its place in the kernel suite.
+
+    Raises:
+        ValueError: an option makes no sense; the message is one line that says what to do.
+    """
+    arms = dict.fromkeys(
+        arm
+        for kernel in options.kernels
+        for method in options.methods
+        for arm in _in_blocks(Arm.parse(method, kernel, options.dense_first), options.blocks)
+    )
+    workloads = [one for one in options.workloads() if one.resampled or one.entry.loader is not None]
+    return [Cell(workload=workload, arm=arm) for workload in workloads for arm in arms]
+
+
+def _in_blocks(arm: Arm, choices: Sequence[BlockChoice] | None) -> list[Arm]:
+    """The arm in every choice of blocks; once where it has none to choose."""
+    if choices is None or arm == DENSE or not has_blocks(arm.method, preset=arm.preset):
+        return [arm]
+    return [replace(arm, block=block) for block in choices]
+
+
+def refuse_pytest_options(given: Namespace) -> None:
+    """Refuse options of pytest and its plugins that would spoil a run.
+
+    Raises:
+        ValueError: one line that names the option and says what to do.
+    """
+    workers = getattr(given, "numprocesses", None) or getattr(given, "tx", None)
+    if workers or getattr(given, "dist", "no") != "no":
+        raise ValueError("-n (pytest-xdist): benchmarks that run side by side slow each other down; leave it out")
+    if given.benchmark_disable and not given.benchmark_enable:
+        raise ValueError("--benchmark-disable: nothing would be measured; leave it out")
+    if given.benchmark_skip:
+        raise ValueError("--benchmark-skip: nothing would be measured; leave it out")
+
+
+def check_output(path: Path | None) -> None:
+    """Refuse a JSON file that could not be written when everything is measured.
+
+    Raises:
+        ValueError: one line that names the file and says what to do.
+    """
+    if path is None:
+        return
+    if path.is_dir() or (path.exists() and not path.is_file()):
+        raise ValueError(f"--benchmark-json={path}: this is no file, and will not be replaced; name a file")
+    trial = partial_of(path).with_suffix(".trial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial.write_bytes(b"")
+        trial.unlink()
+        if path.exists():
+            # opens for writing and changes nothing
+            path.open("r+b").close()
+    except OSError as error:
+        raise ValueError(f"--benchmark-json={path}: cannot be written ({error.strerror}); name another file") from None
+
+
+def partial_of(path: Path) -> Path:
+    """Where a run's records are kept until its JSON file is written."""
+    return path.with_name(path.name + ".partial.jsonl")
+
+
+def artifacts_folder(path: Path | None) -> Path | None:
+    """Where the data of the report's pictures goes: beside the JSON file."""
+    return None if path is None else path.with_suffix(".artifacts")

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int32
 from torch import Tensor
 
-from calibatt.bench.cells import AnyArm, Order, PermutationArm
+from calibatt.bench.cells import Order, PermutationArm
 from calibatt.bench.record import Record
 from calibatt.bench.rounds import in_turns
 from calibatt.bench.timer import PhaseTimer
@@ -23,7 +23,7 @@ from calibatt.methods.tiles import tile_order
 
 
 def random_order(geometry: Geometry) -> Int32[Tensor, "heads tokens"]:
-    """By lot, every head in its own way: the worst that clusters of tokens can ask for."""
+    """Random, every head in its own way: the worst that clusters of tokens can ask for."""
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(geometry.tokens, generator=generator) for _ in range(geometry.heads)]
     return torch.stack(orders).to(torch.int32)
@@ -44,8 +44,16 @@ def measure(
     geometry: Geometry,
     facts: Callable[[PermutationArm], dict[str, Any]],
     rounds: int,
-) -> dict[AnyArm, Record]:
-    """Time permutations in turns with a copy of the tensors: a speedup of 1 is the bandwidth of a copy."""
+) -> dict[PermutationArm, Record]:
+    """Time permutations in turns with a copy of the tensors: a speedup of 1 is the bandwidth of a copy.
+
+    Args:
+        arms: the orders.
+        tensors: what is moved, [1, heads, tokens, head_dim] each.
+        geometry: of the tensors.
+        facts: the fields of a record that say what was run.
+        rounds: samples of an arm, after one round that warms up.
+    """
     orders = {arm: _ORDERS[arm.order](geometry).to(tensors[0].device) for arm in arms}
     works: dict[PermutationArm | None, Callable[[], Any]] = {None: lambda: [x.clone() for x in tensors]}
     works.update({arm: partial(permute, tensors, order) for arm, order in orders.items()})
@@ -59,7 +67,7 @@ def measure(
         taken = timer.collect_s()["move"]
         if round_:
             seconds[arm].append(taken)
-    records: dict[AnyArm, Record] = {}
+    records: dict[PermutationArm, Record] = {}
     for arm, order in orders.items():
         moved = permute(tensors[:1], order)[0]
         index = order.long().expand(geometry.heads, -1)[None, :, :, None].expand(1, -1, -1, geometry.head_dim)

@@ -8,7 +8,8 @@ structure of a small one's heads stands in for it; a record of such inputs says 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -17,9 +18,9 @@ from torch import Tensor
 from calibatt.calibration.videos import Videos
 from calibatt.kernels.base import Attender
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Planner
-from calibatt.methods.site import Site
+from calibatt.methods.call import Attention, Call, SparseAttention
+from calibatt.methods.catalogue import build
+from calibatt.methods.learning import Origin
 from calibatt.models.catalogue import SHAPES
 
 
@@ -34,7 +35,6 @@ def resample(
         x: queries, keys or values.
         grid: (frames, rows, columns) of the given tokens.
         geometry: of the call to make.
-
     """
     channels = x.shape[-1]
     volume = x.transpose(1, 2).unflatten(-1, grid)
@@ -83,72 +83,61 @@ class ResampledVideos:
     layers = 1
 
     def __init__(self, videos: Videos, kernel: Attender, *, model: str, resolution: str, geometry: Geometry) -> None:
-        self.model = model
         self.resolution = resolution
         self.geometry = geometry
         self.steps = videos.steps
         self.guidance = videos.guidance
+        self._model = model
         self._videos = videos
         self._kernel = kernel
 
-    def weights(self) -> str:
-        """Digest of the small model's weights."""
-        return self._videos.weights()
+    def origin(self) -> Origin:
+        """The small model's pipeline, under the name of the model whose size is taken."""
+        return replace(self._videos.origin(), model=self._model)
 
     @property
-    def origin(self) -> str:
+    def inputs(self) -> str:
         """Where the inputs come from, for the record."""
-        return f"resampled from {self._videos.model}, {self._videos.geometry}"
+        return f"resampled from {self._videos.origin().model}, {self._videos.geometry}"
 
     def show(
-        self, planner: Planner, attender: Attender, *, prompts: Sequence[str], seed: int, progress: bool = False
-    ) -> float:
-        """As `calibration.videos.Videos` has it."""
-        gatherer = _Gatherer(self.geometry, self._kernel, planner, attender)
-        return self._videos.show(gatherer, gatherer, prompts=prompts, seed=seed, progress=progress)
+        self, attention: Attention, *, prompt: str, seed: int, after_step: Callable[[], object] = lambda: None
+    ) -> None:
+        """Make one video of the small model; the attention is shown one call of each of its steps.
+
+        Args:
+            attention: what is shown the calls; what it computes does not enter the video.
+            prompt, seed: of the video.
+            after_step: called when a step is done.
+
+        Raises:
+            ValueError: the prompt is empty or not in the small model's language.
+        """
+        attention.start_video()
+        gatherer = _Gatherer(self.geometry, attention)
+        dense = SparseAttention(build("dense"), self._kernel, observers=[gatherer])
+        self._videos.show(dense, prompt=prompt, seed=seed, after_step=after_step)
 
 
 class _Gatherer:
-    """Dense attention of the small model; collects the heads of a step's layers, and shows them as one call."""
+    """Collects the heads of a step's layers, and shows them as one call."""
 
-    def __init__(self, geometry: Geometry, kernel: Attender, planner: Planner, attender: Attender) -> None:
+    def __init__(self, geometry: Geometry, attention: Attention) -> None:
         self._geometry = geometry
-        self._kernel = kernel
-        self._planner = planner
-        self._attender = attender
-        self._site: Site | None = None
+        self._attention = attention
         self._layers: list[tuple[Tensor, ...]] = []
 
-    def reset(self) -> None:
-        self._planner.reset()
-
-    def plan(self, q: Tensor, k: Tensor, site: Site) -> Plan:
-        self._site = site
-        return Plan.dense(site.geometry)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-        site = self._site
-        assert site is not None
-        if site.branch == "cond":
-            self._layers.append((q[0], k[0], v[0]))
-            if site.layer == site.layers - 1:
-                self._show(site)
-        return self._kernel.attend(q, k, v, plan)
-
-    def _show(self, site: Site) -> None:
+    def saw(self, call: Call) -> None:
+        """Take one layer's heads; after the last layer of a step, show them all."""
+        site = call.site
+        if site.branch != "cond":
+            return
+        self._layers.append((call.q[0], call.k[0], call.v[0]))
+        if site.layer < site.layers - 1:
+            return
         scale = product_scale(site.geometry.head_dim, self._geometry.head_dim)
         q, k, v = (
             resample(torch.cat(parts), site.geometry.grid, self._geometry) for parts in zip(*self._layers, strict=True)
         )
         self._layers.clear()
-        q, k = q * scale, k * scale
-        shown = Site(
-            geometry=self._geometry,
-            step=site.step,
-            steps=site.steps,
-            sigma=site.sigma,
-            branch="cond",
-            layer=0,
-            layers=1,
-        )
-        self._attender.attend(q, k, v, self._planner.plan(q[0], k[0], shown))
+        self._attention(q * scale, k * scale, v, replace(site, geometry=self._geometry, layer=0, layers=1))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from calibatt.bench.cells import DENSE, AnyArm, Arm, Cell, Workload
+from calibatt.bench.cells import AnyArm, Arm, Cell, Workload
 from calibatt.bench.console import Console
-from calibatt.bench.record import Record, Suite
-from calibatt.bench.stage import Stage
-from calibatt.bench.suites import attention, calibration, denoise, kernel
+from calibatt.bench.context import Context
+from calibatt.bench.failure import guarded
+from calibatt.bench.journal import Journal
+from calibatt.bench.opening import Prompts, open_workload
+from calibatt.bench.record import Record
+from calibatt.bench.record import Suite as SuiteName
+from calibatt.bench.suites.catalogue import SUITES
+from calibatt.bench.suites.suite import Job, Suite
 from calibatt.models.catalogue import SHAPES
 
 
@@ -22,7 +28,7 @@ class Settings:
 
     Args:
         rounds: videos an arm in the denoise suite.
-        calibration_prompts: prompts that CalibAtt calibrates on; never those that are measured.
+        calibration_prompts: prompts to learn from; never those that are measured.
         calibration: a stored calibration instead.
         prompts: prompts for models that have none of their own; first those to calibrate on.
         artifacts: folder for the data of the report's pictures.
@@ -41,88 +47,151 @@ class BenchSession:
     Args:
         settings: how to measure.
         console: shows how far the work is.
+        journal: keeps records as they are measured, and has those of a run that was stopped; None keeps nothing.
+        suites: by name.
+
+    Attributes:
+        untimed: records that were asked for and have no times.
     """
 
-    def __init__(self, settings: Settings, console: Console) -> None:
-        self.settings = settings
-        self.console = console
-        self.chosen: dict[tuple[Suite, Workload], list[AnyArm]] = {}
+    def __init__(
+        self,
+        settings: Settings,
+        console: Console,
+        *,
+        journal: Journal | None = None,
+        suites: Mapping[SuiteName, Suite] = SUITES,
+    ) -> None:
         self.untimed: list[Record] = []
-        self._records: dict[tuple[Suite, Cell], Record] = {}
-        self._stage: Stage | None = None
+        self._settings = settings
+        self._console = console
+        self._journal = journal
+        self._suites = suites
+        self._chosen: dict[tuple[SuiteName, Workload], list[AnyArm]] = {}
+        self._records: dict[tuple[SuiteName, Cell], Record] = {}
+        self._opened: tuple[Workload, Context] | None = None
 
-    def choose(self, suite: Suite, cell: Cell) -> None:
+    def choose(self, suite: SuiteName, cell: Cell) -> None:
         """Say that a cell will be asked for.
 
         Raises:
             ValueError: the cell needs more prompts than there are.
         """
-        if suite != "kernel":
-            prompts_for(cell.workload, self.settings)
-        self.chosen.setdefault((suite, cell.workload), []).append(cell.arm)
+        # kernels by themselves have no steps, and make no videos
+        if cell.workload.steps:
+            prompts_for(cell.workload, self._settings)
+        self._chosen.setdefault((suite, cell.workload), []).append(cell.arm)
+        kept = None if self._journal is None else self._journal.found.get((suite, str(cell)))
+        if kept is not None:
+            self._records[suite, cell] = kept
 
-    def record(self, suite: Suite, cell: Cell) -> Record:
+    def announce(self) -> None:
+        """Say, before the first record, what is kept of a run that is stopped, and what was."""
+        if self._journal is None:
+            self._console.line(
+                "without --benchmark-json=FILE, a run that is stopped leaves nothing, and there are no pictures"
+            )
+        elif self._records:
+            chosen = sum(len(arms) for arms in self._chosen.values())
+            self._console.line(
+                f"{len(self._records)} of {chosen} cells are not measured again: {self._journal.path} has them"
+            )
+
+    def record(self, suite: SuiteName, cell: Cell) -> Record:
         """The record of a cell."""
         if (suite, cell) not in self._records:
-            for arm, record in self._measure(suite, cell.workload):
-                self._records[suite, Cell(workload=cell.workload, arm=arm)] = record
-        record = self._records[suite, cell]
-        if record.outcome != "ok":
-            self.untimed.append(record)
-        return record
+            self._measure(suite, cell.workload)
+        found = self._records[suite, cell]
+        if found.outcome != "ok":
+            self.untimed.append(found)
+        return found
+
+    @property
+    def finished(self) -> bool:
+        """Whether every chosen cell has its record."""
+        return all(
+            (suite, Cell(workload=workload, arm=arm)) in self._records
+            for (suite, workload), arms in self._chosen.items()
+            for arm in arms
+        )
+
+    def _measure(self, suite: SuiteName, workload: Workload) -> None:
+        """Measure what is missing of a suite on a workload."""
+        missing = [
+            arm
+            for arm in self._chosen[suite, workload]
+            if (suite, Cell(workload=workload, arm=arm)) not in self._records
+        ]
+        failure = guarded(partial(self._run, suite, workload, missing))
+        if failure is None:
+            return
+        self._console.line(f"{workload}: {failure.reason}")
+        for arm in missing:
+            cell = Cell(workload=workload, arm=arm)
+            if (suite, cell) not in self._records:
+                facts = {**workload.facts(), **arm.facts(), "suite": suite}
+                self._keep(suite, cell, Record(**facts, outcome=failure.outcome, reason=failure.reason))
 
     # kernels that compile would otherwise do so a second time for the pipeline, which runs without gradients
     @torch.no_grad()
-    def _measure(self, suite: Suite, workload: Workload) -> Iterable[tuple[AnyArm, Record]]:
-        chosen = self.chosen[suite, workload]
-        if suite == "kernel":
-            return kernel.measure(workload, chosen, self.console).items()
-        stage, arms = self._staged(workload), [arm for arm in chosen if isinstance(arm, Arm)]
-        if suite == "calibration":
-            return [(arm, calibration.measure(stage, arm)) for arm in arms]
-        # the baseline is measured even where nobody asked to see it
-        arms = [DENSE, *(arm for arm in arms if arm != DENSE)]
-        if suite == "attention":
-            return attention.measure(stage, arms).items()
-        return denoise.measure(stage, arms, rounds=self.settings.rounds, artifacts=self.settings.artifacts).items()
+    def _run(self, suite: SuiteName, workload: Workload, arms: list[AnyArm]) -> None:
+        job = Job(
+            workload=workload, rounds=self._settings.rounds, artifacts=self._settings.artifacts, console=self._console,
+            open=partial(self._open, workload),
+        )  # fmt: skip
+        for arm, measured in self._suites[suite].measure(job, arms):
+            # a baseline that nobody asked to see is measured all the same
+            if arm in arms:
+                self._keep(suite, Cell(workload=workload, arm=arm), measured)
 
-    def _staged(self, workload: Workload) -> Stage:
-        # one model at a time is in memory
-        if self._stage is None or self._stage.workload != workload:
-            self._stage = Stage(
-                workload,
-                prompts_for(workload, self.settings),
-                calibration_prompts=self.settings.calibration_prompts,
-                calibration=self.settings.calibration,
-                levels=any(
-                    arm.method == "calibatt" and arm.mode in ("equal_density", "equal_fidelity")
-                    for (_, other), arms in self.chosen.items()
-                    for arm in arms
-                    if other == workload and isinstance(arm, Arm)
-                ),
-                console=self.console,
-            )
-        return self._stage
+    def _keep(self, suite: SuiteName, cell: Cell, measured: Record) -> None:
+        self._records[suite, cell] = measured
+        if self._journal is not None:
+            try:
+                self._journal.keep(suite, str(cell), measured)
+            except OSError as error:
+                self._console.line(f"{self._journal.path}: {cell} is not kept there ({error.strerror})")
+
+    def _open(self, workload: Workload) -> Context:
+        if self._opened is None or self._opened[0] != workload:
+            # one model at a time is in memory
+            self._opened = None
+            context = open_workload(
+                workload, prompts_for(workload, self._settings), stored=self._settings.calibration,
+                turned=self._turned(workload), console=self._console,
+            )  # fmt: skip
+            self._opened = (workload, context)
+        return self._opened[1]
+
+    def _turned(self, workload: Workload) -> set[str]:
+        """Methods whose knob an arm of the workload turns."""
+        return {
+            arm.method
+            for (_, other), arms in self._chosen.items()
+            for arm in arms
+            if other == workload and isinstance(arm, Arm) and arm.mode in ("equal_density", "equal_fidelity")
+        }
 
 
-def prompts_for(workload: Workload, settings: Settings) -> Sequence[str]:
+def prompts_for(workload: Workload, settings: Settings) -> Prompts:
     """Prompts to calibrate on, then one a round: all different, none that the model was trained on.
 
     Raises:
         ValueError: there are too few.
     """
-    needed = settings.calibration_prompts + settings.rounds
+    count = settings.calibration_prompts
+    needed = count + settings.rounds
     # the captions of the model whose videos are made
     captions = SHAPES.captions if workload.resampled else workload.entry.captions
     if settings.prompts is not None:
-        prompts: Sequence[str] = settings.prompts
+        prompts = list(settings.prompts)
     elif captions is not None:
         prompts = captions(needed, 0)
     else:
         raise ValueError(f"{workload.model} has no prompts of its own: give a file of them, one a line, by --prompts")
     if len(prompts) < needed:
         raise ValueError(
-            f"{settings.calibration_prompts} prompts to calibrate on and {settings.rounds} rounds need {needed} "
-            f"prompts: --prompts has {len(prompts)}"
+            f"{count} prompts to calibrate on and {settings.rounds} rounds need {needed} prompts: "
+            f"--prompts has {len(prompts)}"
         )
-    return prompts[:needed]
+    return Prompts(calibration=tuple(prompts[:count]), rounds=tuple(prompts[count:needed]))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
@@ -54,7 +54,7 @@ class PhaseTimer:
 
     def _mark(self) -> Any:
         if not self._cuda:
-            return time.perf_counter()
+            return perf_counter()
         event: Any = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -64,8 +64,8 @@ def timed(device: torch.device, work: Callable[[], _T]) -> tuple[float, _T]:
     """Wall-clock seconds of a piece of work, the device's share included, and its result."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = perf_counter()
     result = work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start, result
+    return perf_counter() - start, result

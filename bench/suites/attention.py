@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from calibatt.bench.arms import Ready, failed, first_of_layers, passed, ready
-from calibatt.bench.cells import DENSE, Arm
-from calibatt.bench.meter import Meter, Probe
-from calibatt.bench.record import Record
-from calibatt.bench.rounds import in_turns
-from calibatt.bench.stage import Stage
+from calibatt.bench.cells import DENSE, AnyArm, Arm, Cell
+from calibatt.bench.context import Context
+from calibatt.bench.failure import Failure
+from calibatt.bench.meter import Meter
+from calibatt.bench.observers import Probe
+from calibatt.bench.options import Options, method_cells
+from calibatt.bench.record import Record, Suite
+from calibatt.bench.rounds import take_turns
+from calibatt.bench.suites.suite import Job
 from calibatt.bench.timer import timed
+
+NAME: Suite = "attention"
 
 # a layer's attention takes milliseconds: enough rounds for an interval of a few percent
 ROUNDS = 20
@@ -20,50 +27,89 @@ ROUNDS = 20
 _RESAMPLED_ROUNDS = 10
 
 
-def measure(stage: Stage, arms: Sequence[Arm]) -> dict[Arm, Record]:
-    """Time one attention call, planning included, as the mean over the stage's probes; paired with dense."""
-    records: dict[Arm, Record] = {}
-    rounds = _RESAMPLED_ROUNDS if stage.workload.resampled else ROUNDS
-    meters: dict[Arm, tuple[Ready, Meter]] = {}
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Course:
+    """What an arm has done so far, seconds of one call."""
+
+    one: Ready
+    meter: Meter
+    seconds: list[float] = field(default_factory=list)
+    phases: dict[str, list[float]] = field(default_factory=dict)
+
+
+def cells(options: Options) -> list[Cell]:
+    """Every arm on every workload that has attention inputs.
+
+    Raises:
+        ValueError: an option makes no sense.
+    """
+    return method_cells(options)
+
+
+def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]:
+    """Time one attention call, planning included, as the mean over the probes; paired with dense."""
+    context = job.open()
+    # the baseline is measured even where nobody asked to see it
+    wanted = dict.fromkeys([DENSE, *(arm for arm in arms if isinstance(arm, Arm))])
+    yield from run(context, list(wanted), rounds=_RESAMPLED_ROUNDS if job.workload.resampled else ROUNDS)
+
+
+def run(context: Context, arms: Sequence[Arm], *, rounds: int) -> Iterator[tuple[Arm, Record]]:
+    """Check arms, and time those that are right.
+
+    Args:
+        context: what they share.
+        arms: dense among them.
+        rounds: samples of an arm, after one round that warms up.
+    """
+    courses: dict[Arm, _Course] = {}
     for arm in arms:
-        stage.log(f"{stage.workload}: checking {arm}")
-        one = ready(stage, arm)
-        if isinstance(one, Ready):
-            meters[arm] = (one, Meter(one.method, one.kernel, stage.workload.device))
+        context.log(f"checking {arm}")
+        one = ready(context, arm)
+        if isinstance(one, Failure):
+            yield arm, failed(context, NAME, arm, one)
         else:
-            records[arm] = failed(stage, "attention", arm, one)
-    stage.log(f"{stage.workload}: timing attention, {rounds} rounds of {len(meters)} arms")
-    seconds: dict[Arm, list[float]] = {arm: [] for arm in meters}
-    phases: dict[Arm, dict[str, list[float]]] = {arm: {} for arm in meters}
-    calls = len(stage.probes)
+            courses[arm] = _Course(one=one, meter=Meter(one.method, one.kernel, context.device))
+    context.log(f"timing attention, {rounds} rounds of {len(courses)} arms")
+    failures = take_turns(list(courses), rounds + 1, lambda round_, arm: _turn(context, courses[arm], round_))
+    dense = None if DENSE in failures else courses.get(DENSE)
+    for arm, course in courses.items():
+        if arm in failures:
+            yield arm, failed(context, NAME, arm, failures[arm])
+        else:
+            yield arm, _record(context, course, None if arm == DENSE or dense is None else dense)
+
+
+def _turn(context: Context, course: _Course, round_: int) -> None:
+    meter, calls = course.meter, len(context.probes)
+    # what a method does at the first call of a video alone is not counted as every call's
+    meter.start_video()
+    _calls(meter, first_of_layers(context.probes))
+    meter.timer.collect_s()
+    total, _ = timed(context.device, partial(_calls, meter, context.probes))
+    parts = meter.timer.collect_s()
     # the first round warms up
-    for round_, arm in in_turns(list(meters), rounds + 1):
-        meter = meters[arm][1]
-        # what a method does at the first call of a video alone is not counted as every call's
-        meter.reset()
-        _calls(meter, first_of_layers(stage.probes))
-        meter.timer.collect_s()
-        total, _ = timed(stage.workload.device, partial(_calls, meter, stage.probes))
-        parts = meter.timer.collect_s()
-        if round_:
-            seconds[arm].append(total / calls)
-            for name, part in parts.items():
-                phases[arm].setdefault(name, []).append(part / calls)
-    for arm, (one, _) in meters.items():
-        density = statistics.mean(plan.density().mean().item() for plan in one.plans)
-        operations = stage.probes[0].site.geometry.operations * density
-        records[arm] = Record(
-            **passed(stage, "attention", one),
-            samples_s=tuple(seconds[arm]),
-            baseline_samples_s=None if arm == DENSE else tuple(seconds[DENSE]),
-            phases_s={name: tuple(samples) for name, samples in phases[arm].items()},
-            tflops=operations / statistics.median(phases[arm]["attend"]) / 1e12,
-            plan_memory_bytes=max(plan.nbytes() for plan in one.plans),
-            density=density,
-        )
-    return records
+    if round_:
+        course.seconds.append(total / calls)
+        for name, part in parts.items():
+            course.phases.setdefault(name, []).append(part / calls)
 
 
 def _calls(meter: Meter, probes: Sequence[Probe]) -> None:
     for probe in probes:
-        meter.attend(probe.q, probe.k, probe.v, meter.plan(probe.q[0], probe.k[0], probe.site))
+        meter(probe.q, probe.k, probe.v, probe.site)
+
+
+def _record(context: Context, course: _Course, dense: _Course | None) -> Record:
+    one = course.one
+    density = statistics.mean(plan.density().mean().item() for plan in one.plans)
+    operations = context.probes[0].site.geometry.operations * density
+    return Record(
+        **passed(context, NAME, one),
+        samples_s=tuple(course.seconds),
+        baseline_samples_s=None if dense is None else tuple(dense.seconds),
+        phases_s={name: tuple(samples) for name, samples in course.phases.items()},
+        tflops=operations / statistics.median(course.phases["attend"]) / 1e12,
+        plan_memory_bytes=max(plan.nbytes() for plan in one.plans),
+        density=density,
+    )

@@ -1,49 +1,78 @@
-"""The calibration suite: what it costs to prepare an offline method, and how far prompts agree on CalibAtt's masks."""
+"""The calibration suite: what it costs to prepare methods that learn offline, and how far prompts agree."""
 
 from __future__ import annotations
 
-from calibatt.bench.arms import Failure, facts, failed, guarded
-from calibatt.bench.cells import Arm
-from calibatt.bench.record import Record
-from calibatt.bench.stage import Stage
-from calibatt.methods.learning import Learnt
+from collections.abc import Iterator, Sequence
+
+from calibatt.bench.arms import facts, failed
+from calibatt.bench.cells import AnyArm, Arm, Cell, Workload
+from calibatt.bench.context import Context
+from calibatt.bench.failure import Failure, guarded
+from calibatt.bench.offline import Lesson, Prepared, lesson_of
+from calibatt.bench.options import Options, method_cells
+from calibatt.bench.record import Record, Suite
+from calibatt.bench.suites.suite import Job
+from calibatt.kernels.base import Unsupported
+from calibatt.methods.base import Foreseen
+
+NAME: Suite = "calibration"
 
 
-def measure(stage: Stage, arm: Arm) -> Record:
-    """The calibration, or what a preset learns, that the other suites of this run use; timed once."""
-    prepared = guarded(lambda: stage.learnt(arm))
+def cells(options: Options) -> list[Cell]:
+    """One arm for all that learn the same, on every workload that has videos.
+
+    Raises:
+        ValueError: an option makes no sense.
+    """
+    found: list[Cell] = []
+    if options.resampled:
+        return found
+    known: list[tuple[Workload, Lesson]] = []
+    for cell in method_cells(options):
+        assert isinstance(cell.arm, Arm)
+        lesson = lesson_of(cell.arm.untuned, cell.workload.entry.block)
+        # what another method learns has its own place
+        if lesson is None or lesson.method != cell.arm.method or (cell.workload, lesson) in known:
+            continue
+        known.append((cell.workload, lesson))
+        found.append(Cell(workload=cell.workload, arm=cell.arm.untuned))
+    return found
+
+
+def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]:
+    """What the presets learn that the other suites of this run use; timed once."""
+    context = job.open()
+    for arm in arms:
+        assert isinstance(arm, Arm)
+        yield arm, one(context, arm)
+
+
+def one(context: Context, arm: Arm) -> Record:
+    """The record of what one arm learns."""
+    prepared = guarded(lambda: context.prepared(arm))
     if isinstance(prepared, Failure):
-        return failed(stage, "calibration", arm, prepared)
-    return _calibration(stage, arm) if prepared is None else _learning(stage, arm, prepared)
+        return failed(context, NAME, arm, prepared)
+    if prepared is None or prepared.seconds is None:
+        reason = "it learns nothing" if prepared is None else "--calibration gave one that was made before"
+        return failed(context, NAME, arm, Failure("unsupported", reason))
+    made = guarded(lambda: _measured(context, arm, prepared, prepared.seconds))
+    return failed(context, NAME, arm, made) if isinstance(made, Failure) else made
 
 
-def _learning(stage: Stage, arm: Arm, learnt: Learnt) -> Record:
-    seconds = stage.preparation_s(arm)
-    assert seconds is not None
+def _measured(context: Context, arm: Arm, prepared: Prepared, seconds: float) -> Record:
+    learnt, method = prepared.calibration, context.method(arm)
+    if isinstance(method, Unsupported):
+        return failed(context, NAME, arm, Failure("unsupported", method.reason))
+    block, agreement = learnt.settings.get("block"), learnt.tables.get("agreement")
     return Record(
-        **facts(stage, "calibration", arm),
+        **facts(context, NAME, arm),
         outcome="ok",
-        prompts=learnt.prompts,
+        block=None if block is None else tuple(block),
+        prompts=learnt.provenance.prompts,
         samples_s=(seconds,),
-        calibration_cost_ratio=learnt.cost_ratio,
+        calibration_cost_ratio=learnt.provenance.cost_ratio,
+        # of masks, where the method's learner takes a vote on them
+        mask_agreement=None if agreement is None else agreement.mean().item(),
         plan_memory_bytes=learnt.nbytes(),
-    )
-
-
-def _calibration(stage: Stage, arm: Arm) -> Record:
-    made = guarded(lambda: stage.calibration)
-    if isinstance(made, Failure):
-        return failed(stage, "calibration", arm, made)
-    if stage.calibration_s is None:
-        return failed(stage, "calibration", arm, Failure("unsupported", "--calibration gave one that was made before"))
-    return Record(
-        **facts(stage, "calibration", arm),
-        outcome="ok",
-        block=made.provenance.block,
-        prompts=made.provenance.prompts,
-        samples_s=(stage.calibration_s,),
-        calibration_cost_ratio=made.provenance.cost_ratio,
-        mask_agreement=made.provenance.mask_agreement,
-        plan_memory_bytes=made.bits.nbytes + (0 if made.levels is None else made.levels.nbytes),
-        density=made.density().mean().item(),
+        density=method.mean_density() if isinstance(method, Foreseen) else None,
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,23 +15,27 @@ from torch import Tensor
 
 from calibatt.bench import permutation
 from calibatt.bench.accuracy import spot_error
-from calibatt.bench.arms import Failure, guarded
 from calibatt.bench.baseline import fastest_dense
-from calibatt.bench.cells import DENSE, AnyArm, Arm, BlockArm, PermutationArm, Workload
+from calibatt.bench.cells import DENSE, AnyArm, Arm, BlockArm, Cell, PermutationArm, Workload
 from calibatt.bench.console import Console
+from calibatt.bench.failure import Failure, guarded
 from calibatt.bench.masks import make_plan
-from calibatt.bench.record import Record
-from calibatt.bench.rounds import in_turns
-from calibatt.bench.stage import Stage
+from calibatt.bench.opening import probes_of
+from calibatt.bench.options import Options
+from calibatt.bench.record import Pattern, Record, Suite
+from calibatt.bench.rounds import take_turns
+from calibatt.bench.suites.suite import Job
 from calibatt.bench.telemetry import read
 from calibatt.bench.timer import PhaseTimer, timed
-from calibatt.kernels.base import Kernel, Task, dtype_name
+from calibatt.kernels.base import Kernel, Task
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.default import ran_on
 from calibatt.kernels.expand import block_lists
 from calibatt.kernels.plan import Plan
 from calibatt.methods.energy import block_energy
 from calibatt.models.catalogue import SHAPES
+
+NAME: Suite = "kernel"
 
 # half of the attention suite's: at 720p a dense call takes as long as a hundred rounds of the embedded model
 ROUNDS = 10
@@ -51,6 +55,16 @@ class _Ready:
     first_call_s: float | None
     error: float
     budget: float
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Course:
+    """What an arm has done so far; `throttled` is None where nothing can tell."""
+
+    one: _Ready
+    seconds: list[float] = field(default_factory=list)
+    phases: dict[str, list[float]] = field(default_factory=dict)
+    throttled: bool | None = None
 
 
 class _Bench:
@@ -107,103 +121,137 @@ class _Bench:
             device=self.workload.device,
         )
         assert SHAPES.captions is not None
-        prompts = SHAPES.captions(1, 0)
-        stage = Stage(workload, prompts, calibration_prompts=0, calibration=None, console=self._console)
+        probes = probes_of(workload, SHAPES.captions(1, 0)[0])
         block_q, block_k = SHAPES.block
-        maps = [block_energy(probe.q[0], probe.k[0], block_q=block_q, block_k=block_k) for probe in stage.probes]
+        maps = [block_energy(probe.q[0], probe.k[0], block_q=block_q, block_k=block_k) for probe in probes]
         return torch.cat(maps).float().cpu()
 
-    def moves(self, arms: Sequence[PermutationArm]) -> dict[AnyArm, Record]:
+    def moves(self, arms: Sequence[PermutationArm]) -> dict[PermutationArm, Record]:
         """Time permutations."""
         # they are Triton's wherever they run
         task = Task(device=self.workload.device, dtype=self.workload.dtype, head_dim=self.geometry.head_dim)
         refusal = KERNELS["triton"].refusal(task)
         if refusal is not None:
-            return {arm: Record(**self.facts(arm), outcome="unsupported", reason=refusal.reason) for arm in arms}
+            return {arm: self.failed(arm, Failure("unsupported", refusal.reason)) for arm in arms}
         self.log(f"timing {len(arms)} permutations")
         return permutation.measure(arms, (self.q, self.k, self.v), self.geometry, self.facts, ROUNDS)
 
     def facts(self, arm: AnyArm) -> dict[str, Any]:
         """The fields of a record that say what was run."""
-        what: dict[str, Any]
+        facts = {**self.workload.facts(), **arm.facts(), "suite": NAME}
         if isinstance(arm, Arm):
-            what = {"method": arm.method, "preset": arm.preset, "kernel": self.dense.name, "baseline": None}
-        elif isinstance(arm, PermutationArm):
-            what = {"method": "permute", "preset": arm.order, "kernel": arm.kernel, "baseline": "copy"}
-        else:
-            what = {
-                "method": "blocks", "preset": f"{arm.density:g}", "kernel": arm.kernel, "baseline": self.dense.name,
-                "block": arm.block, "mask": arm.mask,
-            }  # fmt: skip
-        return {
-            "suite": "kernel",
-            "model": self.workload.model,
-            "resolution": self.workload.resolution,
-            "tokens": self.geometry.tokens,
-            "heads": self.geometry.heads,
-            "head_dim": self.geometry.head_dim,
-            "dtype": dtype_name(self.workload.dtype),
-            **what,
-        }
+            # a mode is a method's own matter
+            return {**facts, "kernel": self.dense.name, "mode": None}
+        return {"baseline": self.dense.name, **facts}
+
+    def failed(self, arm: AnyArm, failure: Failure) -> Record:
+        """The record of an arm without times."""
+        return Record(**self.facts(arm), outcome=failure.outcome, reason=failure.reason)
 
 
-def measure(workload: Workload, arms: Sequence[AnyArm], console: Console) -> dict[AnyArm, Record]:
-    """Time kernels in turns with the fastest dense one; lists that a kernel makes of a mask's bits are its own time."""
-    bench = _Bench(workload, console)
-    records: dict[AnyArm, Record] = {}
+def cells(options: Options) -> list[Cell]:
+    """Every mask on every kernel at every model's geometry, and permutations; none of resampled inputs.
+
+    Raises:
+        ValueError: an option makes no sense.
+    """
+    found: list[Cell] = []
+    if options.resampled:
+        return found
+    # the same geometry at another number of steps is the same
+    for workload in dict.fromkeys(replace(workload, steps=0) for workload in options.workloads()):
+        # a kernel by itself has no blocks of its own
+        given = [block for block in options.blocks or () if block != "native"]
+        arms: list[AnyArm] = [DENSE, *(PermutationArm(order=order) for order in options.orders or ())]
+        for kernel in options.kernels:
+            for density in options.densities:
+                arms += _block_arms(kernel, density, options.masks, given or [workload.entry.block])
+        found += [Cell(workload=workload, arm=arm) for arm in arms]
+    return found
+
+
+def _block_arms(
+    kernel: str, density: float, masks: Sequence[Pattern], blocks: Sequence[tuple[int, int]]
+) -> list[BlockArm]:
+    if density == 1:
+        return [BlockArm(kernel=kernel, density=density, mask=None, block=None)]
+    return [
+        BlockArm(kernel=kernel, density=density, mask=mask, block=block)
+        for mask in masks
+        for block in ([None] if mask == "rows" else blocks)
+    ]
+
+
+def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]:
+    """Time kernels in turns with the fastest dense one, and permutations with a copy."""
+    bench = _Bench(job.workload, job.console)
     if moved := [arm for arm in arms if isinstance(arm, PermutationArm)]:
-        records.update(bench.moves(moved))
+        yield from bench.moves(moved).items()
     attending = [arm for arm in arms if not isinstance(arm, PermutationArm)]
-    readied = {arm: bench.ready(arm) for arm in dict.fromkeys((DENSE, *attending))}
-    timed_arms = {arm: one for arm, one in readied.items() if isinstance(one, _Ready)}
-    bench.log(f"timing {len(timed_arms)} arms, {ROUNDS} rounds")
-    timer = PhaseTimer(workload.device)
-    seconds: dict[Arm | BlockArm, list[float]] = {arm: [] for arm in timed_arms}
-    phases: dict[Arm | BlockArm, dict[str, list[float]]] = {arm: {} for arm in timed_arms}
-    throttled: dict[Arm | BlockArm, bool] = dict.fromkeys(timed_arms, False)
+    courses: dict[Arm | BlockArm, _Course] = {}
+    for arm in dict.fromkeys((DENSE, *attending)):
+        one = bench.ready(arm)
+        if isinstance(one, Failure):
+            yield arm, bench.failed(arm, one)
+        else:
+            courses[arm] = _Course(one=one)
+    bench.log(f"timing {len(courses)} arms, {ROUNDS} rounds")
+    timer = PhaseTimer(job.workload.device)
+    failures = take_turns(list(courses), ROUNDS + 1, lambda round_, arm: _turn(bench, courses[arm], timer, round_))
+    dense = None if DENSE in failures else courses.get(DENSE)
+    for arm, course in courses.items():
+        if arm in failures:
+            yield arm, bench.failed(arm, failures[arm])
+        else:
+            yield arm, _record(bench, arm, course, None if arm == DENSE or dense is None else dense)
+
+
+def _turn(bench: _Bench, course: _Course, timer: PhaseTimer, round_: int) -> None:
+    """Time one call; lists that a kernel makes of a mask's bits are a part of it, and taken again by themselves."""
+    one, device = course.one, bench.workload.device
+    # of an arm that failed meanwhile
+    timer.collect_s()
+    timer.lead()
+    start = time.perf_counter()
+    with timer.phase("attend"):
+        one.kernel.attend(bench.q, bench.k, bench.v, one.plan)
+    launch = time.perf_counter() - start
+    if one.plan.mask is not None and device.type == "cuda":
+        with timer.phase("lists"):
+            block_lists(one.plan)
+    taken = timer.collect_s()
+    state = read(device)
     # the first round warms up
-    for round_, arm in in_turns(list(timed_arms), ROUNDS + 1):
-        one = timed_arms[arm]
-        timer.lead()
-        start = time.perf_counter()
-        with timer.phase("attend"):
-            one.kernel.attend(bench.q, bench.k, bench.v, one.plan)
-        launch = time.perf_counter() - start
-        if one.plan.mask is not None and workload.device.type == "cuda":
-            with timer.phase("lists"):
-                block_lists(one.plan)
-        taken = timer.collect_s()
-        state = read(workload.device)
-        if round_:
-            seconds[arm].append(taken.pop("attend"))
-            # elsewhere the host computes itself
-            if workload.device.type == "cuda":
-                for name, part in (*taken.items(), ("launch", launch)):
-                    phases[arm].setdefault(name, []).append(part)
-            throttled[arm] |= state is not None and state.throttled
-    for arm, result in readied.items():
-        if isinstance(result, Failure):
-            records[arm] = Record(**bench.facts(arm), outcome=result.outcome, reason=result.reason)
-            continue
-        density = result.plan.density().mean().item()
-        operations = bench.geometry.operations * density
-        records[arm] = Record(
-            **bench.facts(arm),
-            outcome="ok",
-            ran_on=ran_on(result.kernel, [Task.of(bench.q, result.plan)]),
-            samples_s=tuple(seconds[arm]),
-            baseline_samples_s=None if arm == DENSE else tuple(seconds[DENSE]),
-            phases_s={name: tuple(parts) for name, parts in phases[arm].items()} or None,
-            first_call_s=result.first_call_s,
-            tflops=operations / statistics.median(seconds[arm]) / 1e12,
-            gemm_tflops=bench.gemm_tflops,
-            throttled=throttled[arm] if workload.device.type == "cuda" else None,
-            density=density,
-            kernel_error=result.error,
-            kernel_error_budget=result.budget,
-            plan_memory_bytes=result.plan.nbytes(),
-        )
-    return records
+    if not round_:
+        return
+    course.seconds.append(taken.pop("attend"))
+    # elsewhere the host computes itself
+    if device.type == "cuda":
+        for name, part in (*taken.items(), ("launch", launch)):
+            course.phases.setdefault(name, []).append(part)
+        course.throttled = bool(course.throttled) or (state is not None and state.throttled)
+
+
+def _record(bench: _Bench, arm: Arm | BlockArm, course: _Course, dense: _Course | None) -> Record:
+    one = course.one
+    density = one.plan.density().mean().item()
+    operations = bench.geometry.operations * density
+    return Record(
+        **bench.facts(arm),
+        outcome="ok",
+        ran_on=ran_on(one.kernel, [Task.of(bench.q, one.plan)]),
+        samples_s=tuple(course.seconds),
+        baseline_samples_s=None if dense is None else tuple(dense.seconds),
+        phases_s={name: tuple(parts) for name, parts in course.phases.items()} or None,
+        first_call_s=one.first_call_s,
+        tflops=operations / statistics.median(course.seconds) / 1e12,
+        gemm_tflops=bench.gemm_tflops,
+        throttled=course.throttled,
+        density=density,
+        kernel_error=one.error,
+        kernel_error_budget=one.budget,
+        plan_memory_bytes=one.plan.nbytes(),
+    )
 
 
 def _gemm_tflops(device: torch.device, dtype: torch.dtype) -> float:

@@ -1,0 +1,147 @@
+"""Opens a workload: loads its pipeline, takes probes, finds the fastest dense kernel, and ties it all together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from calibatt.bench.baseline import dense_kernels, fastest_dense
+from calibatt.bench.cells import DENSE, Workload
+from calibatt.bench.console import Console
+from calibatt.bench.context import Context, spread, take_probes
+from calibatt.bench.observers import Probe
+from calibatt.bench.offline import CALIBRATION_SEED, Lesson, Offline
+from calibatt.bench.resampled import ResampledVideos
+from calibatt.bench.tuning import Film, Tuner
+from calibatt.calibration.artifact import Calibration
+from calibatt.calibration.collect import calibrate_on
+from calibatt.calibration.videos import DenseVideos, Videos
+from calibatt.kernels.base import Kernel
+from calibatt.kernels.catalogue import KERNELS
+from calibatt.methods.call import Attention
+from calibatt.methods.learning import Learnt
+from calibatt.models.adapter import installed
+from calibatt.models.catalogue import SHAPES
+from calibatt.models.generate import generate
+
+# attention calls at which arms are checked: from the first step and layer to the last, evenly
+_PROBES = (0, 1 / 3, 2 / 3, 1)
+# at another model's size, where fp64 takes minutes for all: two calls within the video, and a few heads of each
+_RESAMPLED_PROBES = (1 / 3, 2 / 3)
+_RESAMPLED_HEADS = 4
+# the embedded model's larger size, whose number of frames is nearest to those of large models
+_RESAMPLED_FROM = "standard"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """Prompts of a workload, all different.
+
+    Args:
+        calibration: those to learn from.
+        rounds: those that are measured, one a round.
+    """
+
+    calibration: tuple[str, ...]
+    rounds: tuple[str, ...]
+
+
+def open_workload(
+    workload: Workload, prompts: Prompts, *, stored: Path | None, turned: Collection[str], console: Console
+) -> Context:
+    """What the arms of a workload share.
+
+    Args:
+        workload: what runs.
+        prompts: of its videos.
+        stored: a file of `calibatt calibrate`, to use in place of learning the same method here.
+        turned: methods whose knob an arm of the workload turns.
+        console: shows how far the work is.
+
+    Raises:
+        RuntimeError: no dense kernel is right here.
+        OSError: the weights, or the stored calibration, cannot be read.
+        ValueError: the stored calibration is for another pipeline.
+    """
+
+    def log(line: str) -> None:
+        console.line(f"{workload}: {line}")
+
+    log("loading")
+    film, videos = _videos(workload)
+    log("one dense video to take attention inputs from")
+    kernel = dense_kernels(workload.device, workload.dtype, workload.entry.head_dim)[0]
+    shares = _RESAMPLED_PROBES if workload.resampled else _PROBES
+    probes = take_probes(videos, kernel, prompts.rounds[0], shares)
+    first, heads = probes[0], probes[0].site.geometry.heads
+    dense = fastest_dense(first.q, first.k, first.v, first.site.geometry, log=log)
+    offline = Offline(
+        partial(_learn, videos, prompts.calibration, dense, console),
+        stored=None if stored is None else partial(_stored, stored, videos),
+        log=log, device=workload.device, block=workload.entry.block, turned=turned,
+    )  # fmt: skip
+    tuner = Tuner(
+        workload, offline=offline, probes=probes, film=film, dense=dense, prompts=prompts.calibration, log=log
+    )
+    return Context(
+        name=str(workload), device=workload.device, prompts=prompts.rounds, probes=probes,
+        checked_heads=spread(heads, _RESAMPLED_HEADS if workload.resampled else heads), dense=dense,
+        kernel=lambda arm: dense if arm == DENSE else KERNELS[arm.kernel], method=tuner.method,
+        prepared=offline.prepared,
+        # videos of the model whose size is taken would take longer
+        preparation_s=(lambda method: None) if workload.resampled else offline.seconds,
+        film=film, alignment=workload.entry.alignment, guidance=workload.entry.guidance,
+        facts=_facts(workload, videos), log=log,
+    )  # fmt: skip
+
+
+def probes_of(workload: Workload, prompt: str) -> tuple[Probe, ...]:
+    """Inputs of some attention calls of one dense video of a workload, which is needed for nothing else."""
+    kernel = dense_kernels(workload.device, workload.dtype, workload.entry.head_dim)[0]
+    return take_probes(_videos(workload)[1], kernel, prompt, _PROBES)
+
+
+def _videos(workload: Workload) -> tuple[Film, Videos]:
+    """What makes the workload's videos, and dense ones whose attention calls can be watched."""
+    own = SHAPES if workload.resampled else workload.entry
+    resolution = _RESAMPLED_FROM if workload.resampled else workload.resolution
+    pipe = own.load(resolution=resolution, device=workload.device, dtype=workload.dtype)
+
+    def film(attention: Attention, prompt: str, seed: int) -> Float[Tensor, "3 frames height width"]:
+        with installed(pipe, attention):
+            return generate(own, pipe, prompt=prompt, resolution=resolution, seed=seed, steps=workload.steps)
+
+    videos = DenseVideos(own, pipe, resolution=resolution, steps=workload.steps)
+    if not workload.resampled:
+        return film, videos
+    kernel = dense_kernels(workload.device, workload.dtype, own.head_dim)[0]
+    return film, ResampledVideos(
+        videos, kernel, model=workload.model, resolution=workload.resolution,
+        geometry=workload.entry.geometry(workload.resolution),
+    )  # fmt: skip
+
+
+def _learn(videos: Videos, prompts: Sequence[str], kernel: Kernel, console: Console, lesson: Lesson) -> Learnt:
+    with console.open():
+        return calibrate_on(
+            videos, method=lesson.method, preset=lesson.preset, prompts=prompts, seed=CALIBRATION_SEED, kernel=kernel,
+            block=lesson.block, progress=True, **lesson.settings,
+        )  # fmt: skip
+
+
+def _stored(path: Path, videos: Videos) -> Learnt:
+    stored = Calibration.load(path)
+    stored.check_origin(videos.origin())
+    return stored
+
+
+def _facts(workload: Workload, videos: Videos) -> dict[str, Any]:
+    """The fields of a record that all arms of this workload share."""
+    inputs = videos.inputs if isinstance(videos, ResampledVideos) else None
+    return {**workload.facts(), "weights": videos.origin().weights, "inputs": inputs}

@@ -1,0 +1,56 @@
+"""What a suite is: its name, the cells that the options ask for, and how it measures the arms of one workload."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from calibatt.bench.cells import AnyArm, Cell, Workload
+from calibatt.bench.console import Console
+from calibatt.bench.context import Context
+from calibatt.bench.options import Options
+from calibatt.bench.record import Record
+from calibatt.bench.record import Suite as SuiteName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Job:
+    """One suite's work on one workload.
+
+    Args:
+        workload: what runs.
+        rounds: videos an arm, where there are videos.
+        artifacts: folder for the data of the report's pictures; None leaves them out.
+        console: shows how far the work is.
+        open: what the arms of the workload share; opened once for all suites.
+    """
+
+    workload: Workload
+    rounds: int
+    artifacts: Path | None
+    console: Console
+    open: Callable[[], Context]
+
+
+@runtime_checkable
+class Suite(Protocol):
+    """A module of this folder."""
+
+    NAME: SuiteName
+
+    def cells(self, options: Options) -> list[Cell]:
+        """The cells of the suite, in the order they will run.
+
+        Raises:
+            ValueError: an option makes no sense; the message is one line that says what to do.
+        """
+        ...
+
+    def measure(self, job: Job, arms: Sequence[AnyArm]) -> Iterable[tuple[AnyArm, Record]]:
+        """Measure arms; each record is handed over as soon as nothing more can change it.
+
+        What goes wrong for one arm is its record's outcome; what goes wrong for all is raised.
+        """
+        ...

@@ -1,0 +1,226 @@
+"""Builds the method of an arm, its knob turned until density or fidelity is what the run asks for."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from calibatt.bench.cells import Arm, Workload
+from calibatt.bench.meter import Meter
+from calibatt.bench.observers import PlanSummary, Probe
+from calibatt.bench.offline import CALIBRATION_SEED, Offline, block_of, settings_of
+from calibatt.bench.video_metrics import eight_bit, psnr_db
+from calibatt.kernels.base import Attender, Kernel, Task, Unsupported
+from calibatt.kernels.catalogue import KERNELS
+from calibatt.methods.base import Foreseen, Knob, Planner
+from calibatt.methods.call import Attention
+from calibatt.methods.catalogue import METHODS, build
+from calibatt.methods.scheduled import Scheduled
+
+# makes one video: with an attention, from a prompt and a seed
+Film = Callable[[Attention, str, int], Float[Tensor, "3 frames height width"]]
+
+# half a percent of dense attention: below what a 95 % interval of a CPU's times tells apart
+DENSITY_TOLERANCE = 0.005
+# videos of one arm differ by tens of times as much
+PSNR_TOLERANCE_DB = 0.25
+# halvings after which a range has shrunk a thousandfold
+_HALVINGS = 12
+# tolerances beyond which the nearest value is not what was asked for: 0.05 of dense attention, 2.5 dB
+_FAR = 10
+# videos on which a fidelity is solved for, of the calibration prompts: an evaluation takes as long as they do
+_FIDELITY_VIDEOS = 2
+
+
+def solve(
+    measure: Callable[[float], float], knob: Knob, target: float, *, tolerance: float, quantity: str
+) -> float | Unsupported:
+    """The knob's value at which a quantity comes nearest to a target.
+
+    Args:
+        measure: the quantity at a value of the knob; monotonic, with steps where blocks are few.
+        knob: the range to search.
+        target: what is wanted.
+        tolerance: near enough.
+        quantity: its name in the plural, for the reason.
+
+    Returns:
+        The value, or why there is none: the range does not reach the target, or passes it in one large step.
+    """
+    tried = {value: measure(value) for value in (knob.low, knob.high)}
+    least, most = min(tried.values()), max(tried.values())
+    if not least - tolerance <= target <= most + tolerance:
+        return Unsupported(f"its {knob.field} reaches {quantity} from {least:.3f} to {most:.3f}, not {target:.3f}")
+    rising = tried[knob.high] >= tried[knob.low]
+    low, high = knob.low, knob.high
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        tried[middle] = measure(middle)
+        if abs(tried[middle] - target) <= tolerance:
+            break
+        if (tried[middle] < target) == rising:
+            low = middle
+        else:
+            high = middle
+    best = min(tried, key=lambda value: abs(tried[value] - target))
+    if abs(tried[best] - target) > _FAR * tolerance:
+        below, above = max(x for x in tried.values() if x <= target), min(x for x in tried.values() if x >= target)
+        return Unsupported(f"its {knob.field} gives {quantity} of {below:.3f} and {above:.3f}, none near {target:.3f}")
+    return best
+
+
+def density_of(method: Planner, probes: Sequence[Probe], kernel: Attender) -> float:
+    """Mean density of the method's plans on the probes, after the kernel has left out what it leaves out by itself."""
+    method.reset()
+    total = 0.0
+    for probe in probes:
+        plan = method.plan(probe.q[0], probe.k[0], probe.v[0], probe.site)
+        if plan.skip is not None:
+            kernel.attend(probe.q, probe.k, probe.v, plan)
+        total += plan.density().mean().item()
+    return total / len(probes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Goal:
+    """What a knob is turned for.
+
+    Args:
+        measure: the quantity that a method on a kernel gives.
+        target, tolerance, quantity: as for `solve`.
+    """
+
+    measure: Callable[[Planner, Attender], float]
+    target: float
+    tolerance: float
+    quantity: str
+
+
+class Tuner:
+    """Builds the methods of a workload's arms.
+
+    Args:
+        workload: where they run.
+        offline: what they learn first.
+        probes: calls on which densities are measured.
+        film: makes a video.
+        dense: the kernel of the videos that fidelity is measured against.
+        prompts: of calibration: knobs are never turned on videos that are measured.
+        log: says what was found.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        *,
+        offline: Offline,
+        probes: Sequence[Probe],
+        film: Film,
+        dense: Kernel,
+        prompts: Sequence[str],
+        log: Callable[[str], None],
+    ) -> None:
+        self._workload = workload
+        self._offline = offline
+        self._probes = probes
+        self._film = film
+        self._dense = dense
+        self._prompts = prompts
+        self._log = log
+
+    def method(self, arm: Arm) -> Planner | Unsupported:
+        """The arm's method, its knob turned where the mode asks for it; or why it does not apply."""
+        knob = METHODS[arm.method].knob if arm.mode in ("equal_density", "equal_fidelity") else None
+        refusal = self._refusal(arm, knob)
+        if refusal is not None:
+            return refusal
+        if knob is None:
+            return self._built(arm)
+        goal, kernel = self._goal(arm, knob), KERNELS[arm.kernel]
+        value = solve(
+            lambda x: goal.measure(self._built(arm, **{knob.field: x}), kernel), knob, goal.target,
+            tolerance=goal.tolerance, quantity=goal.quantity,
+        )  # fmt: skip
+        if isinstance(value, Unsupported):
+            return value
+        self._log(f"{arm} has {knob.field} {value:.4g}")
+        return self._built(arm, **{knob.field: value})
+
+    def _built(self, arm: Arm, **turned: float) -> Planner:
+        prepared = self._offline.prepared(arm, **turned)
+        method = build(
+            arm.method, preset=arm.preset, calibration=None if prepared is None else prepared.calibration,
+            block=block_of(arm, self._workload.entry.block), **{**settings_of(arm), **turned},
+        )  # fmt: skip
+        if arm.dense_steps is None or arm.dense_layers is None:
+            return method
+        return Scheduled(method, steps=arm.dense_steps, layers=arm.dense_layers)
+
+    def _refusal(self, arm: Arm, knob: Knob | None) -> Unsupported | None:
+        """Why the arm does not apply here, or its knob cannot be turned."""
+        low = {} if knob is None else {knob.field: knob.low}
+        try:
+            # before anything is learnt: a preset may be set by another field
+            self._offline.lesson(arm, **low)
+            method = self._built(arm, **low)
+        except ValueError as error:
+            return Unsupported(str(error) if knob is None else f"its {knob.field} cannot be turned: {error}")
+        # the last is sparse whatever the dense steps are
+        probe = self._probes[-1]
+        refusal = method.refusal(probe.site.geometry)
+        if refusal is not None or knob is None:
+            return refusal
+        if self._workload.resampled and (knob.over_videos or arm.mode == "equal_fidelity"):
+            return Unsupported("this target is measured on whole videos; resampled inputs have none")
+        method.reset()
+        plan = method.plan(probe.q[0], probe.k[0], probe.v[0], probe.site)
+        return KERNELS[arm.kernel].refusal(Task.of(probe.q, plan))
+
+    def _goal(self, arm: Arm, knob: Knob) -> _Goal:
+        if arm.mode == "equal_fidelity":
+            assert arm.target_psnr_db is not None
+            return _Goal(
+                measure=self._fidelity_db, target=arm.target_psnr_db, tolerance=PSNR_TOLERANCE_DB,
+                quantity="PSNRs in dB",
+            )  # fmt: skip
+        target = self._calibatt_density if arm.target_density is None else arm.target_density
+        measure = self._density_of_video if knob.over_videos else self._density
+        return _Goal(measure=measure, target=target, tolerance=DENSITY_TOLERANCE, quantity="densities")
+
+    @cached_property
+    def _calibatt_density(self) -> float:
+        """What `=density` stands for: CalibAtt's own, by its calibration of this run."""
+        calibatt = self._built(Arm(method="calibatt", preset="default", mode="native", kernel="default"))
+        assert isinstance(calibatt, Foreseen)
+        return calibatt.mean_density()
+
+    def _density(self, method: Planner, kernel: Attender) -> float:
+        """Mean density over all calls of a video where it is known before; else of the plans of the probes."""
+        return method.mean_density() if isinstance(method, Foreseen) else density_of(method, self._probes, kernel)
+
+    def _density_of_video(self, method: Planner, kernel: Attender) -> float:
+        """Mean density of the plans of one video of a calibration prompt."""
+        plans = PlanSummary()
+        meter = Meter(method, kernel, self._workload.device, observers=[plans])
+        self._film(meter, self._prompts[0], CALIBRATION_SEED)
+        return plans.density()
+
+    def _fidelity_db(self, method: Planner, kernel: Attender) -> float:
+        """Mean PSNR of some videos of calibration prompts against the dense ones."""
+        return statistics.mean(
+            psnr_db(self._video(method, kernel, i), reference) for i, reference in enumerate(self._references)
+        )
+
+    @cached_property
+    def _references(self) -> tuple[UInt8[Tensor, "3 frames height width"], ...]:
+        dense = build("dense")
+        return tuple(self._video(dense, self._dense, i) for i in range(min(_FIDELITY_VIDEOS, len(self._prompts))))
+
+    def _video(self, method: Planner, kernel: Attender, number: int) -> UInt8[Tensor, "3 frames height width"]:
+        meter = Meter(method, kernel, self._workload.device)
+        return eight_bit(self._film(meter, self._prompts[number], CALIBRATION_SEED + number))
