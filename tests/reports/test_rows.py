@@ -39,6 +39,7 @@ def test_a_method_without_a_look_has_one_of_its_names(make: SimpleNamespace) -> 
     looks = {name: look(make.arm(name)) for name in map("method-{}".format, range(200))}
     assert {colour for colour, _ in looks.values()} == set(COLOURS)
     assert {marker for _, marker in looks.values()} == set(MARKERS)
+    assert look(make.arm("method-0", preset="other", mode="equal_density", kernel="triton")) == looks["method-0"]
     # it is the same in another process too
     assert looks["method-0"] == ("#009E73", "X")
 
