@@ -90,7 +90,7 @@ def load_pictures(path: Path | None) -> Pictures | None:
         raise UnusableFile(
             f"{path}: {error}; run the benchmark again, or delete the file for a report without"
         ) from None
-    # what a damaged file makes of zipfile, zlib, tokenize and numpy is not told anywhere
+    # zipfile, zlib, tokenize and numpy do not document what they raise on a damaged file
     except Exception as error:
         raise UnusableFile(
             f"{path}: is not an artifact of calibatt ({type(error).__name__}: {error}); run the benchmark again"
@@ -109,7 +109,8 @@ def _load(path: Path) -> Pictures:
                     found[name] = np.lib.format.read_array(stream, allow_pickle=False)
     if "masks" in found and len(found.get("mask_sites", ())) != len(found["masks"]):
         raise UnusableFile("not every mask says by mask_sites where it stands")
-    if "density" in found and not ((found["density"] >= 0) & (found["density"] <= 1)).all():
+    # a mean of shares may be rounded up; and this is False of NaN
+    if "density" in found and not ((found["density"] >= 0) & (found["density"] < 1.001)).all():
         raise UnusableFile("a density is not between 0 and 1")
     for name in ("masks", "mask_sites"):
         if name in found:
@@ -146,4 +147,5 @@ def _shown_frames(videos: NDArray[np.uint8]) -> NDArray[np.uint8]:
     chosen = np.linspace(0, count - 1, min(FRAMES, count)).round().astype(int)
     every = max(1, width // _FRAME_PIXELS)
     # a copy, so that the rest of the videos is freed
-    return videos[:, chosen, ::every, ::every].copy()
+    shown: NDArray[np.uint8] = videos[:, chosen, ::every, ::every].copy()
+    return shown

@@ -15,13 +15,14 @@ import pytest
 
 from calibatt.bench.record import Record, Run
 from calibatt.reports.figures import catalogue, density, fidelity, frames, ideal, masks, phases, speedup
-from calibatt.reports.rows import Row, look, rows
+from calibatt.reports.rows import Row, illustrated, look, rows
 
 BARE: dict[str, Any] = {"suite": "denoise", "model": "shapes", "kernel": "flex", "outcome": "ok"}
 
 
 def _rows(*records: Record, folder: Path = Path("nowhere")) -> tuple[Row, ...]:
-    return rows(Run(path=folder / "run.json", machine={}, commit={}, datetime="", command="", records=records), records)
+    run = Run(path=folder / "run.json", machine={}, commit={}, datetime="", command="", records=records)
+    return illustrated(run, rows(records))
 
 
 def _texts(figure: Any) -> list[str]:
