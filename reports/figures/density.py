@@ -24,10 +24,9 @@ CAPTION = (
 
 def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
     """One figure for every eight arms whose densities are known."""
-    for some in sparse_portions(rows):
+    for some in sparse_portions([row for row in rows if row.pictures and row.pictures.density is not None]):
         maps = [(row, row.pictures.density) for row in some if row.pictures and row.pictures.density is not None]
-        if maps:
-            yield TITLE, _figure(maps)
+        yield TITLE, _figure(maps)
 
 
 def _figure(maps: Sequence[tuple[Row, NDArray[np.floating]]]) -> Figure:

@@ -187,6 +187,18 @@ def test_frames_of_dense_stand_first_under_their_caption(make: SimpleNamespace, 
     assert [row.label for row in arms] == ["Dense", "Radial"]
 
 
+def test_arms_without_frames_make_no_figure_of_dense_alone(make: SimpleNamespace, tmp_path: Path) -> None:
+    make.artifact(tmp_path / "a.npz", 0.4, 0)
+    make.artifact(tmp_path / "dense.npz", 1.0, 0)
+    without = [make.arm("radial", preset=f"p{i}") for i in range(9)]
+    dense, arm = make.dense_arm(artifact="dense.npz"), make.arm("sparge", artifact="a.npz")
+    for records, names in (((dense, *without, arm), ["Dense", "SpargeAttn"]), ((dense, *without), ["Dense"])):
+        arms = _rows(*records, folder=tmp_path)
+        drawn = [[part.get_suptitle().split(":")[0][2:] for part in figure.subfigs] for _, figure in frames.draw(arms)]
+        # two videos
+        assert drawn == [names, names]
+
+
 @pytest.mark.parametrize("starts", [True, False])
 def test_frame_boundaries_are_drawn_only_where_they_are_known(
     starts: bool, make: SimpleNamespace, tmp_path: Path
