@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from calibatt.bench.record import UnusableFile
 
 # so many masks and frames of a video are shown: more in a row are too small to see
-MASKS = 4
-FRAMES = 5
-# pixels across of a frame as it is kept: at `FRAMES` in a row, twice what is drawn
+_MASKS = 4
+_FRAMES = 5
+# pixels across of a frame as it is kept: at `_FRAMES` in a row, twice what is drawn
 _FRAME_PIXELS = 448
 # a picture wider or higher than this is no video's
 _ASPECT = 8
@@ -114,7 +114,7 @@ def _load(path: Path) -> Pictures:
         raise UnusableFile("a density is not between 0 and 1")
     for name in ("masks", "mask_sites"):
         if name in found:
-            found[name] = found[name][:MASKS].copy()
+            found[name] = found[name][:_MASKS].copy()
     if "frames" in found:
         found["frames"] = _shown_frames(found["frames"])
     return Pictures(**found)
@@ -144,7 +144,7 @@ def _check_header(name: str, form: _Form, stream: IO[bytes]) -> None:
 
 def _shown_frames(videos: NDArray[np.uint8]) -> NDArray[np.uint8]:
     count, width = videos.shape[1], videos.shape[3]
-    chosen = np.linspace(0, count - 1, min(FRAMES, count)).round().astype(int)
+    chosen = np.linspace(0, count - 1, min(_FRAMES, count)).round().astype(int)
     every = max(1, width // _FRAME_PIXELS)
     # a copy, so that the rest of the videos is freed
     shown: NDArray[np.uint8] = videos[:, chosen, ::every, ::every].copy()
