@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from calibatt.bench.record import UnusableFile
 
 # so many masks and frames of a video are shown: more in a row are too small to see
-MASKS = 4
-FRAMES = 5
-# pixels across of a frame as it is kept: at `FRAMES` in a row, twice what is drawn
+_MASKS = 4
+_FRAMES = 5
+# pixels across of a frame as it is kept: at `_FRAMES` in a row, twice what is drawn
 _FRAME_PIXELS = 448
 # a picture wider or higher than this is no video's
 _ASPECT = 8
@@ -90,7 +90,7 @@ def load_pictures(path: Path | None) -> Pictures | None:
         raise UnusableFile(
             f"{path}: {error}; run the benchmark again, or delete the file for a report without"
         ) from None
-    # what a damaged file makes of zipfile, zlib, tokenize and numpy is not told anywhere
+    # zipfile, zlib, tokenize and numpy do not document what they raise on a damaged file
     except Exception as error:
         raise UnusableFile(
             f"{path}: is not an artifact of calibatt ({type(error).__name__}: {error}); run the benchmark again"
@@ -109,11 +109,12 @@ def _load(path: Path) -> Pictures:
                     found[name] = np.lib.format.read_array(stream, allow_pickle=False)
     if "masks" in found and len(found.get("mask_sites", ())) != len(found["masks"]):
         raise UnusableFile("not every mask says by mask_sites where it stands")
-    if "density" in found and not ((found["density"] >= 0) & (found["density"] <= 1)).all():
+    # a mean of shares may be rounded up; and this is False of NaN
+    if "density" in found and not ((found["density"] >= 0) & (found["density"] < 1.001)).all():
         raise UnusableFile("a density is not between 0 and 1")
     for name in ("masks", "mask_sites"):
         if name in found:
-            found[name] = found[name][:MASKS].copy()
+            found[name] = found[name][:_MASKS].copy()
     if "frames" in found:
         found["frames"] = _shown_frames(found["frames"])
     return Pictures(**found)
@@ -143,7 +144,8 @@ def _check_header(name: str, form: _Form, stream: IO[bytes]) -> None:
 
 def _shown_frames(videos: NDArray[np.uint8]) -> NDArray[np.uint8]:
     count, width = videos.shape[1], videos.shape[3]
-    chosen = np.linspace(0, count - 1, min(FRAMES, count)).round().astype(int)
+    chosen = np.linspace(0, count - 1, min(_FRAMES, count)).round().astype(int)
     every = max(1, width // _FRAME_PIXELS)
     # a copy, so that the rest of the videos is freed
-    return videos[:, chosen, ::every, ::every].copy()
+    shown: NDArray[np.uint8] = videos[:, chosen, ::every, ::every].copy()
+    return shown

@@ -1,4 +1,4 @@
-"""What a workload's figures say, in sentences; of a method that is not faster they say so."""
+"""What a workload's figures say, in sentences. Where a method is no faster than dense, they say that too."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from calibatt.reports.columns import COLUMNS, Column
 from calibatt.reports.facts import run_facts, title, workload_facts, workloads
 from calibatt.reports.figures.catalogue import Picture, pictures
 from calibatt.reports.findings import findings
-from calibatt.reports.rows import Row, rows
+from calibatt.reports.rows import Row, illustrated, rows
 from calibatt.reports.tables import markdown, tables
 
 PAGE = "index.html"
@@ -137,7 +137,7 @@ def _part(run: Run, number: int) -> Part:
 
 
 def _section(run: Run, records: Sequence[Record], number: str) -> Section:
-    arms = rows(run, records)
+    arms = rows(records)
     cells = [[column.read(arm) for column in COLUMNS] for arm in arms]
     shown = [i for i in range(len(COLUMNS)) if any(row[i] for row in cells)]
     name = title(records[0])
@@ -147,7 +147,7 @@ def _section(run: Run, records: Sequence[Record], number: str) -> Section:
         findings=findings(arms),
         columns=[COLUMNS[i] for i in shown],
         rows=[(arm, [row[i] for i in shown]) for arm, row in zip(arms, cells, strict=True)],
-        pictures=pictures(arms, f"{number}-{_slug(name)}"),
+        pictures=pictures(illustrated(run, arms), f"{number}-{_slug(name)}"),
         untimed=[arm for arm in arms if arm.record.outcome != "ok"],
     )
 

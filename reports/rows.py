@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -31,14 +31,14 @@ class Row:
         record: what was measured.
         label: name that no other arm of the workload has.
         colour, marker: of its method, the same in every figure and in any company.
-        pictures: data of its pictures, if there is any.
+        pictures: data of its pictures, where that is loaded and there is any.
     """
 
     record: Record
     label: str
     colour: str
     marker: Marker
-    pictures: Pictures | None
+    pictures: Pictures | None = None
 
     @property
     def glyph(self) -> str:
@@ -51,19 +51,23 @@ class Row:
         return f"{self.glyph} {self.label}"
 
 
-def rows(run: Run, records: Sequence[Record]) -> tuple[Row, ...]:
-    """The arms of one workload, dense first.
-
-    Raises:
-        UnusableFile: an artifact is not what it should be.
-    """
+def rows(records: Sequence[Record]) -> tuple[Row, ...]:
+    """The arms of one workload, dense first, without pictures."""
     ordered = sorted(records, key=lambda record: record.method != DENSE)
     found = []
     for record, label in zip(ordered, labels(ordered), strict=True):
         colour, marker = look(record)
-        pictures = load_pictures(run.artifact(record))
-        found.append(Row(record=record, label=label, colour=colour, marker=marker, pictures=pictures))
+        found.append(Row(record=record, label=label, colour=colour, marker=marker))
     return tuple(found)
+
+
+def illustrated(run: Run, arms: Sequence[Row]) -> tuple[Row, ...]:
+    """The arms with what their artifacts hold.
+
+    Raises:
+        UnusableFile: an artifact is not what it should be.
+    """
+    return tuple(replace(arm, pictures=load_pictures(run.artifact(arm.record))) for arm in arms)
 
 
 def labels(records: Sequence[Record]) -> list[str]:

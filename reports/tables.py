@@ -9,15 +9,11 @@ from calibatt.reports.rows import DENSE, rows
 
 
 def tables(run: Run) -> str:
-    """A table for each workload with a speedup, then what has no times, and why.
-
-    Raises:
-        UnusableFile: the run's pictures cannot be read.
-    """
+    """A table for each workload with a speedup, then what has no times, and why."""
     parts = []
     columns = [column for column in COLUMNS if column.brief]
     for records in workloads(run):
-        arms = rows(run, records)
+        arms = rows(records)
         if all(arm.record.speedup is None for arm in arms):
             continue
         timed = [arm for arm in arms if arm.record.outcome == "ok"]

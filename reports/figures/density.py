@@ -24,10 +24,9 @@ CAPTION = (
 
 def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
     """One figure for every eight arms whose densities are known."""
-    for some in sparse_portions(rows):
+    for some in sparse_portions([row for row in rows if row.pictures and row.pictures.density is not None]):
         maps = [(row, row.pictures.density) for row in some if row.pictures and row.pictures.density is not None]
-        if maps:
-            yield TITLE, _figure(maps)
+        yield TITLE, _figure(maps)
 
 
 def _figure(maps: Sequence[tuple[Row, NDArray[np.floating]]]) -> Figure:
@@ -53,7 +52,8 @@ def _map(axes: Axes, row: Row, values: NDArray[np.floating]) -> Any:
     if heads > 1 and layers <= 16:
         axes.hlines(np.arange(1, layers) * heads, -0.5, steps - 0.5, color="white", linewidth=0.6)
     every = -(-layers // 8)
-    axes.set_yticks([(layer + 0.5) * heads for layer in range(0, layers, every)], range(0, layers, every))
+    shown = range(0, layers, every)
+    axes.set_yticks([(layer + 0.5) * heads for layer in shown], list(map(str, shown)))
     axes.set_xticks(range(0, steps, -(-steps // 8)))
     axes.set_title(f"{row.heading}\nmean {values.mean():.2f}", fontsize=FONT, color=row.colour, loc="left")
     axes.set_xlabel("step")

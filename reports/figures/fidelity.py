@@ -151,9 +151,13 @@ def _named(points: Sequence[_Point], *, better_high: bool) -> list[_Point]:
     outermost = [
         choose(points, key=key) for key in (lambda point: point.x, lambda point: point.y) for choose in (max, min)
     ]
+
+    def closeness(point: _Point) -> float:
+        return point.y if better_high else -point.y
+
     front: list[_Point] = []
-    for point in sorted(points, key=lambda point: (-point.x, -point.y if better_high else point.y)):
-        if not front or ((point.y > front[-1].y) is better_high and point.y != front[-1].y):
+    for point in sorted(points, key=lambda point: (-point.x, -closeness(point))):
+        if not front or closeness(point) > closeness(front[-1]):
             front.append(point)
     # evenly along the front, where that is too long
     every = -(-len(front) // (_MOST_NAMES - len(outermost)))

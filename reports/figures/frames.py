@@ -30,11 +30,12 @@ _LONGEST_PROMPT = 1000
 
 def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
     """For every eight arms one figure a video, with its prompt as the title; dense stands in each."""
-    dense = [row for row in rows if row.record.method == DENSE][:1]
-    for some in sparse_portions(rows) if len(rows) > len(dense) else [()]:
-        found = [(row, videos) for row in (*dense, *some) if (videos := _videos(row)) is not None]
-        for number in range(max((len(videos) for _, videos in found), default=0)):
-            yield _figure([(row, videos[number]) for row, videos in found if number < len(videos)], number)
+    shown = [row for row in rows if _videos(row) is not None]
+    dense = [row for row in shown if row.record.method == DENSE][:1]
+    for some in list(sparse_portions(shown)) or [()]:
+        videos = [(row, frames) for row in (*dense, *some) if (frames := _videos(row)) is not None]
+        for number in range(max((len(frames) for _, frames in videos), default=0)):
+            yield _figure([(row, frames[number]) for row, frames in videos if number < len(frames)], number)
 
 
 def _videos(row: Row) -> NDArray[np.uint8] | None:

@@ -22,10 +22,8 @@ CAPTION = (
 
 def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
     """One figure for every eight arms that have masks."""
-    for some in sparse_portions(rows):
-        shown = [(row, row.pictures) for row in some if row.pictures and row.pictures.masks is not None]
-        if shown:
-            yield TITLE, _figure(shown)
+    for some in sparse_portions([row for row in rows if row.pictures and row.pictures.masks is not None]):
+        yield TITLE, _figure([(row, row.pictures) for row in some if row.pictures])
 
 
 def _figure(rows: Sequence[tuple[Row, Pictures]]) -> Figure:

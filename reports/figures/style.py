@@ -21,7 +21,7 @@ INK = "#222222"
 FAINT = "#BBBBBB"
 
 # a marker and its colour are a method's; how much of it is filled tells the mode without colour
-FILLS: Mapping[Mode | None, Literal["full", "left", "bottom", "top"]] = MappingProxyType(
+_FILLS: Mapping[Mode | None, Literal["full", "left", "bottom", "top"]] = MappingProxyType(
     {None: "full", "native": "full", "matched": "left", "equal_density": "bottom", "equal_fidelity": "top"}
 )
 _MODES: Mapping[Mode, str] = MappingProxyType(
@@ -54,7 +54,7 @@ def marked(row: Row, *, size: float, hollow: bool = False) -> dict[str, Any]:
     """
     return {
         "marker": row.marker, "color": row.colour, "markersize": size, "markeredgewidth": 1.0,
-        "fillstyle": "none" if hollow else FILLS[row.record.mode], "markerfacecoloralt": "white", "linestyle": "none",
+        "fillstyle": "none" if hollow else _FILLS[row.record.mode], "markerfacecoloralt": "white", "linestyle": "none",
     }  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def name_modes(axes: Axes, rows: Sequence[Row]) -> None:
     if len(there) < 2:
         return
     for mode in there:
-        axes.plot([], [], "o", color=INK, markersize=8, fillstyle=FILLS[mode], markerfacecoloralt="white",
+        axes.plot([], [], "o", color=INK, markersize=8, fillstyle=_FILLS[mode], markerfacecoloralt="white",
                   label=_MODES[mode])  # fmt: skip
     legend(axes, len(there))
 

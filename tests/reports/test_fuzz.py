@@ -130,7 +130,7 @@ def _shown(run: Run) -> None:
     assert tables(run) is not None
     assert run_facts(run)
     for records in workloads(run):
-        arms = rows(run, records)
+        arms = rows(records)
         assert all(isinstance(column.read(arm), str) for arm in arms for column in COLUMNS)
         assert all(isinstance(sentence, str) for sentence in findings(arms))
         workload_facts(records)

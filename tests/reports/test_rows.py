@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-from calibatt.bench.record import MARKERS, Record, Run, load_run
+from calibatt.bench.record import MARKERS, Record, load_run
 from calibatt.methods.catalogue import METHODS
 from calibatt.reports.rows import COLOURS, GLYPHS, labels, look, rows
 
 RESULTS = sorted((Path(__file__).resolve().parents[2] / "bench" / "results").rglob("*.json"))
-_RUN = Run(path=Path("run.json"), machine={}, commit={}, datetime="", command="", records=())
 
 
 def test_names_of_arms_tell_kernels_apart(make: SimpleNamespace) -> None:
@@ -39,13 +38,14 @@ def test_a_method_without_a_look_has_one_of_its_names(make: SimpleNamespace) -> 
     looks = {name: look(make.arm(name)) for name in map("method-{}".format, range(200))}
     assert {colour for colour, _ in looks.values()} == set(COLOURS)
     assert {marker for _, marker in looks.values()} == set(MARKERS)
+    assert look(make.arm("method-0", preset="other", mode="equal_density", kernel="triton")) == looks["method-0"]
     # it is the same in another process too
     assert looks["method-0"] == ("#009E73", "X")
 
 
 def test_a_methods_own_look_is_shown(make: SimpleNamespace) -> None:
     record = make.arm("mine", method_label="Mine & Co.", method_colour="#123456", method_marker="v")
-    (row,) = rows(_RUN, [record])
+    (row,) = rows([record])
     assert (row.label, row.colour, row.marker, row.heading) == ("Mine & Co.", "#123456", "v", "▼ Mine & Co.")
 
 
@@ -56,5 +56,5 @@ def test_every_marker_has_a_glyph() -> None:
 
 def test_dense_stands_first(make: SimpleNamespace) -> None:
     records: list[Record] = [make.arm("radial"), make.dense_arm()]
-    shown = rows(_RUN, records)
+    shown = rows(records)
     assert [row.label for row in shown] == ["Dense", "Radial"]
