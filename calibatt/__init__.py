@@ -2,13 +2,15 @@
 
 The public names, each loaded when first used (reports can be made where torch is not installed):
 
-    attached        with attached(pipe, method, kernel): the pipeline's self-attention is theirs
-    build           a method by name; METHODS is the catalogue
-    calibrate       learn CalibAtt's masks for a pipeline; CalibrationConfig its settings
-    Calibration     what was learnt: load, save
-    learn           what another offline method learns from a pipeline's videos; save_learnt, load_learnt
-    generate        one video from a prompt; save_video writes it to a file
-    KERNELS, MODELS the other catalogues
+    sparsify, restore   sparsify(pipe, "radial"): the pipeline's self-attention is a method's, until restored
+    attached            the same within a with block
+    build               a method by name; METHODS is the catalogue
+    calibrate           what a method learns from a pipeline's videos
+    Calibration         what was learnt: load, save
+    generate            one video from a prompt; save_video writes it to a file
+    KERNELS, MODELS     the other catalogues; ModelEntry and Resolution describe a model
+    Method, Knob, Learner, Learnt   what a method is made of
+    SparseAttention     a method and a kernel as the attention of a model
     Geometry, Site, Plan, BlockMask, RowReuse, Task, Unsupported   what methods and kernels tell each other
 """
 
@@ -18,19 +20,24 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "sparsify": "models.adapter",
+    "restore": "models.adapter",
     "attached": "models.adapter",
     "build": "methods.catalogue",
     "METHODS": "methods.catalogue",
     "calibrate": "calibration.collect",
-    "CalibrationConfig": "calibration.collect",
-    "Calibration": "calibration.store",
-    "learn": "calibration.learn",
-    "save_learnt": "calibration.learn",
-    "load_learnt": "calibration.learn",
+    "Calibration": "calibration.artifact",
     "generate": "models.generate",
     "save_video": "models.generate",
     "KERNELS": "kernels.catalogue",
     "MODELS": "models.catalogue",
+    "ModelEntry": "models.entry",
+    "Resolution": "models.entry",
+    "Method": "methods.base",
+    "Knob": "methods.base",
+    "Learner": "methods.learning",
+    "Learnt": "methods.learning",
+    "SparseAttention": "methods.call",
     "Geometry": "kernels.geometry",
     "Site": "methods.site",
     "Plan": "kernels.plan",

@@ -96,16 +96,23 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "calibrate", help="learn what a method needs, CalibAtt's masks or another's, for a model, resolution and steps"
     )
-    command.add_argument("-o", "--out", type=Path, required=True, help="the calibration, e.g. shapes.safetensors")
+    command.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the calibration, e.g. shapes.safetensors; meanwhile FILE.units holds what is done, to go on from",
+    )
     _add_model(command)
     command.add_argument("--method", default="calibatt", help="see `calibatt methods`; default: %(default)s")
-    command.add_argument("--preset", default="default", help="of a method other than calibatt; default: %(default)s")
+    command.add_argument("--preset", default="default", help="of the method; default: %(default)s")
     command.add_argument("--prompts", type=Path, help="file of prompts, one a line; default: the model's own")
     command.add_argument("--count", type=int, help="how many prompts; default: all of the file, or 16")
     command.add_argument(
         "--levels",
         action="store_true",
-        help="of calibatt: also what masks of other densities need, a byte a block; meanwhile one a block and prompt",
+        help="of calibatt: also learn what masks of other densities need, a byte a block",
     )
     command.add_argument("--seed", type=int, default=10_000, help="of the first prompt's noise; default: %(default)s")
     command.set_defaults(run=_calibrate)
@@ -220,49 +227,91 @@ def _task(method: Any, geometry: Any, steps: int, layers: int, device: Any) -> A
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
-    from calibatt.calibration.collect import CalibrationConfig, calibrate
-    from calibatt.calibration.learn import learn, save_learnt
-    from calibatt.kernels.catalogue import DEFAULT
-    from calibatt.kernels.names import look_up
-    from calibatt.methods.catalogue import METHODS, learner
+    from calibatt.calibration.artifact import check_output
+    from calibatt.calibration.collect import Run, learner_for
+    from calibatt.calibration.videos import DenseVideos
+    from calibatt.methods.catalogue import build
     from calibatt.models.device import working_dtype
-    from calibatt.models.generate import read_prompts
 
     entry, resolution, device = _model(arguments)
-    look_up(METHODS, arguments.method, "method")
-    own = METHODS[arguments.method].offline
-    if not own and learner(arguments.method, preset=arguments.preset) is None:
-        raise ValueError(f"{arguments.method}/{arguments.preset} learns nothing of its own: it needs no file")
-    if arguments.levels and not own:
-        raise ValueError(f"--levels are of CalibAtt's masks: leave them out for {arguments.method}")
-    if arguments.prompts is not None:
-        prompts = list(read_prompts(arguments.prompts))
-        if arguments.count is not None and len(prompts) < arguments.count:
-            raise ValueError(f"{arguments.prompts} has {len(prompts)} prompts, --count asks for {arguments.count}")
-        prompts = prompts[: arguments.count]
-    elif entry.captions is not None:
-        # 16 calibration prompts are nearly as good as 64: the paper's ablation
-        prompts = entry.captions(16 if arguments.count is None else arguments.count, arguments.seed)
-    else:
-        raise ValueError(f"{entry.name} has no prompts of its own: give a file of them, one a line, by --prompts")
+    method = arguments.method
+    how: dict[str, Any] = {"preset": arguments.preset, "block": entry.block}
+    if arguments.levels:
+        how["levels"] = True
+    # what can be wrong is looked at before the model is loaded
+    learner_for(method, **how)
+    prompts = _prompts(arguments, entry)
+    check_output(arguments.out)
+    rank, world = _rank(device)
     pipe = entry.load(resolution=resolution, device=device, dtype=working_dtype(device), weights=arguments.weights)
-    how: dict[str, Any] = {
-        "resolution": resolution, "steps": arguments.steps or entry.steps_at(resolution), "prompts": prompts,
-        "seed": arguments.seed, "kernel": DEFAULT, "progress": True,
-    }  # fmt: skip
-    if own:
-        config = CalibrationConfig(levels=arguments.levels)
-        made = calibrate(entry, pipe, config=config, **how)
-        made.save(arguments.out)
-        print(f"density {made.density().mean():.3f}; the masks of single prompts overlap the common one by "
-              f"{made.provenance.mask_agreement:.0%}")  # fmt: skip
-    else:
-        learnt = learn(entry, pipe, method=arguments.method, preset=arguments.preset, block=entry.block, **how)
-        save_learnt(learnt, arguments.out)
-        assert learnt.cost_ratio is not None
-        print(f"{learnt.cost_ratio:.2f} times what the same videos take densely")
+    videos = DenseVideos(entry, pipe, resolution=resolution, steps=arguments.steps)
+    run = Run.of(videos, method=method, prompts=prompts, seed=arguments.seed, **how)
+    units = run.units(arguments.out.with_name(f"{arguments.out.name}.units"))
+    try:
+        run.note(units, rank=rank, world=world, progress=True)
+    except KeyboardInterrupt:
+        if not units.finished():
+            raise
+        _complain(
+            f"calibatt calibrate: stopped with {len(units.finished())} of {len(prompts)} videos noted in "
+            f"{units.folder}: run the same command again to go on"
+        )
+        return EXIT_INTERRUPTED
+    with units.alone():
+        if len(units.finished()) < len(prompts):
+            print(f"process {rank} has ended; the last of {world} to end writes {arguments.out}")
+            return 0
+        calibration = run.merge(units)
+        try:
+            calibration.save(arguments.out)
+        except OSError as error:
+            raise OSError(
+                f"{error}; all notes are kept in {units.folder}: mend that and run the same command again"
+            ) from None
+        units.remove()
+    _describe(calibration, build(method, calibration=calibration, **how))
     print(f"wrote {arguments.out}")
     return 0
+
+
+def _describe(calibration: Any, method: Any) -> None:
+    """Print what a calibration comes to, and what it makes of its method."""
+    from calibatt.methods.base import Foreseen
+
+    print(f"the videos took {calibration.provenance.cost_ratio:.2f} times as long as without notes")
+    if isinstance(method, Foreseen):
+        print(f"density {method.mean_density():.3f}")
+    if "agreement" in calibration.tables:
+        print(f"the masks of single prompts overlap the common one by {calibration.tables['agreement'].mean():.0%}")
+
+
+def _prompts(arguments: argparse.Namespace, entry: Any) -> Sequence[str]:
+    """The prompts to calibrate on: of a file, or the model's own."""
+    from calibatt.models.generate import read_prompts
+
+    if arguments.count is not None and arguments.count < 1:
+        raise ValueError(f"--count {arguments.count}: give a whole number from 1 up")
+    if arguments.prompts is not None:
+        prompts = read_prompts(arguments.prompts)
+        if arguments.count is not None and len(prompts) < arguments.count:
+            raise ValueError(f"{arguments.prompts} has {len(prompts)} prompts, --count asks for {arguments.count}")
+        return prompts[: arguments.count]
+    if entry.captions is None:
+        raise ValueError(f"{entry.name} has no prompts of its own: give a file of them, one a line, by --prompts")
+    # 16 calibration prompts are nearly as good as 64: the paper's ablation
+    captions: list[str] = entry.captions(16 if arguments.count is None else arguments.count, arguments.seed)
+    return captions
+
+
+def _rank(device: Any) -> tuple[int, int]:
+    """Which of how many processes this is, as torchrun says it; each takes its own GPU."""
+    import torch
+
+    rank, world, local = (int(os.environ.get(name, of)) for name, of in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+    if world > 1 and device.type == "cuda":
+        torch.cuda.set_device(local)
+    return rank, world
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -1,1 +1,1 @@
-"""What CalibAtt learns offline: masks, spatial repetition, and the store that holds them."""
+"""The offline part: what a method learns from dense videos, whatever the method, and the files that hold it."""

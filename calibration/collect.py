@@ -1,151 +1,31 @@
-"""Calibrating: generate a few videos densely, watch the attention, keep what most prompts need."""
+"""Calibrating: make videos densely, have a learner note every attention call, and merge the notes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Integer, UInt8
-from torch import Tensor
 
-from calibatt.calibration.levels import common_levels, loss_levels
-from calibatt.calibration.repetition import anchor_rows, row_similarity
-from calibatt.calibration.schedule import Schedule
-from calibatt.calibration.store import Calibration, Provenance
-from calibatt.calibration.videos import DenseVideos, Stopwatch, Videos
+from calibatt.calibration.artifact import Calibration
+from calibatt.calibration.files import UnusableCalibration
+from calibatt.calibration.shards import Units, UnitWriter
+from calibatt.calibration.videos import DenseVideos, Videos
 from calibatt.kernels.base import Attender
-from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.mask import BlockMask, block_count
-from calibatt.kernels.plan import Plan
-from calibatt.methods.energy import block_energy
-from calibatt.methods.selection import smallest_set
+from calibatt.kernels.catalogue import DEFAULT
+from calibatt.methods.call import Call, SparseAttention
+from calibatt.methods.catalogue import build, learns_from
+from calibatt.methods.catalogue import learner as learner_of
+from calibatt.methods.learning import Learner, Origin, Provenance, settings_of
 from calibatt.methods.site import Site
-from calibatt.models.catalogue import ModelEntry
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationConfig:
-    """How to calibrate; the defaults are those of arXiv 2603.05503.
-
-    Args:
-        schedule: attention mass kept at each step; None takes the paper's fit for many-step models.
-        rho: share of prompts that must keep a block, in (0, 1]: 0.5 is the majority, next to 0 is any prompt.
-        anchors: anchor rows of a frame.
-        gamma: heads at least this similar over rows are repetitive.
-        block: tokens of a query block and of a key block; None takes the model's own.
-        similarity_prompts: measure repetition on this many prompts only, which saves time; None is all of them.
-        levels: also keep what `CalibAttConfig.loss` needs to be another than 1: a byte a block in the file, and one a
-            block and prompt while calibrating.
-
-    Raises:
-        ValueError: a value is out of range.
-    """
-
-    schedule: Schedule | None = None
-    rho: float = 0.5
-    anchors: int = 5
-    gamma: float = 0.87
-    block: tuple[int, int] | None = None
-    similarity_prompts: int | None = None
-    levels: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.rho <= 1:
-            raise ValueError(f"rho is a share of the prompts, above 0 and up to 1: got {self.rho}")
-        if self.block is not None and min(self.block) < 1:
-            raise ValueError(f"a block has at least one token: got {self.block}")
-        if self.similarity_prompts is not None and self.similarity_prompts < 1:
-            raise ValueError(f"repetition needs at least one prompt: got similarity_prompts={self.similarity_prompts}")
-
-
-class Recorder:
-    """A planner of dense attention that takes notes: which blocks each video needs, and how its rows repeat.
-
-    Notes are taken on the conditional branch and summed up at once, so that memory does not grow with the videos; but
-    for levels, of which each video has its own.
-
-    Args:
-        geometry: layout of the tokens.
-        steps, layers: of the generations to come.
-        videos: how many there will be.
-        schedule, block, anchors: as in CalibrationConfig.
-        similarity_videos: measure repetition on the first so many.
-        with_levels: whether to note the loss that each block withstands.
-    """
-
-    votes: Integer[Tensor, "steps layers heads q_blocks k_blocks"]
-    levels: UInt8[Tensor, "videos steps layers heads q_blocks k_blocks"] | None
-    similarity: Float[Tensor, "steps layers heads"]
-
-    def __init__(
-        self,
-        geometry: Geometry,
-        *,
-        steps: int,
-        layers: int,
-        videos: int,
-        schedule: Schedule,
-        block: tuple[int, int],
-        anchors: int,
-        similarity_videos: int,
-        with_levels: bool = False,
-    ) -> None:
-        sites = (steps, layers, geometry.heads)
-        # one byte a block where it can count the videos: 28 GB for Wan 14B at 720p and 50 steps
-        dtype = next(d for d in (torch.uint8, torch.int16, torch.int32) if videos <= torch.iinfo(d).max)
-        self.votes = torch.zeros(*sites, *(block_count(geometry.tokens, size) for size in block), dtype=dtype)
-        self.levels = torch.zeros(videos, *self.votes.shape, dtype=torch.uint8) if with_levels else None
-        self.similarity = torch.zeros(sites)
-        self.watch = Stopwatch()
-        self._geometry = geometry
-        self._schedule = schedule
-        self._block = block
-        self._anchors = anchor_rows(geometry.grid[1], anchors)
-        self._similarity_videos = similarity_videos
-        self._dense = Plan.dense(geometry)
-        self._video = -1
-
-    def reset(self) -> None:
-        """Start of a video."""
-        self._video += 1
-
-    def plan(
-        self,
-        q: Float[Tensor, "heads tokens head_dim"],
-        k: Float[Tensor, "heads tokens head_dim"],
-        site: Site,
-    ) -> Plan:
-        """Dense, after taking notes.
-
-        Raises:
-            ValueError: the pipeline runs another geometry, or other numbers of steps or layers, than was announced.
-        """
-        steps, layers = self.votes.shape[:2]
-        if (site.geometry, site.steps, site.layers) != (self._geometry, steps, layers):
-            raise ValueError(
-                f"calibrating {self._geometry}, {steps} steps, {layers} layers, but the pipeline runs "
-                f"{site.geometry}, {site.steps} steps, {site.layers} layers: is it the pipeline of this model?"
-            )
-        if site.branch == "cond":
-            with self.watch.counting(q.device):
-                self._note(q, k, site)
-        return self._dense
-
-    def _note(self, q: Tensor, k: Tensor, site: Site) -> None:
-        block_q, block_k = self._block
-        energy = block_energy(q, k, block_q=block_q, block_k=block_k)
-        mass = self._schedule.mass(site.step, site.steps)
-        self.votes[site.step, site.layer] += smallest_set(energy, mass).cpu()
-        if self.levels is not None:
-            self.levels[self._video, site.step, site.layer] = loss_levels(energy, mass).cpu()
-        if self._video < self._similarity_videos:
-            alike = row_similarity(q, k, self._geometry, self._anchors)
-            self.similarity[site.step, site.layer] += alike.cpu() / self._similarity_videos
+from calibatt.models.entry import ModelEntry
 
 
 def calibrate(
@@ -155,132 +35,335 @@ def calibrate(
     resolution: str,
     prompts: Sequence[str],
     seed: int,
-    kernel: Attender,
-    config: CalibrationConfig | None = None,
+    method: str = "calibatt",
+    preset: str = "default",
+    kernel: Attender = DEFAULT,
     steps: int | None = None,
     guidance: float | None = None,
+    block: tuple[int, int] | None = None,
+    folder: Path | None = None,
     progress: bool = False,
+    **settings: Any,
 ) -> Calibration:
-    """Learn which blocks a model needs, by generating one video a prompt with dense attention.
-
-    Its cost is told by `provenance.cost_ratio`: the time of all generations, over what is left of it without the time
-    spent on taking notes.
+    """Learn what a method needs to know of a model, by making one video a prompt with dense attention.
 
     Args:
         entry, pipe: the model and its loaded pipeline.
         resolution: name of one of the model's resolutions.
-        prompts: 16 are nearly as good as the paper's 64.
+        prompts: for CalibAtt, 16 are nearly as good as the paper's 64.
         seed: prompt i starts from noise of seed + i.
+        method, preset: as `calibatt methods` lists them.
         kernel: computes the dense attention.
-        config: how; the paper's settings where None, and the model's own blocks.
-        steps, guidance: the model's defaults where None. A calibration fits generations of this many steps only.
+        steps, guidance: the model's defaults where None. A calibration fits videos of this many steps only.
+        block: tokens of a query and of a key block; the model's own where None.
+        folder: where the notes of each video are kept, so that a run that was stopped goes on where it was; they stay
+            there. None keeps them in a temporary folder until they are merged.
         progress: whether to show a progress bar over prompts × steps on stderr.
+        settings: fields of the method's config, in place of the preset's.
 
     Raises:
-        ValueError: there is no prompt, or one is empty or not in the model's language; an option is out of range.
+        UnknownName: there is no such resolution, method or preset.
+        UnusableCalibration: the folder is that of another run, in use, or damaged.
+        ValueError: there is no prompt, or one is empty or not in the model's language; the preset learns nothing; a
+            setting does not exist or is out of range; attention is not finite; a call is missing or comes twice.
+        OSError: notes cannot be written.
     """
-    config = CalibrationConfig() if config is None else config
-    config = replace(config, block=config.block or entry.block)
     videos = DenseVideos(entry, pipe, resolution=resolution, steps=steps, guidance=guidance)
-    return calibrate_on(videos, prompts=prompts, seed=seed, kernel=kernel, config=config, progress=progress)
+    return calibrate_on(
+        videos, method=method, preset=preset, prompts=prompts, seed=seed, kernel=kernel, block=block or entry.block,
+        folder=folder, progress=progress, **settings,
+    )  # fmt: skip
 
 
 def calibrate_on(
     videos: Videos,
     *,
+    method: str = "calibatt",
+    preset: str = "default",
     prompts: Sequence[str],
     seed: int,
-    kernel: Attender,
-    config: CalibrationConfig,
+    kernel: Attender = DEFAULT,
+    block: tuple[int, int] | None = None,
+    folder: Path | None = None,
     progress: bool = False,
+    **settings: Any,
 ) -> Calibration:
-    """The same, on dense videos wherever they come from.
+    """The same, on videos wherever they come from.
+
+    Args:
+        videos: of dense attention.
+        block: the preset's where None.
+        method, preset, prompts, seed, kernel, folder, progress, settings: as for `calibrate`.
 
     Raises:
-        ValueError: as `calibrate`, or the config leaves the blocks open.
+        UnknownName, UnusableCalibration, ValueError, OSError: as `calibrate`.
     """
-    geometry, steps, layers, block = videos.geometry, videos.steps, videos.layers, config.block
-    if block is None:
-        raise ValueError("a calibration needs to know its blocks: give `block`")
-    schedule = config.schedule or Schedule.many_step(geometry.tokens)
-    similarity_prompts = min(config.similarity_prompts or len(prompts), len(prompts))
+    run = Run.of(videos, method=method, preset=preset, prompts=prompts, seed=seed, block=block, **settings)
+    with _kept(folder) as place:
+        units = run.units(place)
+        run.note(units, kernel=kernel, progress=progress)
+        return run.merge(units)
 
-    recorder = Recorder(
-        geometry,
-        steps=steps,
-        layers=layers,
-        videos=len(prompts),
-        schedule=schedule,
-        block=block,
-        anchors=config.anchors,
-        similarity_videos=similarity_prompts,
-        with_levels=config.levels,
-    )
-    seconds = videos.show(recorder, kernel, prompts=prompts, seed=seed, progress=progress)
 
-    threshold = votes_needed(len(prompts), config.rho)
-    bits, overlaps = [], []
-    # layer by layer: unpacked, all masks of a large model are some ten times their packed size
-    for votes in recorder.votes.flatten(0, 1):
-        keep = majority(votes, threshold)
-        overlaps.append(agreement(votes, keep, len(prompts)))
-        bits.append(BlockMask.from_keep(keep, tokens=geometry.tokens, block_q=block[0], block_k=block[1]).bits)
-    levels = recorder.levels
-    if levels is not None:
-        each = [common_levels(levels[:, step, layer], threshold) for step in range(steps) for layer in range(layers)]
-        levels = torch.stack(each).view(recorder.votes.shape)
-    return Calibration(
-        bits=torch.stack(bits).view(steps, layers, *bits[0].shape),
-        levels=levels,
-        similarity=recorder.similarity,
-        gamma=config.gamma,
-        provenance=Provenance(
-            model=videos.model,
-            weights=videos.weights(),
-            resolution=videos.resolution,
-            geometry=geometry,
-            steps=steps,
-            guidance=videos.guidance,
-            prompts=tuple(prompts),
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One calibration: who learns, and from what. Several processes that have the same run may share its prompts.
+
+    Args:
+        videos: of dense attention.
+        origin: whose they are.
+        method, preset: names in the catalogue.
+        learner: of the method.
+        prompts: in order; prompt i starts from noise of seed + i.
+        seed: of the first prompt's noise.
+    """
+
+    videos: Videos
+    origin: Origin
+    method: str
+    preset: str
+    learner: Learner
+    prompts: tuple[str, ...]
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        videos: Videos,
+        *,
+        method: str = "calibatt",
+        preset: str = "default",
+        prompts: Sequence[str],
+        seed: int,
+        block: tuple[int, int] | None = None,
+        **settings: Any,
+    ) -> Run:
+        """A run of a method of the catalogue.
+
+        Args:
+            videos, method, preset, prompts, seed, block, settings: as for `calibrate_on`.
+
+        Raises:
+            UnknownName: there is no such method or preset.
+            ValueError: there is no prompt, or an empty one; the preset learns nothing; a setting does not exist or is
+                out of range.
+        """
+        if isinstance(prompts, str):
+            raise ValueError("prompts is one text: give a list of texts, one for each video")
+        if not prompts or not all(map(str.strip, prompts)):
+            raise ValueError("give at least one prompt to calibrate on, and no empty ones")
+        learner = learner_for(method, preset=preset, block=block, **settings)
+        # before any video, so that a pipeline that cannot be told from others costs no work
+        origin = videos.origin()
+        return cls(
+            videos=videos, origin=origin, method=method, preset=preset, learner=learner, prompts=tuple(prompts),
             seed=seed,
-            block=block,
-            schedule=schedule,
-            rho=config.rho,
-            anchors=config.anchors,
-            similarity_prompts=similarity_prompts,
-            cost_ratio=seconds / (seconds - recorder.watch.seconds),
-            mask_agreement=torch.stack(overlaps).mean().item(),
-            versions={package: version(package) for package in ("calibatt", "torch", "diffusers")},
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        ),
-    )
+        )  # fmt: skip
+
+    def units(self, folder: Path) -> Units:
+        """The units of this run in a folder, which is made where it is missing.
+
+        Raises:
+            UnusableCalibration: it is that of another run.
+            OSError: it cannot be written.
+        """
+        return Units(
+            folder,
+            {
+                "method": self.method,
+                "settings": settings_of(self.learner),
+                "prompts": self.prompts,
+                "seed": self.seed,
+                "origin": asdict(self.origin),
+                "geometry": asdict(self.videos.geometry),
+                "steps": self.videos.steps,
+                "layers": self.videos.layers,
+                "guidance": self.videos.guidance,
+                "versions": _versions(),
+            },
+        )
+
+    def note(
+        self, units: Units, *, kernel: Attender = DEFAULT, rank: int = 0, world: int = 1, progress: bool = False
+    ) -> None:
+        """Make the videos whose notes are not there yet.
+
+        Args:
+            units: of this run.
+            kernel: computes the dense attention.
+            rank, world: of `world` processes, that number `rank` takes prompts rank, rank + world, …
+            progress: whether to show a progress bar over prompts × steps on stderr.
+
+        Raises:
+            UnusableCalibration: another process works on one of these prompts.
+            ValueError: attention is not finite; a call is missing or comes twice.
+            OSError: notes cannot be written.
+        """
+        from tqdm import tqdm
+
+        own = range(rank, len(self.prompts), world)
+        steps = self.videos.steps
+        with units.claimed(own):
+            done = [prompt for prompt in units.finished() if prompt in own]
+            with tqdm(
+                total=len(own) * steps, initial=len(done) * steps, desc="calibrating", unit="step", disable=not progress
+            ) as bar:
+                for prompt in own:
+                    if prompt not in done:
+                        with units.writing(prompt) as unit:
+                            self._note_one(prompt, unit, kernel, bar)
+
+    def merge(self, units: Units) -> Calibration:
+        """What the notes of all prompts come to.
+
+        Raises:
+            UnusableCalibration: notes are missing, damaged, of another run, or not what the method can learn.
+        """
+        tables, cost_ratio = units.merged(self.learner)
+        own = self.videos
+        calibration = Calibration(
+            method=self.method,
+            preset=self.preset,
+            settings=settings_of(self.learner),
+            tables=tables,
+            provenance=Provenance(
+                origin=self.origin,
+                geometry=own.geometry,
+                steps=own.steps,
+                layers=own.layers,
+                guidance=own.guidance,
+                prompts=self.prompts,
+                seed=self.seed,
+                cost_ratio=cost_ratio,
+                versions=_versions(),
+                created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            ),
+        )
+        try:
+            calibration.validate()
+        except ValueError as error:
+            raise UnusableCalibration(f"{units.folder} does not hold what {self.method} learns: {error}") from None
+        return calibration
+
+    def _note_one(self, prompt: int, unit: UnitWriter, kernel: Attender, bar: Any) -> None:
+        watcher = _Watcher(self.learner, self.videos, prompt, unit)
+        attention = SparseAttention(build("dense"), kernel, observers=(watcher,))
+        start = time.perf_counter()
+        self.videos.show(attention, prompt=self.prompts[prompt], seed=self.seed + prompt, after_step=bar.update)
+        total = time.perf_counter() - start
+        watcher.check_complete()
+        unit.finish(total=total, watching=watcher.seconds)
 
 
-def votes_needed(prompts: int, rho: float) -> int:
-    """The least number of prompts that is at least the share rho of them, and one at the fewest."""
-    # 0.07 * 100 is a little more than 7 in floating point: that must not ask for an eighth vote
-    return max(1, math.ceil(rho * prompts - 1e-9))
+def learner_for(
+    method: str, *, preset: str = "default", block: tuple[int, int] | None = None, **settings: Any
+) -> Learner:
+    """What a preset of a method learns by.
 
-
-def majority(
-    votes: Integer[Tensor, "heads q_blocks k_blocks"], threshold: int
-) -> Bool[Tensor, "heads q_blocks k_blocks"]:
-    """The blocks with enough votes.
-
-    In a row without any, those with the most: a query without keys would give zeros.
+    Raises:
+        UnknownName: there is no such method or preset.
+        ValueError: the preset learns nothing; a setting does not exist or is out of range.
     """
-    return votes >= votes.amax(-1, keepdim=True).clamp(max=threshold)
+    found = learner_of(method, preset=preset, block=block, **settings)
+    if found is None:
+        source = learns_from(method, preset, **settings)
+        hint = "it can be used as it is" if source is None else f"it takes what {source} learns"
+        raise ValueError(f"{method}/{preset} learns nothing of its own: {hint}")
+    return found
 
 
-def agreement(
-    votes: Integer[Tensor, "heads q_blocks k_blocks"],
-    keep: Bool[Tensor, "heads q_blocks k_blocks"],
-    prompts: int,
-) -> Float[Tensor, "heads"]:
-    """Intersection over union of the prompts' masks with the aggregated one, 0 to 1.
+class _Watcher:
+    """Has a learner note the conditional calls of one video, each site once.
 
-    Intersections and unions are summed over the prompts before they are divided, which votes alone are enough for.
+    Attributes:
+        seconds: that notes took; a GPU has finished before and after.
     """
-    intersections = (votes * keep).sum((1, 2), dtype=torch.int64)
-    sizes = votes.sum((1, 2), dtype=torch.int64) + prompts * keep.sum((1, 2))
-    return intersections / (sizes - intersections)
+
+    def __init__(self, learner: Learner, videos: Videos, prompt: int, unit: UnitWriter) -> None:
+        self.seconds = 0.0
+        self._learner = learner
+        self._videos = videos
+        self._prompt = prompt
+        self._unit = unit
+        self._seen: set[tuple[int, int]] = set()
+
+    def saw(self, call: Call) -> None:
+        """Note the call.
+
+        Raises:
+            ValueError: it is of another geometry or number of steps or layers than was announced, comes a second time,
+                or is not finite.
+            OSError: the notes cannot be written.
+        """
+        site = call.site
+        self._check_announced(site)
+        if site.branch != "cond":
+            return
+        where = f"step {site.step}, layer {site.layer}"
+        if (site.step, site.layer) in self._seen:
+            raise ValueError(
+                f"attention was called twice at {where} of one video: calibrate one video at a time, with a scheduler "
+                "that calls the model once a step"
+            )
+        start = _now(call.q.device)
+        if not bool(call.out.isfinite().all()):
+            raise ValueError(
+                f"attention at {where} is not finite: the weights hold NaN or infinity, or overflow in {call.q.dtype}"
+            )
+        notes = self._learner.note(call.q[0], call.k[0], call.v[0], site, self._prompt)
+        wrong = [name for name, note in notes.items() if note.is_floating_point() and bool(note.isnan().any())]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} at {where} is NaN: its attention cannot be learnt from")
+        self._unit.put(site.step * site.layers + site.layer, notes)
+        self._seen.add((site.step, site.layer))
+        self.seconds += _now(call.q.device) - start
+
+    def check_complete(self) -> None:
+        """Refuse a video that lacked a call.
+
+        Raises:
+            ValueError: naming the first that was missing.
+        """
+        every = [(step, layer) for step in range(self._videos.steps) for layer in range(self._videos.layers)]
+        missing = [site for site in every if site not in self._seen]
+        if missing:
+            step, layer = missing[0]
+            raise ValueError(
+                f"prompt {self._prompt}'s video had no conditional attention call at step {step}, layer {layer}, nor "
+                f"at {len(missing) - 1} of {len(every)} others: does the pipeline skip layers, or was it stopped?"
+            )
+
+    def _check_announced(self, site: Site) -> None:
+        own = self._videos
+        text = min(site.geometry.text_tokens, own.geometry.text_tokens)
+        if site.geometry != replace(own.geometry, text_tokens=text) or site.layers != own.layers:
+            raise ValueError(
+                f"calibrating {own.geometry} in {own.layers} layers, but the pipeline has {site.geometry} in "
+                f"{site.layers} layers: is it the pipeline of this model, at this resolution?"
+            )
+        if site.steps != own.steps:
+            raise ValueError(
+                f"calibrating {own.steps} steps, but the pipeline runs {site.steps}: take a scheduler that calls the "
+                "model once a step"
+            )
+
+
+@contextmanager
+def _kept(folder: Path | None) -> Iterator[Path]:
+    """The folder; a temporary one where there is none."""
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="calibatt-") as temporary:
+        yield Path(temporary)
+
+
+def _versions() -> Mapping[str, str]:
+    return {package: version(package) for package in ("calibatt", "torch", "diffusers")}
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,50 +1,30 @@
-"""Dense videos to learn from, and what watching them costs."""
+"""Dense videos to learn from."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-import torch
-
-from calibatt.kernels.base import Attender
 from calibatt.kernels.geometry import Geometry
-from calibatt.methods.base import Planner
-from calibatt.models.adapter import attached
-from calibatt.models.catalogue import ModelEntry, weights_digest
+from calibatt.methods.call import Attention
+from calibatt.methods.learning import Origin
+from calibatt.models.adapter import installed
+from calibatt.models.entry import ModelEntry
 from calibatt.models.generate import generate
-
-
-class Stopwatch:
-    """Adds up the seconds of what happens inside; a GPU has finished before and after."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    @contextmanager
-    def counting(self, device: torch.device) -> Iterator[None]:
-        """Count what happens inside."""
-        start = _now(device)
-        yield
-        self.seconds += _now(device) - start
+from calibatt.models.identity import origin_of, transformers_of
 
 
 @runtime_checkable
 class Videos(Protocol):
-    """Dense videos whose attention calls can be watched.
+    """Videos whose attention calls can be watched.
 
     Attributes:
-        model: name in the catalogue.
         resolution: name of the model's resolution.
-        geometry: layout of the tokens of every call.
+        geometry: layout of the tokens of every call, with the most text tokens that a prompt can have.
         steps, layers: of every video.
-        guidance: of the generations.
+        guidance: classifier-free guidance scale.
     """
 
-    @property
-    def model(self) -> str: ...
     @property
     def resolution(self) -> str: ...
     @property
@@ -56,23 +36,23 @@ class Videos(Protocol):
     @property
     def guidance(self) -> float: ...
 
-    def weights(self) -> str:
-        """Digest of the model's weights."""
+    def origin(self) -> Origin:
+        """Whose videos these are."""
         ...
 
     def show(
-        self, planner: Planner, attender: Attender, *, prompts: Sequence[str], seed: int, progress: bool = False
-    ) -> float:
-        """Make one video a prompt, whose attention calls planner and attender see; returns the seconds of all.
+        self, attention: Attention, *, prompt: str, seed: int, after_step: Callable[[], object] = lambda: None
+    ) -> None:
+        """Make one video, all of whose self-attention calls go to `attention`.
 
         Args:
-            planner, attender: take notes and compute dense attention.
-            prompts: any number but none.
-            seed: prompt i starts from noise of seed + i.
-            progress: whether to show a progress bar over prompts × steps on stderr.
+            attention: called at every step and layer.
+            prompt: what to show.
+            seed: of the starting noise.
+            after_step: called when a step is done.
 
         Raises:
-            ValueError: there is no prompt, or one is empty or not in the model's language.
+            ValueError: the prompt is empty or not in the model's language, or the pipeline cannot be watched.
         """
         ...
 
@@ -95,7 +75,6 @@ class DenseVideos:
         steps: int | None = None,
         guidance: float | None = None,
     ) -> None:
-        self.model = entry.name
         self.resolution = resolution
         self.geometry = entry.geometry(resolution)
         self.steps = entry.steps_at(resolution) if steps is None else steps
@@ -104,31 +83,26 @@ class DenseVideos:
         self._entry = entry
         self._pipe = pipe
 
-    def weights(self) -> str:
-        """Digest of the pipeline's weights."""
-        return weights_digest(self._pipe)
+    def origin(self) -> Origin:
+        """The pipeline's identity."""
+        return origin_of(self._pipe, self._entry.name)
 
     def show(
-        self, planner: Planner, attender: Attender, *, prompts: Sequence[str], seed: int, progress: bool = False
-    ) -> float:
-        """As `Videos` has it."""
-        from tqdm import tqdm
+        self, attention: Attention, *, prompt: str, seed: int, after_step: Callable[[], object] = lambda: None
+    ) -> None:
+        """One video by `generate`; the arguments are those of `Videos.show`.
 
-        if not prompts or not all(map(str.strip, prompts)):
-            raise ValueError("give at least one prompt to calibrate on, and no empty ones")
-        with tqdm(total=len(prompts) * self.steps, desc="calibrating", unit="step", disable=not progress) as bar:
-            start = time.perf_counter()
-            with attached(self._pipe, planner, attender):
-                for number, prompt in enumerate(prompts):
-                    generate(
-                        self._entry, self._pipe, prompt=prompt, resolution=self.resolution, seed=seed + number,
-                        steps=self.steps, guidance=self.guidance, after_step=bar.update,
-                    )  # fmt: skip
-            return time.perf_counter() - start
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was asked to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        Raises:
+            ValueError: the prompt is empty or not in the model's language, the pipeline is of an unknown family, or a
+                cache of Diffusers is on.
+        """
+        if any(getattr(transformer, "is_cache_enabled", False) for transformer in transformers_of(self._pipe)):
+            raise ValueError(
+                "the pipeline skips layers by a cache of Diffusers, so there is nothing to learn at them: "
+                "call pipe.transformer.disable_cache() first"
+            )
+        with installed(self._pipe, attention):
+            generate(
+                self._entry, self._pipe, prompt=prompt, resolution=self.resolution, seed=seed, steps=self.steps,
+                guidance=self.guidance, after_step=after_step,
+            )  # fmt: skip

@@ -45,7 +45,7 @@ class Mask(ABC):
     tokens: int
 
     def __post_init__(self) -> None:
-        expected = (self.q_blocks, _row_bytes(self.k_blocks))
+        expected = (self.q_blocks, row_bytes(self.k_blocks))
         if self.bits.dtype != torch.uint8 or self.bits.ndim != 3 or tuple(self.bits.shape[1:]) != expected:
             raise ValueError(
                 f"{self.tokens} tokens in {self.q_blocks}×{self.k_blocks} blocks need uint8 bits "
@@ -86,7 +86,7 @@ class Mask(ABC):
 
     def keep(self) -> Bool[Tensor, "mask_heads q_blocks k_blocks"]:
         """Unpack to one boolean a block."""
-        return _unpacked(self.bits, self.k_blocks)
+        return unpacked(self.bits, self.k_blocks)
 
     def seen(self, head: int, queries: Int[Tensor, "rows"]) -> Bool[Tensor, "rows tokens"]:
         """Which keys some queries of one head attend to, token by token."""
@@ -149,7 +149,7 @@ class BlockMask(Mask):
         expected = (block_count(tokens, block_q), block_count(tokens, block_k))
         if keep.ndim != 3 or tuple(keep.shape[1:]) != expected:
             raise ValueError(f"{tokens} tokens make {expected[0]}×{expected[1]} blocks: got {list(keep.shape)}")
-        return cls(bits=_packed(keep), tokens=tokens, block_q=block_q, block_k=block_k)
+        return cls(bits=packed(keep), tokens=tokens, block_q=block_q, block_k=block_k)
 
     @classmethod
     def from_lists(
@@ -250,7 +250,7 @@ class VariableBlockMask(Mask):
                 f"sizes {list(q_sizes.shape)} and {list(k_sizes.shape)} of blocks need a mask {list(expected)}: "
                 f"got {list(keep.shape)}"
             )
-        return cls(bits=_packed(keep), tokens=tokens, q_sizes=q_sizes.to(torch.int32), k_sizes=k_sizes.to(torch.int32))
+        return cls(bits=packed(keep), tokens=tokens, q_sizes=q_sizes.to(torch.int32), k_sizes=k_sizes.to(torch.int32))
 
     @property
     def block(self) -> None:
@@ -297,7 +297,8 @@ class VariableBlockMask(Mask):
         return BlockMask.from_keep(pairs > 0, tokens=self.tokens, block_q=block_q, block_k=block_k)
 
 
-def _row_bytes(k_blocks: int) -> int:
+def row_bytes(k_blocks: int) -> int:
+    """Bytes of a row of bits of so many key blocks."""
     return block_count(k_blocks, 8 * _ROW_BYTES) * _ROW_BYTES
 
 
@@ -305,16 +306,18 @@ def _bit_weights(device: torch.device) -> UInt8[Tensor, "8"]:
     return 2 ** torch.arange(8, dtype=torch.uint8, device=device)
 
 
-def _packed(keep: Bool[Tensor, "mask_heads q_blocks k_blocks"]) -> UInt8[Tensor, "mask_heads q_blocks row_bytes"]:
-    padded = torch.zeros(*keep.shape[:2], _row_bytes(keep.shape[2]) * 8, dtype=torch.uint8, device=keep.device)
+def packed(keep: Bool[Tensor, "mask_heads q_blocks k_blocks"]) -> UInt8[Tensor, "mask_heads q_blocks row_bytes"]:
+    """One bit a block, as `Mask.bits` has them."""
+    padded = torch.zeros(*keep.shape[:2], row_bytes(keep.shape[2]) * 8, dtype=torch.uint8, device=keep.device)
     padded[..., : keep.shape[2]] = keep
     bits: Tensor = padded.unflatten(-1, (-1, 8)) * _bit_weights(keep.device)
     return bits.sum(-1, dtype=torch.uint8)
 
 
-def _unpacked(
+def unpacked(
     bits: UInt8[Tensor, "mask_heads q_blocks row_bytes"], k_blocks: int
 ) -> Bool[Tensor, "mask_heads q_blocks k_blocks"]:
+    """One boolean a block, of bits as `packed` makes them."""
     kept: Tensor = bits.unsqueeze(-1).bitwise_and(_bit_weights(bits.device)).ne(0)
     return kept.flatten(-2)[..., :k_blocks]
 

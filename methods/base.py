@@ -108,6 +108,17 @@ class Method(ABC):
         """
         return config
 
+    @classmethod  # noqa: B027 (most methods have nothing to add)
+    def check_tables(cls, learnt: Learnt) -> None:
+        """Refuse what cannot be this method's own, where it was read from a file; by default nothing.
+
+        Args:
+            learnt: of this method; its tables have steps and layers as their first dimensions, and no NaN.
+
+        Raises:
+            ValueError: one line that names the setting or the table.
+        """
+
     def refusal(self, geometry: Geometry) -> Unsupported | None:
         """Why the method does not apply to a geometry, or None when it does, as by default."""
         return None

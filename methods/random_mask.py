@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
-from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Knob, PlanSource
+from calibatt.methods.base import Knob, Method
+from calibatt.methods.calibatt.method import CalibAtt, CalibAttConfig
+from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
 
 
@@ -24,8 +24,8 @@ class RandomMaskConfig:
     """Settings of the control.
 
     Args:
-        seed: of the draw; the site adds to it.
-        density: share of the blocks to keep in every row; None for as many as the source's plan.
+        seed: of the draws, of which each site has its own.
+        density: share of the blocks to keep in every row; None for as many as CalibAtt's plan.
         block: tokens of a query and of a key block.
     """
 
@@ -34,35 +34,35 @@ class RandomMaskConfig:
     block: tuple[int, int] = (128, 128)
 
 
-class RandomMask:
-    """Keeps as many blocks of each row as the source's plan does, chosen at random."""
+class RandomMask(Method):
+    """Keeps as many blocks of each row as CalibAtt's plan does, chosen at random."""
 
     name: ClassVar[str] = "random"
     label: ClassVar[str] = "Random mask"
     colour: ClassVar[str] = "#8C8C8C"
     marker: ClassVar[str] = "X"
     presets: ClassVar[Mapping[str, RandomMaskConfig]] = MappingProxyType({"default": RandomMaskConfig()})
-    offline: ClassVar[bool] = True
     knob: ClassVar[Knob | None] = Knob(field="density", low=0.0, high=1.0)
-    without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    needs: ClassVar[str | None] = "calibatt"
 
-    def __init__(self, config: RandomMaskConfig, source: PlanSource) -> None:
+    def __init__(self, config: RandomMaskConfig, learnt: Learnt) -> None:
         self.config = config
-        self._source = source
-
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """Applies wherever its source does."""
-        return None
+        self.learnt = learnt
+        self._model = CalibAtt(CalibAttConfig(), learnt)
 
     def plan(
-        self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], site: Site
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
     ) -> Plan:
-        """A random mask at the density of the source's plan, head by head, the same for both branches.
+        """A random mask at the density of CalibAtt's plan, head by head, the same for both branches.
 
         Raises:
-            ValueError: the source is for another model, geometry or number of steps.
+            CalibrationMismatch: the calibration is for another geometry, number of steps or of layers.
         """
-        model = self._source.plan(site)
+        model = self._model.plan(q, k, v, site)
         tokens, heads = model.tokens, len(model.kinds)
         block_q, block_k = self.config.block
         rows, columns = block_count(tokens, block_q), block_count(tokens, block_k)
@@ -78,6 +78,3 @@ class RandomMask:
         keep = torch.zeros_like(chosen).scatter_(-1, order, chosen)
         mask = BlockMask.from_keep(keep, tokens=tokens, block_q=block_q, block_k=block_k)
         return Plan.masked(mask, heads)
-
-    def reset(self) -> None:
-        """There is no state."""

@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from calibatt.cli import main
 from calibatt.models.catalogue import MODELS
@@ -67,9 +69,140 @@ def test_calibrate_refuses_what_has_nothing_to_learn_in_one_line(
     out = tmp_path / "x.safetensors"
     assert "sparge/default learns nothing" in _refused(capsys, "calibrate", "-o", str(out), "--method", "sparge")
     assert "did you mean sparge" in _refused(capsys, "calibrate", "-o", str(out), "--method", "sparg")
+    assert "it takes what calibatt learns" in _refused(capsys, "calibrate", "-o", str(out), "--method", "random")
+    assert "did you mean masks-only" in _refused(capsys, "calibrate", "-o", str(out), "--preset", "mask-only")
     learns = ("--method", "scaling", "--levels")
-    assert "leave them out for scaling" in _refused(capsys, "calibrate", "-o", str(out), *learns)
-    assert not out.exists()
+    assert "scaling has no setting levels" in _refused(capsys, "calibrate", "-o", str(out), *learns)
+    assert "whole number from 1 up" in _refused(capsys, "calibrate", "-o", str(out), "--count", "0")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A small untrained model of that name; the list says how often it was loaded."""
+    from calibatt.models.catalogue import SHAPES
+    from calibatt.models.entry import Resolution
+    from calibatt.models.shapes.pipeline import assemble, new_transformer
+
+    loaded: list[str] = []
+
+    def load(*_: object) -> Any:
+        loaded.append("tiny")
+        torch.manual_seed(0)
+        return assemble(new_transformer(layers=2, heads=2))
+
+    entry = replace(
+        SHAPES, name="tiny", layers=2, heads=2, block=(16, 16), steps=1, loader=load,
+        resolutions={"small": Resolution(height=32, width=32, frames=2)},
+    )  # fmt: skip
+    monkeypatch.setattr("calibatt.models.catalogue.MODELS", {"tiny": entry})
+    return loaded
+
+
+def test_calibrate_looks_at_prompts_and_output_before_the_model_is_loaded(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    calibrate = ("calibrate", "--model", "tiny", "-o")
+    assert "is no file that can be replaced" in _refused(capsys, *calibrate, str(tmp_path))
+    assert "is no file that can be replaced" in _refused(capsys, *calibrate, "/dev/null")
+    assert "nowhere.txt" in _refused(capsys, *calibrate, str(tmp_path / "c"), "--prompts", "nowhere.txt")
+    assert tiny == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stopped_calibration_says_how_to_go_on_and_comes_to_the_same_file(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from calibatt.calibration import videos
+    from calibatt.calibration.artifact import Calibration
+    from calibatt.models.generate import generate
+
+    def arguments(name: str) -> list[str]:
+        return ["calibrate", "--model", "tiny", "--count", "3", "-o", str(tmp_path / name)]
+
+    assert main(arguments("whole")) == 0
+    shown: list[int] = []
+
+    def counted(*where: Any, **how: Any) -> Any:
+        shown.append(how["seed"])
+        if len(shown) == 2:
+            raise KeyboardInterrupt
+        return generate(*where, **how)
+
+    monkeypatch.setattr(videos, "generate", counted)
+    capsys.readouterr()
+    assert main(arguments("parts")) == 130
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said == (
+        f"calibatt calibrate: stopped with 1 of 3 videos noted in {tmp_path / 'parts.units'}: "
+        "run the same command again to go on"
+    )
+    assert main(arguments("parts")) == 0
+    assert "overlap the common one by" in capsys.readouterr().out
+    # the first video is not made again
+    assert shown == [10_000, 10_001, 10_001, 10_002]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+    whole, parts = (Calibration.load(tmp_path / name) for name in ("whole", "parts"))
+    assert all(torch.equal(whole.tables[name], parts.tables[name]) for name in whole.tables)
+
+
+def test_a_calibration_stopped_in_its_first_video_leaves_nothing(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("calibatt.calibration.videos.generate", stopped)
+    assert main(["calibrate", "--model", "tiny", "--count", "1", "-o", str(tmp_path / "c")]) == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "calibatt calibrate: stopped; nothing was written"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_of_several_processes_writes_the_calibration(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from calibatt.calibration.artifact import Calibration
+
+    arguments = ["calibrate", "--model", "tiny", "--count", "2", "-o"]
+    assert main([*arguments, str(tmp_path / "one")]) == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    capsys.readouterr()
+    for rank, wrote in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        assert main([*arguments, str(tmp_path / "two")]) == 0
+        assert (tmp_path / "two").exists() == wrote
+    assert f"process 1 has ended; the last of 2 to end writes {tmp_path / 'two'}" in capsys.readouterr().out
+    one, two = (Calibration.load(tmp_path / name) for name in ("one", "two"))
+    assert all(torch.equal(one.tables[name], two.tables[name]) for name in one.tables)
+
+
+def test_a_calibration_that_cannot_be_written_keeps_its_notes(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from calibatt.calibration.artifact import Calibration
+
+    save = Calibration.save
+
+    def full(self: Calibration, path: Path) -> None:
+        raise OSError(f"{path} cannot be written: No space left on device")
+
+    arguments = ["calibrate", "--model", "tiny", "--count", "1", "-o", str(tmp_path / "c")]
+    monkeypatch.setattr(Calibration, "save", full)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.endswith(f"all notes are kept in {tmp_path / 'c.units'}: mend that and run the same command again")
+    monkeypatch.setattr(Calibration, "save", save)
+    assert main(arguments) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_preset_is_that_of_the_file(tiny: list[str], tmp_path: Path) -> None:
+    from calibatt.calibration.artifact import Calibration
+
+    arguments = ["calibrate", "--model", "tiny", "--count", "1", "--levels", "-o", str(tmp_path / "c")]
+    assert main([*arguments, "--preset", "masks-only"]) == 0
+    made = Calibration.load(tmp_path / "c")
+    assert (made.preset, made.settings["levels"], made.settings["block"]) == ("masks-only", True, [16, 16])
 
 
 def test_generate_refuses_a_prompt_that_the_model_does_not_know(

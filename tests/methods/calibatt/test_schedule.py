@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from calibatt.calibration.schedule import Schedule
+from calibatt.methods.calibatt.schedule import Schedule
 
 
 @pytest.mark.parametrize(("tokens", "late"), [(32_760, 0.842), (75_600, 0.903)])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calibatt.calibration.levels import MOST_LOSS, common_levels, keep_at, loss_levels
-from calibatt.methods.selection import smallest_set
+from calibatt.methods.calibatt.levels import MOST_LOSS, common_levels, keep_at, loss_levels
+from calibatt.methods.selection import top_p
 
 
 def energies(videos: int = 1, seed: int = 0) -> torch.Tensor:
@@ -14,10 +14,10 @@ def energies(videos: int = 1, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("step", [1, 30, 64, 65, 100])
-def test_at_every_step_of_loss_a_video_keeps_the_smallest_set_that_reaches_what_is_left(step: int) -> None:
+def test_at_every_step_of_loss_a_video_keeps_the_top_p_that_reaches_what_is_left(step: int) -> None:
     energy, mass = energies()[0], 0.9
     loss = (step / 64) ** 2
-    expected = smallest_set(energy, 1 - loss * (1 - mass))
+    expected = top_p(energy, 1 - loss * (1 - mass))
     assert torch.equal(keep_at(loss_levels(energy, mass), loss), expected)
 
 
@@ -39,7 +39,7 @@ def test_a_schedule_that_loses_nothing_keeps_every_block_that_has_any_mass_at_ev
 @pytest.mark.parametrize("loss", [0.25, 1.0, 4.0])
 def test_levels_in_common_are_votes_at_every_loss(needed: int, loss: float) -> None:
     energy, mass = energies(videos=5), 0.95
-    votes = sum(smallest_set(video, 1 - loss * (1 - mass)).long() for video in energy)
+    votes = sum(top_p(video, 1 - loss * (1 - mass)).long() for video in energy)
     keep = keep_at(common_levels(torch.stack([loss_levels(video, mass) for video in energy]), needed), loss)
     enough = torch.as_tensor(votes >= needed)
     rows = enough.any(-1)

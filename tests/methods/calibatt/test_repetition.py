@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibatt.calibration import repetition
-from calibatt.calibration.repetition import anchor_rows, row_similarity
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import RowReuse
+from calibatt.methods.calibatt import repetition
+from calibatt.methods.calibatt.repetition import anchor_rows, row_similarity
 
 
 def repeating_queries(geometry: Geometry) -> Tensor:

@@ -1,0 +1,123 @@
+"""The calibration: what any method learnt, and the file that holds it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from calibatt.calibration.files import TensorFile, UnusableCalibration, described, raw, reading, replacing
+from calibatt.kernels.names import look_up
+from calibatt.methods.catalogue import METHODS
+from calibatt.methods.facts import read_facts
+from calibatt.methods.learning import Learnt, Provenance
+
+SCHEMA = "calibatt-calibration-2"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Calibration(Learnt):
+    """What a method learnt, with a file of its own."""
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        facts = json.dumps(
+            {
+                "method": self.method,
+                "preset": self.preset,
+                "settings": dict(self.settings),
+                "provenance": asdict(self.provenance),
+            }
+        )
+        metadata = {"schema": SCHEMA, "facts": facts, "sha256": _digest(self.tables, facts)}
+        layout = {name: (table.dtype, tuple(table.shape)) for name, table in self.tables.items()}
+        with replacing(path) as file:
+            content = TensorFile(file, path, layout, metadata)
+            for name, table in self.tables.items():
+                content.put(name, table)
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """Read a file that `save` wrote, on the CPU.
+
+        Raises:
+            UnusableCalibration: the file is missing, damaged, changed, of another version, or something else; or it
+                says what no method can have learnt.
+        """
+        with reading(path, SCHEMA) as (file, metadata):
+            tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = metadata.get("facts", "")
+        if metadata.get("sha256") != _digest(tables, facts):
+            raise UnusableCalibration(f"{path} was changed or damaged after it was saved: its checksum is another")
+        try:
+            known = read_facts(_Facts, facts)
+            own = cls(
+                method=known.method, preset=known.preset, settings=known.settings, tables=tables,
+                provenance=known.provenance,
+            )  # fmt: skip
+            own.validate()
+        except ValueError as error:
+            raise UnusableCalibration(f"{path} contradicts itself: {error}") from None
+        return own
+
+    def validate(self) -> None:
+        """Refuse what no method can have learnt.
+
+        Raises:
+            ValueError: one line that names the field or the table.
+        """
+        own = self.provenance
+        for name, least in (("steps", own.steps), ("layers", own.layers), ("prompts", len(own.prompts))):
+            if least < 1:
+                raise ValueError(f"provenance.{name}: there is at least one")
+        if own.cost_ratio < 1:
+            raise ValueError(f"provenance.cost_ratio: watching takes no time off a video, got {own.cost_ratio}")
+        look_up(METHODS, self.method, "method")
+        for name, table in self.tables.items():
+            if table.is_floating_point() and bool(table.isnan().any()):
+                raise ValueError(f"{name}: a value is NaN")
+        METHODS[self.method].check_tables(self)
+
+
+def check_output(path: Path) -> None:
+    """Refuse, before any work is done, to write a file where it cannot be written.
+
+    Raises:
+        ValueError: there is something else than a file, or no folder that can be written to.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file that can be replaced: give the name of a file")
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written: {folder} is no folder that you may write to")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Facts:
+    """What a file says beside its tables."""
+
+    method: str
+    preset: str
+    settings: Mapping[str, Any]
+    provenance: Provenance
+
+
+def _digest(tables: Mapping[str, Tensor], facts: str) -> str:
+    """SHA-256 over everything that the file says, in hex."""
+    digest = hashlib.sha256(facts.encode())
+    for name, table in sorted(tables.items()):
+        digest.update(described(name, table))
+        digest.update(raw(table))
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""CalibAtt: what it learns, and the plans that follow (arXiv 2603.05503)."""

@@ -1,0 +1,171 @@
+"""What CalibAtt learns offline: which blocks most prompts need, and which heads attend alike from row to row."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Integer, Shaped
+from torch import Tensor
+
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.mask import block_count, packed, unpacked
+from calibatt.methods.blocks import video_blocks
+from calibatt.methods.calibatt.levels import MOST_LEVEL, common_levels, loss_levels
+from calibatt.methods.calibatt.repetition import anchor_rows, row_similarity
+from calibatt.methods.calibatt.schedule import Schedule
+from calibatt.methods.energy import block_energy
+from calibatt.methods.facts import read_facts
+from calibatt.methods.selection import top_p
+from calibatt.methods.site import Site
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibAttLearner:
+    """Learns block masks and the similarity of rows. `CalibAttConfig` has the defaults of its settings.
+
+    Masks are learnt for blocks without text tokens only, numbered from the first of them; the table is as large as the
+    video alone would need, so that prompts of different lengths share it. What is left over in it, and every block with
+    a text token, is always kept. Where text comes first and its length varies, blocks of the same number are up to one
+    block apart.
+
+    Args:
+        block: tokens of a query block and of a key block.
+        schedule: attention mass to keep at each step, of what lies in blocks without text; None takes the paper's fit
+            for many-step models, by the length of the video.
+        rho: share of prompts that must need a block, in (0, 1]: 0.5 is the majority, next to 0 is any prompt.
+        anchors: anchor rows of a frame.
+        similarity_prompts: measure repetition on this many prompts only, which saves time; None is all of them.
+        levels: also learn what `CalibAttConfig.loss` needs to be another than 1: a byte a block.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    block: tuple[int, int]
+    schedule: Schedule | None
+    rho: float
+    anchors: int
+    similarity_prompts: int | None
+    levels: bool
+
+    def __post_init__(self) -> None:
+        # written so that NaN fails too
+        if not 0 < self.rho <= 1:
+            raise ValueError(f"rho is a share of the prompts, above 0 and up to 1: got {self.rho}")
+        if min(self.block) < 1:
+            raise ValueError(f"a block has at least one token: got {self.block}")
+        if self.anchors < 1:
+            raise ValueError(f"repetition needs at least one anchor row: got anchors={self.anchors}")
+        if self.similarity_prompts is not None and self.similarity_prompts < 1:
+            raise ValueError(f"repetition needs at least one prompt: got similarity_prompts={self.similarity_prompts}")
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> CalibAttLearner:
+        """The learner whose `settings_of` these are.
+
+        Raises:
+            ValueError: a setting is missing, unknown, of another type or out of range.
+        """
+        return read_facts(cls, json.dumps(dict(settings)))
+
+    def note(
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
+        prompt: int,
+    ) -> Mapping[str, Tensor]:
+        """The blocks that this call needs, and how alike its rows are.
+
+        Returns:
+            bits: the mask, packed as in `BlockMask`.
+            similarity: of each head; zeros, which `merge` does not read, from prompt `similarity_prompts` on.
+            levels: where asked for, the loss that each block withstands.
+
+        Raises:
+            ValueError: a frame has no more rows than there are anchors.
+        """
+        geometry = site.geometry
+        rows, columns = (video_blocks(geometry, size) for size in self.block)
+        energy = block_energy(q, k, block_q=self.block[0], block_k=self.block[1])[:, rows, columns]
+        if geometry.text_tokens:
+            # a row whose attention all goes to text has no energy here, and so no order
+            energy = energy.clamp(min=torch.finfo(energy.dtype).tiny)
+        mass = (self.schedule or Schedule.many_step(geometry.video_tokens)).mass(site.step, site.steps)
+        notes = {"bits": packed(self._table(top_p(energy, mass), geometry, left_over=True))}
+        if self.similarity_prompts is None or prompt < self.similarity_prompts:
+            notes["similarity"] = row_similarity(q, k, geometry, anchor_rows(geometry.grid[1], self.anchors))
+        else:
+            notes["similarity"] = q.new_zeros(geometry.heads, dtype=torch.float32)
+        if self.levels:
+            notes["levels"] = self._table(loss_levels(energy, mass), geometry, left_over=MOST_LEVEL)
+        return notes
+
+    def merge(self, notes: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """The vote over the prompts.
+
+        Returns:
+            bits: the blocks that enough prompts need, packed as in `BlockMask`.
+            agreement: of each head, the overlap of the prompts' masks with that one, 0 to 1; see `agreement`.
+            similarity: of each head, mean over the prompts that it was measured on.
+            levels: where asked for, the loss at which enough prompts still need each block.
+        """
+        needed = votes_needed(len(notes), self.rho)
+        bits = [note["bits"] for note in notes]
+        votes = sum((unpacked(one, 8 * one.shape[-1]) for one in bits), start=torch.zeros((), dtype=torch.int32))
+        # padding has no votes, and every row a block with one: padding stays out
+        keep = majority(votes, needed)
+        measured = [note["similarity"] for note in notes[: self.similarity_prompts]]
+        # added one by one, since how torch sums a dimension differs between machines
+        similarity = sum((alike / len(measured) for alike in measured), start=torch.zeros_like(measured[0]))
+        merged = {
+            "bits": packed(keep),
+            "agreement": agreement(votes, keep, len(notes)),
+            "similarity": similarity,
+        }
+        if self.levels:
+            merged["levels"] = common_levels(torch.stack([note["levels"] for note in notes]), needed)
+        return merged
+
+    def _table(self, part: Tensor, geometry: Geometry, *, left_over: int) -> Shaped[Tensor, "heads q_blocks k_blocks"]:
+        """What is known of the blocks without text, in a table for the video alone."""
+        blocks = [block_count(geometry.video_tokens, size) for size in self.block]
+        table = part.new_full((geometry.heads, *blocks), left_over)
+        table[:, : part.shape[1], : part.shape[2]] = part
+        return table
+
+
+def votes_needed(prompts: int, rho: float) -> int:
+    """Votes that a block needs: ceil(rho · prompts), at least one."""
+    # 0.07 * 100 is a little more than 7 in floating point: that must not ask for an eighth vote
+    return max(1, math.ceil(rho * prompts - 1e-9))
+
+
+def majority(
+    votes: Integer[Tensor, "heads q_blocks k_blocks"], threshold: int
+) -> Bool[Tensor, "heads q_blocks k_blocks"]:
+    """The blocks with enough votes.
+
+    In a row without any, those with the most: a query without keys would give zeros.
+    """
+    return votes >= votes.amax(-1, keepdim=True).clamp(max=threshold)
+
+
+def agreement(
+    votes: Integer[Tensor, "heads q_blocks k_blocks"],
+    keep: Bool[Tensor, "heads q_blocks k_blocks"],
+    prompts: int,
+) -> Float[Tensor, "heads"]:
+    """Intersection over union of the prompts' masks with the common one, 0 to 1.
+
+    Intersections and unions are summed over the prompts before they are divided, for which votes are enough.
+    """
+    intersections = (votes * keep).sum((1, 2), dtype=torch.int64)
+    sizes = votes.sum((1, 2), dtype=torch.int64) + prompts * keep.sum((1, 2))
+    return intersections / (sizes - intersections)

@@ -1,0 +1,152 @@
+"""CalibAtt: block masks and row reuse learnt offline for every step, layer and head (arXiv 2603.05503)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from calibatt.kernels.mask import block_count, packed, row_bytes
+from calibatt.kernels.plan import Plan
+from calibatt.methods.base import Knob, Method
+from calibatt.methods.calibatt.learner import CalibAttLearner
+from calibatt.methods.calibatt.plans import Plans
+from calibatt.methods.calibatt.schedule import Schedule
+from calibatt.methods.learning import Learnt
+from calibatt.methods.site import Site
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibAttConfig:
+    """Settings of CalibAtt; the defaults are the paper's.
+
+    The first three count when a video is made. The others are its learner's (`CalibAttLearner`): they count when
+    calibrating, and a method that is built on a calibration has the calibration's.
+
+    Args:
+        repetition: repetitive heads compute their anchor rows only; without it they have a block mask like the others.
+        loss: attention mass that masks may lose, in multiples of what the schedule that was calibrated with leaves out.
+            Another than 1 needs a calibration with levels.
+        gamma: heads whose similarity over rows is at least this are repetitive.
+        block, schedule, rho, anchors, similarity_prompts, levels: as in `CalibAttLearner`.
+
+    Raises:
+        ValueError: the loss is negative, gamma is no number, or a setting of the learner is out of range.
+    """
+
+    repetition: bool = True
+    loss: float = 1.0
+    gamma: float = 0.87
+    block: tuple[int, int] = (128, 128)
+    schedule: Schedule | None = None
+    rho: float = 0.5
+    anchors: int = 5
+    similarity_prompts: int | None = None
+    levels: bool = False
+
+    def __post_init__(self) -> None:
+        # written so that NaN fails too
+        if not self.loss >= 0:
+            raise ValueError(f"calibatt's loss is a multiple, 0 or more: got {self.loss}")
+        if not math.isfinite(self.gamma):
+            raise ValueError(f"calibatt's gamma is a similarity: got {self.gamma}")
+        # refuses its own
+        self.learner()
+
+    def learner(self) -> CalibAttLearner:
+        """What learns under these settings."""
+        return CalibAttLearner(**{field.name: getattr(self, field.name) for field in fields(CalibAttLearner)})
+
+
+class CalibAtt(Method):
+    """Looks every plan up in a calibration; nothing is estimated while a video is made."""
+
+    name: ClassVar[str] = "calibatt"
+    label: ClassVar[str] = "CalibAtt"
+    colour: ClassVar[str] = "#0072B2"
+    marker: ClassVar[str] = "o"
+    presets: ClassVar[Mapping[str, CalibAttConfig]] = MappingProxyType(
+        {
+            # the paper's method
+            "default": CalibAttConfig(),
+            # block masks alone: shows what repetition adds
+            "masks-only": CalibAttConfig(repetition=False),
+        }
+    )
+    # nearly all that a calibration's levels tell apart
+    knob: ClassVar[Knob | None] = Knob(field="loss", low=0.0, high=15.0)
+
+    def __init__(self, config: CalibAttConfig, learnt: Learnt) -> None:
+        super().__init__(config)
+        self.learnt = learnt
+        self.plans = Plans(learnt=learnt, gamma=config.gamma, loss=config.loss, repetition=config.repetition)
+
+    @classmethod
+    def learner(cls, config: CalibAttConfig) -> CalibAttLearner:
+        """Learns masks and repetition; the same for all presets."""
+        return config.learner()
+
+    @classmethod
+    def settled(cls, config: CalibAttConfig, learnt: Learnt) -> CalibAttConfig:
+        """The config with the learner's settings as they were when it learnt."""
+        own = CalibAttLearner.from_settings(learnt.settings)
+        return replace(config, **{field.name: getattr(own, field.name) for field in fields(own)})
+
+    @classmethod
+    def check_tables(cls, learnt: Learnt) -> None:
+        """Refuse tables that CalibAtt cannot have learnt.
+
+        Raises:
+            ValueError: one line that names the setting or the table.
+        """
+        learner = CalibAttLearner.from_settings(learnt.settings)
+        geometry, tables = learnt.provenance.geometry, learnt.tables
+        if learner.anchors >= geometry.grid[1]:
+            raise ValueError(f"anchors: a frame of {geometry.grid[1]} rows has fewer than {learner.anchors} of them")
+        q_blocks, k_blocks = (block_count(geometry.video_tokens, size) for size in learner.block)
+        expected = {
+            "bits": (torch.uint8, (geometry.heads, q_blocks, row_bytes(k_blocks))),
+            "agreement": (torch.float32, (geometry.heads,)),
+            "similarity": (torch.float32, (geometry.heads,)),
+        } | ({"levels": (torch.uint8, (geometry.heads, q_blocks, k_blocks))} if learner.levels else {})
+        if tables.keys() != expected.keys():
+            raise ValueError(f"tables: CalibAtt has {', '.join(expected)}, not {', '.join(tables) or 'none'}")
+        for name, (dtype, shape) in expected.items():
+            table = tables[name]
+            if table.dtype != dtype or tuple(table.shape[2:]) != shape:
+                raise ValueError(
+                    f"{name}: {list(shape)} of {dtype} at every site, not {list(table.shape[2:])} of {table.dtype}"
+                )
+        for name in ("agreement", "similarity"):
+            # both are 0 to 1, but for rounding
+            if not bool(((tables[name] >= -1e-3) & (tables[name] <= 1 + 1e-3)).all()):
+                raise ValueError(f"{name}: a value is not within 0 to 1")
+        # the bits of a row that belong to blocks
+        own = packed(torch.ones(1, 1, k_blocks, dtype=torch.bool))
+        for step, bits in enumerate(tables["bits"]):
+            if not bool((bits & own.to(bits.device)).ne(0).any(-1).all()):
+                raise ValueError(f"bits: a row of a mask at step {step} has no block")
+
+    def plan(
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
+    ) -> Plan:
+        """The calibration's plan for the site, the same for both branches.
+
+        Raises:
+            CalibrationMismatch: the calibration is for another geometry, number of steps or of layers.
+        """
+        return self.plans.plan(site, q.device)
+
+    def mean_density(self) -> float:
+        """Of all plans of a video."""
+        return self.plans.density().mean().item()

@@ -1,0 +1,127 @@
+"""CalibAtt's plans: what was learnt, as a plan for every site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.mask import BlockMask, block_count, packed, unpacked
+from calibatt.kernels.plan import HeadKind, Plan, RowReuse
+from calibatt.methods.blocks import text_blocks, video_blocks
+from calibatt.methods.calibatt.learner import CalibAttLearner
+from calibatt.methods.calibatt.levels import keep_at
+from calibatt.methods.calibatt.repetition import anchor_rows
+from calibatt.methods.learning import Learnt
+from calibatt.methods.site import Site
+
+
+# without slots: cached_property keeps its values in the instance's dictionary
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plans:
+    """A plan for every site: repetitive heads reuse rows, the others have a mask; the same for both branches.
+
+    Without text, masks are views of the table. Text makes a mask larger, and it is then built at every call.
+
+    Args:
+        learnt: by a `CalibAttLearner`.
+        gamma: heads at least this similar over rows reuse rows.
+        loss: attention mass that masks may lose, in multiples of what the schedule leaves out.
+        repetition: without it, every head has its mask.
+
+    Raises:
+        ValueError: a loss other than 1 needs levels, and there are none; or levels do not reach it.
+    """
+
+    learnt: Learnt
+    gamma: float
+    loss: float = 1.0
+    repetition: bool = True
+
+    def __post_init__(self) -> None:
+        if self.loss != 1 and "levels" not in self.learnt.tables:
+            raise ValueError(
+                f"the calibration has masks for a loss of 1, not for {self.loss:g}: "
+                "make one by `calibatt calibrate --levels`"
+            )
+        # made at once: a loss that levels do not reach is refused here
+        _ = self.bits
+
+    def plan(self, site: Site, device: torch.device | None = None) -> Plan:
+        """The plan for a site, with as many text tokens as it has.
+
+        Args:
+            site: where the call happens.
+            device: of the plan; that of the tables where None, which saves a copy at every call.
+
+        Raises:
+            CalibrationMismatch: the site has another geometry, number of steps or of layers.
+        """
+        self.learnt.check(site)
+        return self._plan(site.step, site.layer, site.geometry, device or self.bits.device)
+
+    def density(self) -> Float[Tensor, "steps layers heads"]:
+        """Computed fraction of the query-key products of every head, with as much text as the calibration allows."""
+        own = self.learnt.provenance
+        each = [
+            self._plan(step, layer, own.geometry, self.bits.device).density()
+            for step in range(own.steps)
+            for layer in range(own.layers)
+        ]
+        return torch.stack(each).view(own.steps, own.layers, -1)
+
+    @cached_property
+    def repetitive(self) -> Bool[Tensor, "steps layers heads"]:
+        """Heads that reuse rows, on the CPU."""
+        return self.learnt.tables["similarity"].cpu() >= (self.gamma if self.repetition else torch.inf)
+
+    def _plan(self, step: int, layer: int, geometry: Geometry, device: torch.device) -> Plan:
+        kinds: tuple[HeadKind, ...] = tuple(
+            "reused" if reused else "masked" for reused in self.repetitive[step, layer].tolist()
+        )
+        return Plan(
+            tokens=geometry.tokens,
+            kinds=kinds,
+            mask=self._mask(self.bits[step, layer].to(device), geometry) if "masked" in kinds else None,
+            reuse=self._reuse(geometry, device) if "reused" in kinds else None,
+        )
+
+    def _mask(self, bits: UInt8[Tensor, "heads q_blocks row_bytes"], geometry: Geometry) -> BlockMask:
+        block_q, block_k = self._learner.block
+        if geometry.text_tokens:
+            table = unpacked(bits, block_count(geometry.video_tokens, block_k))
+            rows, columns = (video_blocks(geometry, size) for size in self._learner.block)
+            keep = text_blocks(geometry, self._learner.block, bits.device).repeat(len(bits), 1, 1)
+            keep[:, rows, columns] = table[:, : rows.stop - rows.start, : columns.stop - columns.start]
+            bits = packed(keep)
+        return BlockMask(bits=bits, tokens=geometry.tokens, block_q=block_q, block_k=block_k)
+
+    def _reuse(self, geometry: Geometry, device: torch.device) -> RowReuse:
+        key = (geometry.text_tokens, device)
+        if key not in self._reuses:
+            anchors = anchor_rows(geometry.grid[1], self._learner.anchors)
+            self._reuses[key] = RowReuse.of_anchor_rows(geometry, anchors).to(device)
+        return self._reuses[key]
+
+    @cached_property
+    def bits(self) -> UInt8[Tensor, "steps layers heads q_blocks row_bytes"]:
+        """The masks at this loss."""
+        bits = self.learnt.tables["bits"]
+        if self.loss == 1:
+            return bits
+        # layer by layer: unpacked, all masks of a large model are eight times their size
+        each = [packed(keep_at(levels, self.loss)) for levels in self.learnt.tables["levels"].flatten(0, 1)]
+        return torch.stack(each).view(bits.shape)
+
+    @cached_property
+    def _learner(self) -> CalibAttLearner:
+        return CalibAttLearner.from_settings(self.learnt.settings)
+
+    @cached_property
+    def _reuses(self) -> dict[tuple[int, torch.device], RowReuse]:
+        """By the number of text tokens and the device."""
+        return {}
