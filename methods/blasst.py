@@ -29,7 +29,7 @@ from calibatt.kernels.plan import Plan, Skip
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
-from calibatt.methods.skipping import LEAST, MOST, all_blocks, gaps, without_low
+from calibatt.methods.skipping import LEAST, MOST, all_blocks, score_gaps, without_low
 
 # λ of the calibration, from 1e-12 to 0.99: 22 of them, as there; evenly in the logarithm, which is ours
 LAMBDAS = tuple(np.geomspace(1e-12, 0.99, 22).tolist())
@@ -152,7 +152,7 @@ class BlasstLearner:
         prompt: int,
     ) -> Mapping[str, Tensor]:
         """`left_out`: the shares at one call, by threshold."""
-        found = gaps(q, k, all_blocks(site.geometry.tokens, self.block, q.device)).flatten()
+        found = score_gaps(q, k, all_blocks(site.geometry.tokens, self.block, q.device)).flatten()
         thresholds = torch.tensor(LAMBDAS, device=q.device).log2()
         return {"left_out": torch.stack([(found <= threshold).float().mean() for threshold in thresholds])}
 
