@@ -91,8 +91,7 @@ class Blasst(Method):
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_ends": 0})
 
     def __init__(self, config: BlasstConfig, learnt: Learnt | None = None) -> None:
-        super().__init__(config)
-        self.learnt = learnt
+        super().__init__(config, learnt)
         self._threshold: float | Unsupported | None = config.threshold
         if learnt is not None and config.sparsity is not None:
             tokens = learnt.provenance.geometry.tokens

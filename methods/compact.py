@@ -93,10 +93,10 @@ class Compact(Method):
     )
     knob: ClassVar[Knob | None] = Knob(field="recall", low=0.0, high=1.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0})
+    learnt: Learnt
 
     def __init__(self, config: CompactConfig, learnt: Learnt) -> None:
-        super().__init__(config)
-        self.learnt = learnt
+        super().__init__(config, learnt)
         self._plans: dict[tuple[int, int, torch.device], Plan] = {}
         self._orders: dict[torch.device, TokenOrder] = {}
 

@@ -89,10 +89,10 @@ class Scaling(Method):
     )
     knob: ClassVar[Knob | None] = Knob(field="density", low=0.0, high=1.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0})
+    learnt: Learnt
 
     def __init__(self, config: ScalingConfig, learnt: Learnt) -> None:
-        super().__init__(config)
-        self.learnt = learnt
+        super().__init__(config, learnt)
         self._levels = levels(learnt.tables["fidelity"], learnt.tables["share"], config).cpu()
         self._plans: dict[tuple[int, int, torch.device], Plan] = {}
 

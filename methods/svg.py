@@ -123,8 +123,7 @@ class SparseVideoGen(Method):
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0, "dense_layers": 0.0})
 
     def __init__(self, config: SparseVideoGenConfig, learnt: Learnt | None = None) -> None:
-        super().__init__(config)
-        self.learnt = learnt
+        super().__init__(config, learnt)
         self._sampled = OutputErrors.of(config)
         self._masks: dict[tuple[Geometry, torch.device], BlockMask] = {}
         self._orders: dict[tuple[Geometry, torch.device], Int32[Tensor, "orders tokens"]] = {}

@@ -135,10 +135,10 @@ class Svoo(Method):
     # the table bounds density from below
     knob: ClassVar[Knob | None] = Knob(field="mass", low=0.0, high=1.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0, "dense_layers": 0.0})
+    learnt: Learnt
 
     def __init__(self, config: SvooConfig, learnt: Learnt) -> None:
-        super().__init__(config)
-        self.learnt = learnt
+        super().__init__(config, learnt)
         self._coclusters: dict[tuple[Branch, int, int], _Coclusters] = {}
 
     @classmethod
