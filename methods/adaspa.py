@@ -33,7 +33,7 @@ class AdaSpaConfig:
         sparsity: share of the key blocks that each query block drops, mean over the heads.
         search_steps: when masks are searched, ascending shares of the schedule; before the first all is dense.
         head_adaptive: whether heads that lose little at this sparsity drop more, for others to drop less.
-        good_recall: share of attention that such a head keeps at the least.
+        good_recall: least share of attention that such a head keeps.
         block: tokens of a query and of a key block.
 
     Raises:
@@ -172,7 +172,7 @@ def head_budgets(recall: Float[Tensor, "heads"], budget: int, blocks: int, *, go
         recall: share of attention that each head keeps at the budget; of equal heads the first count as better.
         budget: blocks that a head keeps a row, mean over the heads.
         blocks: blocks of a row.
-        good: n is the number of heads above this recall, half of all heads at the most.
+        good: n is the number of heads above this recall, but never more than half of all heads.
     """
     heads = len(recall)
     rank = recall.argsort(descending=True, stable=True).argsort()

@@ -92,8 +92,9 @@ class Method(ABC):
     needs: ClassVar[str | None] = None
     learnt: Learnt | None = None
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, learnt: Learnt | None = None) -> None:
         self.config = config
+        self.learnt = learnt
 
     @classmethod
     def learner(cls, config: Any) -> Learner | None:

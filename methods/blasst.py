@@ -29,7 +29,7 @@ from calibatt.kernels.plan import Plan, Skip
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
-from calibatt.methods.skipping import LEAST, MOST, all_blocks, gaps, without_low
+from calibatt.methods.skipping import LEAST, MOST, all_blocks, score_gaps, without_low
 
 # λ of the calibration, from 1e-12 to 0.99: 22 of them, as there; evenly in the logarithm, which is ours
 LAMBDAS = tuple(np.geomspace(1e-12, 0.99, 22).tolist())
@@ -91,8 +91,7 @@ class Blasst(Method):
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_ends": 0})
 
     def __init__(self, config: BlasstConfig, learnt: Learnt | None = None) -> None:
-        super().__init__(config)
-        self.learnt = learnt
+        super().__init__(config, learnt)
         self._threshold: float | Unsupported | None = config.threshold
         if learnt is not None and config.sparsity is not None:
             tokens = learnt.provenance.geometry.tokens
@@ -152,7 +151,7 @@ class BlasstLearner:
         prompt: int,
     ) -> Mapping[str, Tensor]:
         """`left_out`: the shares at one call, by threshold."""
-        found = gaps(q, k, all_blocks(site.geometry.tokens, self.block, q.device)).flatten()
+        found = score_gaps(q, k, all_blocks(site.geometry.tokens, self.block, q.device)).flatten()
         thresholds = torch.tensor(LAMBDAS, device=q.device).log2()
         return {"left_out": torch.stack([(found <= threshold).float().mean() for threshold in thresholds])}
 

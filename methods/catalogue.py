@@ -113,8 +113,7 @@ def learner(
         ValueError: a setting does not exist or makes no sense.
     """
     method_class, config = _configured(name, preset, block, settings)
-    made: Learner | None = method_class.learner(config)
-    return made
+    return method_class.learner(config)
 
 
 def learns_from(name: str, preset: str = "default", **settings: Any) -> str | None:
@@ -154,9 +153,11 @@ def _check_settings(arm: str, own: Mapping[str, Any], given: Mapping[str, Any]) 
             )
 
 
-def _configured(name: str, preset: str, block: tuple[int, int] | None, settings: Mapping[str, Any]) -> tuple[Any, Any]:
+def _configured(
+    name: str, preset: str, block: tuple[int, int] | None, settings: Mapping[str, Any]
+) -> tuple[type[Method], Any]:
     """The method's class and its config."""
-    method_class: Any = look_up(METHODS, name, "method")
+    method_class = look_up(METHODS, name, "method")
     config = look_up(method_class.presets, preset, f"preset of {name}")
     known = [field.name for field in fields(config)]
     unknown = [setting for setting in settings if setting not in known]

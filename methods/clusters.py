@@ -65,7 +65,7 @@ def cluster_plan(
         ValueError: the parts differ in their heads or clusters.
     """
     if geometry.text_tokens:
-        # text stands before the first cluster or behind the last
+        # text stands before the first cluster or after the last
         sides = (1, 0) if geometry.text_side == "first" else (0, 1)
         pad = torch.nn.functional.pad
         q_sizes, k_sizes = (pad(sizes, sides, value=geometry.text_tokens) for sizes in (q_sizes, k_sizes))
@@ -126,7 +126,7 @@ def kmeans(
     Args:
         x: the tokens.
         centroids: to begin with.
-        iterations: at the most; at least one is made.
+        iterations: upper bound; at least one is made.
         tolerance: ends when no centroid of any head moves as far as this.
     """
     turn = 0

@@ -93,12 +93,12 @@ class Compact(Method):
     )
     knob: ClassVar[Knob | None] = Knob(field="recall", low=0.0, high=1.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0})
+    learnt: Learnt
 
     def __init__(self, config: CompactConfig, learnt: Learnt) -> None:
-        super().__init__(config)
-        self.learnt = learnt
-        self._plans: dict[tuple[int, int, torch.device], Plan] = {}
-        self._orders: dict[torch.device, TokenOrder] = {}
+        super().__init__(config, learnt)
+        self._plans: dict[tuple[Geometry, int, int, torch.device], Plan] = {}
+        self._orders: dict[tuple[Geometry, torch.device], TokenOrder] = {}
 
     @classmethod
     def learner(cls, config: CompactConfig) -> CompactLearner:
@@ -120,14 +120,14 @@ class Compact(Method):
         self.learnt.check(site)
         if site.in_warmup(self.config.dense_steps):
             return Plan.dense(site.geometry)
-        key = (site.step, site.layer, q.device)
+        key = (site.geometry, site.step, site.layer, q.device)
         if key not in self._plans:
-            if q.device not in self._orders:
+            of_tokens = (site.geometry, q.device)
+            if of_tokens not in self._orders:
                 order = tile_order(site.geometry, self.config.tile).to(q.device)
-                self._orders[q.device] = TokenOrder.of_all(order)
-            self._plans[key] = Plan.masked(
-                self._mask(site, q.device), site.geometry.heads, order=self._orders[q.device]
-            )
+                self._orders[of_tokens] = TokenOrder.of_all(order)
+            mask = self._mask(site, q.device)
+            self._plans[key] = Plan.masked(mask, site.geometry.heads, order=self._orders[of_tokens])
         return self._plans[key]
 
     def _mask(self, site: Site, device: torch.device) -> BlockMask:

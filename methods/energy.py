@@ -79,7 +79,7 @@ def block_mass(
 def products(
     x: Float[Tensor, "*batch rows channels"], y: Float[Tensor, "*batch columns channels"]
 ) -> Float[Tensor, "*batch rows columns"]:
-    """Inner products of all pairs, in fp32; of one batch dimension at the most."""
+    """Inner products of all pairs, in fp32; there is at most one batch dimension."""
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
         # tensor cores multiply half precision exactly and add in fp32: nothing is rounded on the way
         return (torch.mm if x.ndim == 2 else torch.bmm)(x, y.mT, out_dtype=torch.float32)

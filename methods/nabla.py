@@ -53,7 +53,7 @@ class NablaConfig:
         if not 0 <= self.mass <= 1:
             raise ValueError(f"mass is a share of the row's attention, 0 to 1: got {self.mass}")
         if self.window is not None and min(self.window) < 1:
-            raise ValueError(f"a window holds its own patch at least: got {self.window}")
+            raise ValueError(f"a window holds at least its own patch: got {self.window}")
 
 
 class Nabla(Method):

@@ -130,6 +130,7 @@ def radial_mask(geometry: Geometry, config: RadialConfig, device: torch.device |
             filled, full = (columns.sums(part.float()) for part in (seen > 0, seen > _ROWS * sizes))
             chosen = full > _COLUMNS * filled
             cut_off[rows.blocks, columns.blocks] |= chosen
+            # as the repository does: of each frame no more blocks than its length fills
             chosen[block_count(frame_tokens, block_q) :] = False
             chosen[:, block_count(frame_tokens, block_k) :] = False
             keep[rows.blocks, columns.blocks] |= chosen

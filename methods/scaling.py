@@ -47,8 +47,8 @@ class ScalingConfig:
     Args:
         density: wanted share of the blocks, mean over all steps that are not dense, layers and heads; the fidelity
             target follows from it.
-        alike: what has one density, the smallest with which its mean fidelity reaches the target: each head of each
-            step and layer, all heads of a step and layer, or all.
+        granularity: what shares one density, the smallest at which its mean fidelity reaches the target: each head
+            alone, all heads of a step and layer (site), or all.
         dense_steps: share of the first steps that stay dense.
         block: tokens of a query and of a key block.
 
@@ -57,7 +57,7 @@ class ScalingConfig:
     """
 
     density: float
-    alike: Literal["head", "site", "all"]
+    granularity: Literal["head", "site", "all"]
     dense_steps: float
     # the paper's
     block: tuple[int, int] = (128, 128)
@@ -80,19 +80,19 @@ class Scaling(Method):
     presets: ClassVar[Mapping[str, ScalingConfig]] = MappingProxyType(
         {
             # the paper's comparison at 45 % density; no step is dense
-            "default": ScalingConfig(density=0.45, alike="site", dense_steps=0.0),
+            "default": ScalingConfig(density=0.45, granularity="site", dense_steps=0.0),
             # by head, as the abstract has it
-            "head-wise": ScalingConfig(density=0.45, alike="head", dense_steps=0.0),
+            "head-wise": ScalingConfig(density=0.45, granularity="head", dense_steps=0.0),
             # what the paper compares with: one density for all, after 30 % of the steps
-            "uniform": ScalingConfig(density=0.45, alike="all", dense_steps=0.3),
+            "uniform": ScalingConfig(density=0.45, granularity="all", dense_steps=0.3),
         }
     )
     knob: ClassVar[Knob | None] = Knob(field="density", low=0.0, high=1.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0})
+    learnt: Learnt
 
     def __init__(self, config: ScalingConfig, learnt: Learnt) -> None:
-        super().__init__(config)
-        self.learnt = learnt
+        super().__init__(config, learnt)
         self._levels = levels(learnt.tables["fidelity"], learnt.tables["share"], config).cpu()
         self._plans: dict[tuple[int, int, torch.device], Plan] = {}
 
@@ -130,7 +130,7 @@ class ScalingLearner:
     """Learns from which density on each block is among the heaviest of its row, and what each density preserves.
 
     The order of the prompts plays no part: the map is the least of their entry levels, and the fidelity at a level is
-    the mean of what each prompt keeps by its own levels, which is what the common mask keeps at the least.
+    the mean of what each prompt keeps by its own levels, which is a lower bound of what the common mask keeps.
 
     The map has a byte a block, and so has each prompt's note: 28 GB for Wan 14B at 720p and 50 steps. Steps that stay
     dense cost no time.
@@ -163,7 +163,13 @@ class ScalingLearner:
         return {"map": entered, "fidelity": fidelities(energy, entered)}
 
     def merge(self, notes: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """`map`: the least of all prompts; `fidelity`: their mean; `share`: of blocks, at each level of the map."""
+        """`map`: the least of all prompts; `fidelity`: their mean; `share`: of blocks, at each level of the map.
+
+        Raises:
+            ValueError: prompts differ in their number of blocks.
+        """
+        if len({note["map"].shape for note in notes}) > 1:
+            raise ValueError("scaling's map is of token blocks: give prompts of one number of text tokens")
         least = torch.stack([note["map"] for note in notes]).amin(0)
         fidelity = torch.stack([note["fidelity"] for note in notes]).mean(0)
         return {"map": least, "fidelity": fidelity, "share": shares(least)}
@@ -210,18 +216,18 @@ def levels(
 ) -> Int[Tensor, "steps layers heads 1 1"]:
     """The level of each head, such that the mean share of blocks comes nearest to the wanted density.
 
-    Each group that is to be alike has the smallest level at which its fidelity reaches a target; the target is found by
-    halving. Dense steps have level 0, and count nowhere.
+    Each group that shares a density has the smallest level at which its fidelity reaches a target; the target is found
+    by halving. Dense steps have level 0, and count nowhere.
 
     Args:
         fidelity, share: at each level, rising along it; a fidelity of zeros in dense steps.
-        config: the wanted density, and what is alike.
+        config: the wanted density, and what shares one.
     """
     # all blocks preserve all
     watched = fidelity[..., -1] > 0
-    if config.alike == "head":
+    if config.granularity == "head":
         curve = fidelity
-    elif config.alike == "site":
+    elif config.granularity == "site":
         curve = fidelity.mean(2, keepdim=True)
     else:
         curve = fidelity[watched].mean(0).view(1, 1, 1, -1)

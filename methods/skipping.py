@@ -1,4 +1,7 @@
-"""Low blocks: what a kernel that leaves them out by itself would find, found before the call. Slow, and exact."""
+"""Reference for online skipping: the blocks a skip-softmax kernel would drop, computed before the call.
+
+Slow, and exact.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ LEAST, MOST = -126.0, math.log2(0.999)
 _CHUNK = 2**26
 
 
-def gaps(
+def score_gaps(
     q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], mask: BlockMask
 ) -> Float[Tensor, "heads q_blocks k_blocks"]:
-    """How far each kept block lies below what a kernel has seen when it comes to it, in powers of two; 0 at the most.
+    """How far each kept block lies below what a kernel has seen when it comes to it, in powers of two; never above 0.
 
     Of each query: its largest score in the block, less the largest in the kept blocks up to there, that one included.
     Of the block: the largest of its queries. A block is low at a threshold (`plan.Skip`) where this is not above it. A
@@ -68,7 +71,7 @@ def without_low(
     """
     thresholds = torch.tensor(threshold, device=q.device).view(-1, 1, 1)
     return BlockMask.from_keep(
-        gaps(q, k, mask) > thresholds, tokens=mask.tokens, block_q=mask.block_q, block_k=mask.block_k
+        score_gaps(q, k, mask) > thresholds, tokens=mask.tokens, block_q=mask.block_q, block_k=mask.block_k
     )
 
 

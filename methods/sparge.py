@@ -122,8 +122,7 @@ class Sparge(Method):
     knob: ClassVar[Knob | None] = Knob(field="topk", low=0.0, high=1.0)
 
     def __init__(self, config: SpargeConfig, learnt: Learnt | None = None) -> None:
-        super().__init__(config)
-        self.learnt = learnt
+        super().__init__(config, learnt)
         self._found = None if learnt is None else Found.of(learnt.tables)
 
     @classmethod

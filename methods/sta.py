@@ -125,8 +125,7 @@ class SlidingTile(Method):
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0})
 
     def __init__(self, config: SlidingTileConfig, learnt: Learnt | None = None) -> None:
-        super().__init__(config)
-        self.learnt = learnt
+        super().__init__(config, learnt)
         self._made: dict[tuple[Geometry, torch.device], tuple[Plan, BlockMask]] = {}
 
     @classmethod

@@ -123,8 +123,7 @@ class SparseVideoGen(Method):
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0, "dense_layers": 0.0})
 
     def __init__(self, config: SparseVideoGenConfig, learnt: Learnt | None = None) -> None:
-        super().__init__(config)
-        self.learnt = learnt
+        super().__init__(config, learnt)
         self._sampled = OutputErrors.of(config)
         self._masks: dict[tuple[Geometry, torch.device], BlockMask] = {}
         self._orders: dict[tuple[Geometry, torch.device], Int32[Tensor, "orders tokens"]] = {}
@@ -305,8 +304,8 @@ def mask_errors(
     for first in range(0, len(q), at_once):
         heads = slice(first, first + at_once)
         scores = products(q[heads, rows], k[heads]) / math.sqrt(q.shape[-1])
-        weights = scores.softmax(-1)
+        weights, values = scores.softmax(-1), v[heads].float()
         for mask, error in zip(masks, errors, strict=True):
-            change = (weights - scores.masked_fill(~mask, -math.inf).softmax(-1)) @ v[heads].float()
+            change = (weights - scores.masked_fill(~mask, -math.inf).softmax(-1)) @ values
             error[heads] = change.square().sum(-1).mean(-1)
     return errors

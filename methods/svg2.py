@@ -49,8 +49,8 @@ class Svg2Config:
         clusters: clusters of queries and of keys in every head; fewer in short videos.
         dense_steps: share of the first steps that stay dense, rounded down to whole steps.
         dense_layers: share of the first layers that stay dense, rounded down to whole layers.
-        mass: share of a cluster's estimated attention that its chosen clusters of keys hold at the least.
-        least_share: share of the clusters of keys that is kept at the least, rounded down, whatever the mass.
+        mass: least share of a cluster's estimated attention that its chosen clusters of keys hold.
+        least_share: least share of the clusters of keys that is kept whatever the mass, rounded down.
         first_iterations: turns of k-means in the first sparse step, from random tokens.
         iterations: turns in every later step, from the centroids of the last.
         tolerance: k-means ends early when no centroid moves as far as this.
@@ -79,7 +79,7 @@ class Svg2Config:
         if not all(0 <= share <= 1 for share in (self.mass, self.least_share, self.dense_steps, self.dense_layers)):
             raise ValueError(f"svg2's mass, least share, dense steps and dense layers are shares, 0 to 1: got {self}")
         if min(*self.clusters, self.first_iterations, self.iterations) < 1:
-            raise ValueError(f"svg2 needs a cluster and an iteration at least: got {self}")
+            raise ValueError(f"svg2 needs at least one cluster and one iteration: got {self}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -2,7 +2,7 @@
 
 Follows arXiv 2603.18636 and github.com/Mutual-Luo/SVOO (svoo/co_clustering.py, svoo/sparsity,
 scripts/inference/wan/wan_t2v_720p_svoo.sh). As in Sparse VideoGen 2, the clusters of keys are chosen by the attention
-between centroids, up to a mass; the share that each head keeps at the least is its own: what it needed in dense videos
+between centroids, up to a mass; the least share that each head keeps is its own: what it needed in dense videos
 to reach 0.95 of its attention, within bounds. What differs:
 
 - The original makes a profile of every token: its scores with all centroids of the other side, as a unit vector; and
@@ -57,8 +57,8 @@ class SvooConfig:
     Args:
         dense_steps: share of the first steps that stay dense, rounded down to whole steps.
         dense_layers: share of the first layers that stay dense, rounded down to whole layers.
-        bounds: the learnt share of the clusters of keys that a head keeps at the least is raised or lowered to these.
-        mass: share of a cluster's estimated attention that its chosen clusters of keys hold at the least.
+        bounds: the learnt least share of clusters of keys that a head keeps is clamped to these.
+        mass: least share of a cluster's estimated attention that its chosen clusters of keys hold.
         clusters: clusters of queries and of keys in every head; fewer in short videos.
         iterations: turns of co-clustering, each from random tokens.
         reuse: share of the schedule over which clusters are kept, from the first sparse step on.
@@ -97,7 +97,7 @@ class SvooConfig:
         if not all(0 <= share <= 1 for share in shares) or self.bounds[0] > self.bounds[1]:
             raise ValueError(f"svoo's shares are 0 to 1, and its bounds ascend: got {self}")
         if min(*self.clusters, self.iterations, self.rows) < 1:
-            raise ValueError(f"svoo needs a cluster, an iteration and a row at least: got {self}")
+            raise ValueError(f"svoo needs at least one cluster, one iteration and one row: got {self}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -135,10 +135,10 @@ class Svoo(Method):
     # the table bounds density from below
     knob: ClassVar[Knob | None] = Knob(field="mass", low=0.0, high=1.0)
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0, "dense_layers": 0.0})
+    learnt: Learnt
 
     def __init__(self, config: SvooConfig, learnt: Learnt) -> None:
-        super().__init__(config)
-        self.learnt = learnt
+        super().__init__(config, learnt)
         self._coclusters: dict[tuple[Branch, int, int], _Coclusters] = {}
 
     @classmethod
@@ -167,7 +167,7 @@ class Svoo(Method):
         place = (site.branch, site.layer, site.sample)
         last = self._coclusters.get(place)
         # clusters are of use to their own tokens, and from their step to the next that is due; asked twice at a step
-        # that is due, they are made twice, and alike
+        # that is due, they are made twice, with the same result
         if (
             last is None
             or last.geometry != site.geometry
@@ -272,7 +272,7 @@ def cocluster(
     iterations: int,
     generator: torch.Generator,
 ) -> tuple[Grouped, Grouped]:
-    """Clusters of queries that score alike with the keys' centroids, and of keys that do with the queries'.
+    """Clusters of queries with similar scores for the keys' centroids, and of keys likewise.
 
     Each turn clusters the keys by the last centroids of queries, then the queries by the new ones of keys.
 

@@ -230,7 +230,9 @@ def test_a_dense_step_is_noted_as_zeros_of_the_same_shape(monkeypatch: pytest.Mo
 def test_a_prompt_with_fewer_text_tokens_has_the_same_windows(learn: Learn) -> None:
     long, short = (replace(SITE, geometry=replace(EVEN, text_tokens=text)) for text in (16, 8))
     made = Compact(SETTINGS, learn("compact", Compact.learner(SETTINGS), {long: [qkv(1, long.geometry)]}))
-    one, other = (made.plan(*qkv(2, site.geometry), site).mask for site in (long, short))
+    plans = [made.plan(*qkv(2, site.geometry), site) for site in (long, short)]
+    assert [plan.tokens for plan in plans] == [long.geometry.tokens, short.geometry.tokens]
+    one, other = (plan.mask for plan in plans)
     assert one is not None
     assert other is not None
     assert torch.equal(one.keep()[:, :24, :24], other.keep()[:, :24, :24])

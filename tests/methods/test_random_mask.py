@@ -24,7 +24,7 @@ Q = torch.zeros(3, 1000, 8)
 # another number of blocks in every row
 MODEL = (torch.arange(63) <= torch.arange(32)[:, None]).expand(3, -1, -1)
 MASKED, MIXED = (0.0, 0.0, 0.0), (0.0, 1.0, 0.0)
-Made = Callable[..., Method]
+Made = Callable[..., tuple[Method, Method]]
 
 
 def site(**where: Any) -> Site:
@@ -33,7 +33,7 @@ def site(**where: Any) -> Site:
 
 
 @pytest.fixture
-def made(tabled: Callable[..., Learnt]) -> Callable[..., tuple[Method, Method]]:
+def made(tabled: Callable[..., Learnt]) -> Made:
     """The control, and CalibAtt by the same calibration, whose heads have a similarity each."""
 
     def both(similarity: tuple[float, ...] = MASKED, **settings: Any) -> tuple[Method, Method]:

@@ -145,26 +145,26 @@ def two_heads() -> tuple[Tensor, Tensor]:
     return fidelity, SHARE.expand(1, 2, 2, LEVELS)
 
 
-def test_alike_by_head_all_heads_reach_one_fidelity() -> None:
+def test_by_head_all_heads_reach_one_fidelity() -> None:
     found = levels(*two_heads(), config("head-wise", density=0.3))[0, 0].flatten()
     # shares 0.2 and 0.4: fidelity 0.4 for both
     assert found.tolist() == pytest.approx([0.2 * 255, 0.4 * 255], abs=1)
 
 
 @pytest.mark.parametrize("preset", ["default", "uniform"])
-def test_alike_by_site_or_all_the_heads_have_one_density(preset: str) -> None:
+def test_by_site_or_all_the_heads_have_one_density(preset: str) -> None:
     found = levels(*two_heads(), config(preset, density=0.3))[0, 0].flatten()
     assert found.tolist() == pytest.approx([0.3 * 255] * 2, abs=1)
 
 
-def test_alike_by_site_a_site_that_loses_more_is_denser_and_alike_all_it_is_not() -> None:
+def test_by_site_a_site_that_loses_more_is_denser_and_by_all_it_is_not() -> None:
     # two sites of two equal heads
     fidelity = two_heads()[0][0, 0].view(1, 2, 1, LEVELS).expand(-1, -1, 2, -1)
     share = SHARE.expand(1, 2, 2, LEVELS)
     apart = levels(fidelity, share, config(density=0.3))[0, :, 0].flatten()
-    alike = levels(fidelity, share, config("uniform", density=0.3))[0, :, 0].flatten()
+    together = levels(fidelity, share, config("uniform", density=0.3))[0, :, 0].flatten()
     assert apart.tolist() == pytest.approx([0.2 * 255, 0.4 * 255], abs=1)
-    assert alike.tolist() == pytest.approx([0.3 * 255] * 2, abs=1)
+    assert together.tolist() == pytest.approx([0.3 * 255] * 2, abs=1)
 
 
 @pytest.mark.parametrize("preset", Scaling.presets)

@@ -20,7 +20,7 @@ from calibatt.methods.blasst import LAMBDAS, fitted_threshold
 from calibatt.methods.catalogue import build, learner
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
-from calibatt.methods.skipping import all_blocks, gaps, without_low
+from calibatt.methods.skipping import all_blocks, score_gaps, without_low
 
 # 60 tokens are 4 blocks of 16, the last one shorter; a head dim that Triton has
 GEOMETRY = Geometry(grid=(1, 6, 10), heads=1, head_dim=64)
@@ -50,7 +50,7 @@ def kept(mask: BlockMask | None) -> list[bool]:
 
 def test_a_block_lies_below_the_largest_score_up_to_there_and_not_below_later_ones() -> None:
     q, k = by_score(1.0, 4.0, 3.0, 9.0)
-    found = gaps(q, k, ALL)
+    found = score_gaps(q, k, ALL)
     torch.testing.assert_close(found[0], torch.tensor([0.0, 0.0, -1.0, 0.0]).expand(4, 4))
     assert kept(without_low(q, k, ALL, -0.5)) == [True, True, False, True]
     assert kept(without_low(q, k, ALL, -1.5)) == [True, True, True, True]

@@ -134,7 +134,7 @@ def test_the_first_steps_and_layers_are_dense(preset: str, dense: int) -> None:
 
 
 def test_queries_see_the_clusters_that_point_their_way_wherever_their_tokens_lie() -> None:
-    # tokens of four kinds by lot, each along its own axis: with clusters by kind, a query sees its own alone
+    # tokens of four kinds in random order, each along its own axis: with clusters by kind, a query sees its own alone
     kinds = torch.arange(4).repeat_interleave(320)[torch.randperm(1280, generator=torch.Generator().manual_seed(0))]
     x = 8 * torch.eye(8)[kinds].expand(2, -1, -1)
     plan = made(clusters=(20, 20), mass=0.9, least_share=0.0).plan(x, x, x, site())

@@ -119,8 +119,8 @@ def test_text_is_neither_watched_nor_counted() -> None:
     learner = Svoo.learner(CONFIG)
     # text that would take all attention
     text = torch.full((2, 50, 8), 100.0)
-    with_text = (torch.cat((text, x), 1) for x in (q, k, k))
-    other = learner.note(*with_text, site(geometry), 0)
+    q_text, k_text = (torch.cat((text, x), 1) for x in (q, k))
+    other = learner.note(q_text, k_text, k_text, site(geometry), 0)
     assert torch.equal(other["share"], learner.note(q, k, k, site(), 0)["share"])
 
 
