@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,26 @@ def test_the_same_video_is_as_near_as_can_be(fakes: Any) -> None:
     assert record.ssim == pytest.approx((1.0,) * 2)
 
 
-def test_one_video_is_in_memory_at_a_time(fakes: Any) -> None:
+def test_one_video_is_in_memory_at_a_time_and_of_each_arm_three_are_kept(
+    fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames: list[weakref.ref[torch.Tensor]] = []
+    kept: list[int] = []
+
+    def reduced(video: torch.Tensor) -> torch.Tensor:
+        kept.append(sum(one() is not None for one in frames))
+        made = eight_bit(video)
+        frames.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr("calibatt.bench.suites.denoise.eight_bit", reduced)
     arms = [fakes.arm("dense"), fakes.arm("a"), fakes.arm("b")]
-    dict(run(fakes.context(), arms, rounds=4, artifacts=None))
-    assert len(fakes.videos) == 12
+    dict(run(fakes.context(prompts=5), arms, rounds=5, artifacts=None))
+    assert len(fakes.videos) == 15
     # when the next begins, the last is gone
     assert max(fakes.alive) == 0
+    # from the fourth round on, those of the round that is under way come on top
+    assert kept[9:] == [9, 10, 11, 9, 10, 11]
 
 
 @pytest.mark.parametrize("lasts", [0, CHECKED + A_VIDEO + 3])
