@@ -144,43 +144,30 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from calibatt.bench.accuracy import psnr_db
     from calibatt.bench.timer import timed
-    from calibatt.calibration.learn import load_learnt
-    from calibatt.calibration.store import Calibration
+    from calibatt.bench.video_metrics import eight_bit, psnr_db
+    from calibatt.calibration.artifact import check_output
     from calibatt.kernels.catalogue import DEFAULT, KERNELS
     from calibatt.kernels.names import look_up
-    from calibatt.methods.catalogue import METHODS, build, learner
+    from calibatt.methods.catalogue import build
     from calibatt.models.adapter import attached
-    from calibatt.models.catalogue import weights_digest
     from calibatt.models.device import working_dtype
     from calibatt.models.generate import check_video_path, generate, save_video
 
+    # what can be wrong is looked at before the model is loaded
     check_video_path(arguments.out)
+    check_output(arguments.out)
     entry, resolution, device = _model(arguments)
     entry.checked_loader()
     steps = arguments.steps or entry.steps_at(resolution)
-    kind = look_up(METHODS, arguments.method, "method")
     kernel = look_up(KERNELS, arguments.kernel, "kernel")
-    learns = learner(kind.name, preset=arguments.preset) is not None
-    source: Any = None
-    if kind.offline or learns:
-        if arguments.calibration is None:
-            which = f"--method {kind.name} --preset {arguments.preset} " if learns else ""
-            raise ValueError(
-                f"{kind.name} needs --calibration: make one by `calibatt calibrate {which}--model {entry.name} "
-                f"--resolution {resolution} --steps {steps} -o FILE`"
-            )
-        source = (load_learnt if learns else Calibration.load)(arguments.calibration).to(device)
-    method = build(kind.name, preset=arguments.preset, source=source, block=entry.block)
+    method = _method(arguments, entry, resolution, steps, device)
     geometry = entry.geometry(resolution)
     refusal = method.refusal(geometry) or kernel.refusal(_task(method, geometry, steps, entry.layers, device))
     if refusal is not None:
         raise ValueError(refusal.reason)
 
     pipe = entry.load(resolution=resolution, device=device, dtype=working_dtype(device), weights=arguments.weights)
-    if source is not None:
-        source.check_model(entry.name, weights_digest(pipe))
 
     def one(planner: Any, attender: Any, *, stop_after: int | None = None) -> tuple[float, Any]:
         with attached(pipe, planner, attender):
@@ -192,24 +179,45 @@ def _generate(arguments: argparse.Namespace) -> int:
                 ),
             )  # fmt: skip
 
-    dense = None
-    if arguments.compare and kind.name != "dense":
-        dense = one(build("dense"), DEFAULT)
-        print(f"dense: {dense[0]:.2f} s")
-    # compiles and caches what a first use would otherwise count in
+    # compiles and caches what a first use would otherwise count in, and finds a calibration of another model's weights
     print("warming up", file=sys.stderr)
     one(method, kernel, stop_after=1)
+    dense = None
+    if arguments.compare and arguments.method != "dense":
+        one(build("dense"), DEFAULT, stop_after=1)
+        dense = one(build("dense"), DEFAULT)
+        print(f"dense: {dense[0]:.2f} s")
     seconds, video = one(method, kernel)
-    print(f"{kind.name}: {seconds:.2f} s")
+    print(f"{arguments.method}: {seconds:.2f} s")
     if dense is not None:
-        print(f"{dense[0] / seconds:.2f} times as fast, PSNR {psnr_db(video, dense[1]):.1f} dB against dense")
+        psnr = psnr_db(eight_bit(video), eight_bit(dense[1]))
+        print(f"{dense[0] / seconds:.2f} times as fast, PSNR {psnr:.1f} dB against dense")
     save_video(video, arguments.out)
     print(f"wrote {arguments.out}")
     return 0
 
 
+def _method(arguments: argparse.Namespace, entry: Any, resolution: str, steps: int, device: Any) -> Any:
+    """The method, with the calibration that it needs."""
+    from calibatt.calibration.artifact import Calibration
+    from calibatt.methods.catalogue import build, learns_from
+
+    name, preset, calibration = arguments.method, arguments.preset, None
+    source = learns_from(name, preset)
+    if arguments.calibration is not None:
+        calibration = Calibration.load(arguments.calibration).to(device)
+    elif source is not None:
+        which = "" if source == "calibatt" else f"--method {source} "
+        which += "" if source != name or preset == "default" else f"--preset {preset} "
+        raise ValueError(
+            f"{name} needs --calibration: make one by `calibatt calibrate {which}--model {entry.name} "
+            f"--resolution {resolution} --steps {steps} -o FILE`"
+        )
+    return build(name, preset=preset, calibration=calibration, block=entry.block)
+
+
 def _task(method: Any, geometry: Any, steps: int, layers: int, device: Any) -> Any:
-    """What the method will ask of a kernel, by a plan for queries and keys of chance at the last step and layer."""
+    """What the method will ask of a kernel, by a plan for random inputs at the last step and layer."""
     import torch
 
     from calibatt.kernels.base import Task
@@ -217,11 +225,11 @@ def _task(method: Any, geometry: Any, steps: int, layers: int, device: Any) -> A
     from calibatt.models.device import working_dtype
 
     # of a generator of its own: the global one is the video's
-    shape = (2, geometry.heads, geometry.tokens, geometry.head_dim)
+    shape = (3, geometry.heads, geometry.tokens, geometry.head_dim)
     generator = torch.Generator(device).manual_seed(0)
-    q, k = torch.randn(shape, generator=generator, device=device, dtype=working_dtype(device))
+    q, k, v = torch.randn(shape, generator=generator, device=device, dtype=working_dtype(device))
     where = {"step": steps - 1, "steps": steps, "layer": layers - 1, "layers": layers}
-    plan = method.plan(q, k, Site(geometry=geometry, sigma=0.0, branch="cond", **where))
+    plan = method.plan(q, k, v, Site(geometry=geometry, sigma=0.0, branch="cond", **where))
     method.reset()
     return Task.of(q[None], plan)
 

@@ -16,6 +16,7 @@ import torch
 
 from calibatt.cli import main
 from calibatt.models.catalogue import MODELS
+from calibatt.models.shapes.pipeline import WEIGHTS, new_transformer
 
 PROMPT = "a red circle moving left and a blue square, still, over stripes"
 
@@ -48,7 +49,9 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--steps", "0"], "whole number from 1 up"),
         (["--device", "tpu"], "this machine has"),
         (["--out", "video.avi"], "ends in .mp4 or .gif"),
-        (["--weights", "nowhere"], "nowhere"),
+        (["--out", "folder.gif"], "folder.gif is no file that can be replaced"),
+        (["--weights", "nowhere"], "nowhere has no config.json"),
+        (["--method", "random"], "make one by `calibatt calibrate --model shapes"),
     ],
 )
 def test_generate_refuses_bad_input_in_one_line(
@@ -59,8 +62,9 @@ def test_generate_refuses_bad_input_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.gif").mkdir()
     assert message in _refused(capsys, "generate", PROMPT, *arguments)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.gif"]
 
 
 def test_calibrate_refuses_what_has_nothing_to_learn_in_one_line(
@@ -205,12 +209,52 @@ def test_a_preset_is_that_of_the_file(tiny: list[str], tmp_path: Path) -> None:
     assert (made.preset, made.settings["levels"], made.settings["block"]) == ("masks-only", True, [16, 16])
 
 
-def test_generate_refuses_a_prompt_that_the_model_does_not_know(
+def test_generate_refuses_weights_of_another_format_or_model(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    transformer, out = new_transformer(layers=1), tmp_path / "video.gif"
+    transformer.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    transformer.save_pretrained(tmp_path / "shallow")
+    config = tmp_path / "shallow" / "config.json"
+    config.write_text(config.read_text().replace('"num_layers": 1', '"num_layers": 2'))
+    for folder, message in (("pickled", "with .safetensors beside it"), ("shallow", "does not hold this model")):
+        arguments = ("generate", PROMPT, "--weights", str(tmp_path / folder), "-o", str(out))
+        assert message in _refused(capsys, *arguments)
+    assert not out.exists()
+
+
+def test_generate_takes_weights_as_the_hub_has_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    (folder / "transformer").mkdir(parents=True)
+    for file in WEIGHTS.iterdir():
+        (folder / "transformer" / file.name).symlink_to(file)
     out = tmp_path / "video.gif"
-    assert main(["generate", "a purple cow", "-o", str(out)]) == 2
-    assert "purple" in capsys.readouterr().err.splitlines()[-1]
+    size = ["--resolution", "quick", "--steps", "1"]
+    assert main(["generate", PROMPT, *size, "--weights", str(folder), "-o", str(out)]) == 0
+    assert out.is_file()
+
+
+def test_generate_refuses_a_calibration_of_other_weights_before_a_video_is_made(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    calibration, out = tmp_path / "c.safetensors", tmp_path / "video.gif"
+    size = ["--resolution", "quick", "--steps", "1"]
+    assert main(["calibrate", *size, "--count", "1", "-o", str(calibration)]) == 0
+    other = tmp_path / "other"
+    new_transformer().save_pretrained(other)
+    arguments = ["--method", "calibatt", "--calibration", str(calibration), "--weights", str(other), "--compare"]
+    assert main(["generate", PROMPT, *size, *arguments, "-o", str(out)]) == 2
+    shown = capsys.readouterr()
+    assert "calibatt learnt is for shapes with weights" in shown.err.splitlines()[-1]
+    assert "dense:" not in shown.out
+    assert not out.exists()
+
+
+def test_generate_refuses_what_the_model_cannot_make(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "video.gif"
+    for arguments, message in ((["a purple cow"], "purple"), ([PROMPT, "--guidance", "nan"], "a finite number")):
+        assert main(["generate", *arguments, "-o", str(out)]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
     assert not out.exists()
 
 

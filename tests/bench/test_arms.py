@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from calibatt.bench.arms import first_of_layers
-from calibatt.bench.meter import Probe
+from calibatt.bench.observers import Probe
 from calibatt.kernels.geometry import Geometry
 from calibatt.methods.site import Site
 

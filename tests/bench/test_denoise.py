@@ -1,33 +1,128 @@
-"""Pictures of masks, of blocks of one size and of any."""
+"""The denoise suite, on arms whose videos and times are known."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
 import torch
 
-from calibatt.bench.suites.denoise import _some_masks
-from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.mask import BlockMask, VariableBlockMask
-from calibatt.kernels.plan import Plan
-from calibatt.methods.site import Site
+from calibatt.bench.cells import DENSE
+from calibatt.bench.observers import PlanSummary
+from calibatt.bench.suites.denoise import run
+from calibatt.bench.video_metrics import PSNR_CAP_DB, eight_bit, psnr_db
 
-GEOMETRY = Geometry(grid=(1, 10, 25), heads=2, head_dim=8)
-SITE = Site(geometry=GEOMETRY, step=3, steps=5, sigma=1.0, branch="cond", layer=1, layers=2)
-
-
-def test_a_cell_is_a_block() -> None:
-    keep = torch.rand((2, 4, 8), generator=torch.Generator().manual_seed(0)) < 0.5
-    mask = BlockMask.from_keep(keep, tokens=250, block_q=80, block_k=32)
-    sites, pictures = _some_masks([(SITE, Plan.masked(mask, 2))])
-    assert sites == [(3, 1, 0), (3, 1, 0), (3, 1, 1), (3, 1, 1)]
-    assert all(
-        torch.equal(torch.from_numpy(picture), keep[site[2]]) for site, picture in zip(sites, pictures, strict=True)
-    )
+# calls before the first video: one at the first probe of either layer, then one a probe; and those of a video
+CHECKED, A_VIDEO = 5, 8
 
 
-def test_blocks_that_differ_in_size_are_drawn_to_scale() -> None:
-    # cells of 64 tokens, whose middles are tokens 32, 96, 160 and 221
-    q_sizes, k_sizes = torch.tensor([[33, 0, 217]]), torch.tensor([[96, 1, 153]])
-    keep = torch.tensor([[[1, 0, 0], [1, 1, 1], [0, 1, 1]]], dtype=torch.bool)
-    mask = VariableBlockMask.from_keep(keep, q_sizes=q_sizes, k_sizes=k_sizes, tokens=250)
-    _, pictures = _some_masks([(SITE, Plan.masked(mask, 2))])
-    assert pictures[0].astype(int).tolist() == [[1, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]]
+def test_times_and_videos_are_compared_with_dense_ones_of_the_same_round(
+    fakes: Any, by_round: Callable[..., list[float]]
+) -> None:
+    dense = by_round(CHECKED, A_VIDEO, [1.0, 2.0, 3.0])
+    sparse = by_round(CHECKED, A_VIDEO, [0.5, 1.0, 1.5])
+    arms = [fakes.arm("dense", dense), fakes.arm("sparse", sparse)]
+    fakes.brightness["sparse"] = 0.25
+    record = dict(run(fakes.context(), arms, rounds=3, artifacts=None))[arms[1]]
+    assert record.samples_s == (4.0, 8.0, 12.0)
+    assert record.baseline_samples_s == (8.0, 16.0, 24.0)
+    assert record.prompts == ("prompt 0", "prompt 1", "prompt 2")
+    # every round has another brightness, so that the videos of two rounds differ by more
+    a, b = (eight_bit(torch.full((3, 2, 16, 16), level)) for level in (-0.5, -0.25))
+    assert record.psnr_db == pytest.approx((psnr_db(a, b),) * 3, abs=0.2)
+    assert record.ssim is not None
+    assert max(record.ssim) < 1
+
+
+def test_the_same_video_is_as_near_as_can_be(fakes: Any) -> None:
+    arms = [fakes.arm("dense"), fakes.arm("sparse")]
+    record = dict(run(fakes.context(), arms, rounds=2, artifacts=None))[arms[1]]
+    assert record.psnr_db == (PSNR_CAP_DB,) * 2
+    assert record.ssim == pytest.approx((1.0,) * 2)
+
+
+def test_one_video_is_in_memory_at_a_time_and_of_each_arm_three_are_kept(
+    fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames: list[weakref.ref[torch.Tensor]] = []
+    kept: list[int] = []
+
+    def reduced(video: torch.Tensor) -> torch.Tensor:
+        kept.append(sum(one() is not None for one in frames))
+        made = eight_bit(video)
+        frames.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr("calibatt.bench.suites.denoise.eight_bit", reduced)
+    arms = [fakes.arm("dense"), fakes.arm("a"), fakes.arm("b")]
+    dict(run(fakes.context(prompts=5), arms, rounds=5, artifacts=None))
+    assert len(fakes.videos) == 15
+    # when the next begins, the last is gone
+    assert max(fakes.alive) == 0
+    # from the fourth round on, those of the round that is under way come on top
+    assert kept[9:] == [9, 10, 11, 9, 10, 11]
+
+
+@pytest.mark.parametrize("lasts", [0, CHECKED + A_VIDEO + 3])
+def test_an_arm_that_runs_out_of_memory_says_so_and_the_others_go_on(fakes: Any, lasts: int) -> None:
+    arms = [fakes.arm("dense"), fakes.arm("large", lasts=lasts), fakes.arm("small", [0.25])]
+    records = dict(run(fakes.context(), arms, rounds=3, artifacts=None))
+    assert records[arms[1]].outcome == "out_of_memory"
+    assert records[arms[1]].samples_s is None
+    assert records[arms[2]].samples_s == (2.0,) * 3
+    assert records[arms[2]].baseline_samples_s == (8.0,) * 3
+    assert records[arms[2]].psnr_db == (PSNR_CAP_DB,) * 3
+
+
+def test_without_its_baseline_an_arm_keeps_its_times(fakes: Any) -> None:
+    arms = [fakes.arm("dense", lasts=CHECKED + A_VIDEO + 3), fakes.arm("sparse")]
+    records = dict(run(fakes.context(), arms, rounds=3, artifacts=None))
+    assert records[DENSE].outcome == "out_of_memory"
+    sparse = records[arms[1]]
+    assert sparse.samples_s == (8.0,) * 3
+    assert (sparse.baseline_samples_s, sparse.psnr_db, sparse.ssim) == (None, None, None)
+
+
+def test_to_look_at_plans_is_no_part_of_the_time(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    saw = PlanSummary.saw
+
+    def slowly(self: PlanSummary, call: Any) -> None:
+        fakes.clock.now += 10
+        saw(self, call)
+
+    monkeypatch.setattr(PlanSummary, "saw", slowly)
+    arms = [fakes.arm("dense"), fakes.arm("sparse")]
+    record = dict(run(fakes.context(), arms, rounds=2, artifacts=None))[arms[1]]
+    # the plans are those of the first video
+    assert record.samples_s == (8.0, 8.0)
+    assert record.phases_s is not None
+    assert record.phases_s.keys() == {"plan", "attend"}
+
+
+def test_pictures_have_the_densities_of_all_sites_some_masks_and_three_videos(fakes: Any, tmp_path: Path) -> None:
+    arms = [fakes.arm("dense"), fakes.arm("sparse")]
+    records = dict(run(fakes.context(), arms, rounds=4, artifacts=tmp_path / "run.artifacts"))
+    assert records[DENSE].artifact == "run.artifacts/fake-tiny-2-dense-fastest.npz"
+    sparse = np.load(tmp_path / str(records[arms[1]].artifact))
+    assert sparse["density"].shape == (2, 2, 2)
+    assert (sparse["density"] == 0.5).all()
+    assert sparse["frames"].shape == (3, 2, 16, 16, 3)
+    assert sparse["captions"].tolist() == ["prompt 0", "prompt 1", "prompt 2"]
+    assert sparse["masks"].tolist() == [[[True, False], [True, False]]] * 4
+    # one from each part of the video
+    assert sparse["mask_sites"].tolist() == [[0, 0, 0], [0, 1, 0], [1, 0, 1], [1, 1, 1]]
+    assert sparse["frame_starts"].tolist() == [0, 8]
+    assert "masks" not in np.load(tmp_path / str(records[DENSE].artifact))
+    assert records[arms[1]].density == 0.5
+
+
+def test_a_video_with_nan_is_a_failure(fakes: Any) -> None:
+    arms = [fakes.arm("dense"), fakes.arm("sparse")]
+    fakes.brightness["sparse"] = float("nan")
+    records = dict(run(fakes.context(), arms, rounds=1, artifacts=None))
+    assert (records[arms[1]].outcome, records[DENSE].outcome) == ("failed", "ok")
+    assert "NaN" in (records[arms[1]].reason or "")

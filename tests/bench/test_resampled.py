@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from calibatt.bench.resampled import ResampledVideos, check_resampled, product_scale, resample
-from calibatt.kernels.base import Attender
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Planner
+from calibatt.methods.call import Attention
+from calibatt.methods.learning import Origin
 from calibatt.methods.site import Branch, Site
 
 SMALL = Geometry(grid=(2, 3, 4), heads=2, head_dim=8)
@@ -55,50 +54,51 @@ def test_text_and_other_head_dims_are_refused() -> None:
 class TwoLayers:
     """One video of one step, two layers and both branches, of constant inputs that tell the layers apart."""
 
-    model, resolution = "small", "tiny"
+    resolution = "tiny"
     geometry, steps, layers, guidance = SMALL, 1, 2, 3.0
 
-    def weights(self) -> str:
-        return "ab"
+    def origin(self) -> Origin:
+        return Origin(model="small", weights="ab", scheduler="flow")
 
     def show(
-        self, planner: Planner, attender: Attender, *, prompts: Sequence[str], seed: int, progress: bool = False
-    ) -> float:
-        planner.reset()
+        self, attention: Attention, *, prompt: str, seed: int, after_step: Callable[[], object] = lambda: None
+    ) -> None:
+        attention.start_video()
         branches: tuple[Branch, ...] = ("cond", "uncond")
         for branch in branches:
             for layer in range(2):
                 site = Site(geometry=SMALL, step=0, steps=1, sigma=1.0, branch=branch, layer=layer, layers=2)
                 x = torch.full((1, 2, 24, 8), float(layer) + (10 if branch == "uncond" else 0))
                 x[:, 1] += 0.5
-                attender.attend(x, x, x, planner.plan(x[0], x[0], site))
-        return 1.0
+                attention(x, x, x, site)
+        after_step()
 
 
 class Seen:
     """Keeps what it is shown."""
 
     def __init__(self) -> None:
+        self.videos = 0
         self.calls: list[tuple[Site, Tensor]] = []
 
-    def reset(self) -> None:
-        self.calls.clear()
+    def start_video(self) -> None:
+        self.videos += 1
 
-    def plan(self, q: Tensor, k: Tensor, site: Site) -> Plan:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         self.calls.append((site, q))
-        return Plan.dense(site.geometry)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         return v
 
 
 def test_the_heads_of_all_layers_make_one_call_of_the_conditional_pass() -> None:
-    seen = Seen()
+    seen, steps = Seen(), []
     large = Geometry(grid=(3, 4, 5), heads=6, head_dim=8)
     videos = ResampledVideos(TwoLayers(), KERNELS["sdpa-math"], model="large", resolution="480p", geometry=large)
-    videos.show(seen, seen, prompts=["a"], seed=0)
+    videos.show(seen, prompt="a", seed=0, after_step=lambda: steps.append(1))
     ((site, q),) = seen.calls
+    assert (seen.videos, len(steps)) == (1, 1)
     assert (site.geometry, site.layer, site.layers, site.steps, site.branch) == (large, 0, 1, 1, "cond")
     # layer 0's two heads, layer 1's two, and layer 0's again
-    torch.testing.assert_close(q[:, 7, 3], torch.tensor([0.0, 0.5, 1.0, 1.5, 0.0, 0.5]))
-    assert videos.origin == f"resampled from small, {SMALL}"
+    torch.testing.assert_close(q[0, :, 7, 3], torch.tensor([0.0, 0.5, 1.0, 1.5, 0.0, 0.5]))
+    assert videos.inputs == f"resampled from small, {SMALL}"
+    # what is learnt from them is for the large model's size, and the small one's weights
+    assert videos.origin() == Origin(model="large", weights="ab", scheduler="flow")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
+import pytest
+import torch
+
+from calibatt.bench.failure import Failure, guarded
 from calibatt.bench.replay import Replay
-from calibatt.bench.rounds import in_turns
+from calibatt.bench.rounds import in_turns, take_turns
 
 
 def test_every_arm_runs_once_a_round() -> None:
@@ -17,6 +22,49 @@ def test_no_arm_is_always_first_or_last() -> None:
     turns = list(in_turns(["a", "b", "c"], 6))
     assert {arm for _, arm in turns[0::3]} == {"a", "b", "c"}
     assert {arm for _, arm in turns[2::3]} == {"a", "b", "c"}
+
+
+def test_every_other_round_goes_backwards_so_that_who_runs_after_whom_changes() -> None:
+    turns = [arm for _, arm in in_turns(["a", "b", "c"], 4)]
+    rounds = ["".join(turns[i : i + 3]) for i in range(0, 12, 3)]
+    assert rounds == ["abc", "acb", "cab", "cba"]
+    assert {pair for round_ in rounds for pair in pairwise(round_) if pair[0] == "a"} == {("a", "b"), ("a", "c")}
+
+
+def test_an_arm_that_fails_has_no_more_turns_and_the_others_go_on() -> None:
+    done: list[tuple[int, str]] = []
+    over: list[int] = []
+
+    def turn(round_: int, arm: str) -> None:
+        done.append((round_, arm))
+        if (round_, arm) == (1, "b"):
+            raise MemoryError
+
+    failures = take_turns(["a", "b"], 3, turn, after=over.append)
+    assert failures == {"b": Failure("out_of_memory", "MemoryError")}
+    assert sorted(done) == [(0, "a"), (0, "b"), (1, "a"), (1, "b"), (2, "a")]
+    assert over == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "reason"),
+    [
+        (torch.OutOfMemoryError("no room\nfor 2 GiB"), "out_of_memory", "OutOfMemoryError: no room"),
+        (MemoryError(), "out_of_memory", "MemoryError"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: 2 bytes"),
+            "out_of_memory",
+            "RuntimeError: [enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: 2 bytes",
+        ),
+        (RuntimeError("CUDA error: bad access"), "failed", "RuntimeError: CUDA error: bad access"),
+        (KeyError("x"), "failed", "KeyError: 'x'"),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_is_an_outcome_and_a_line(error: Exception, outcome: str, reason: str) -> None:
+    def work() -> None:
+        raise error
+
+    assert guarded(work) == Failure(outcome, reason)  # type: ignore[arg-type]
 
 
 def test_replayed_readings_differ_by_the_samples() -> None:

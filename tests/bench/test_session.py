@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from calibatt.bench.cells import DENSE, Arm
 from calibatt.bench.record import load_run
 from calibatt.cli import main
-from calibatt.kernels.names import UnknownName
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -24,81 +22,47 @@ def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_arms_are_named_by_method_preset_and_mode() -> None:
-    arm = Arm.parse("radial/no-warmup=density", "flex")
-    assert (arm.method, arm.preset, arm.mode, arm.kernel) == ("radial", "no-warmup", "equal_density", "flex")
-    assert str(arm) == "radial/no-warmup=density"
-    assert str(Arm.parse("sparge", "flex")) == "sparge"
-    given = Arm.parse("sparge=0.35", "flex")
-    assert (given.preset, given.mode, given.density, str(given)) == ("default", "equal_density", 0.35, "sparge=0.35")
-    near = Arm.parse("sparge/cdf=27.5dB", "flex", (0.1, 0.05))
-    assert (near.mode, near.psnr_db, near.density, near.dense_first) == ("equal_fidelity", 27.5, None, (0.1, 0.05))
-    assert str(near) == "sparge/cdf=27.5dB-dense0.1x0.05"
-    assert Arm.parse("radial", "flex", (0.0, 0.0)).mode == "matched"
-    # whatever the sparse kernel is, dense runs on the fastest dense one
-    assert Arm.parse("dense", "flex") == DENSE
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("radail", "did you mean radial"),
-        ("radial/nowarmup", "did you mean no-warmup"),
-        ("dense=density", "no knob"),
-        ("sage=0.5", "no knob"),
-        ("sparge=1.5", "a density above 0 and up to 1"),
-        ("sparge=half", "a PSNR such as 30dB"),
-        ("sparge=infdB", "a PSNR such as 30dB"),
-        ("sage=30dB", "no knob"),
-    ],
-)
-def test_an_arm_that_does_not_exist_is_refused(text: str, message: str) -> None:
-    with pytest.raises((UnknownName, ValueError), match=message):
-        Arm.parse(text, "flex")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--models", "shape"], "did you mean shapes"),
-        (["--resolutions", "quik"], "did you mean quick"),
-        (["--methods", "calibat"], "did you mean calibatt"),
-        (["--kernels", "flx"], "did you mean flex"),
-        (["--steps", "ten"], "whole numbers"),
-        (["--rounds", "0"], "at least 1"),
-        (["--models", "wan2.1-1.3b"], "--prompts"),
-        (["--densities", "1.5"], "up to 1"),
-        (["--blocks", "64"], "QUERIESxKEYS"),
-        (["--dense-steps", "1.5"], "shares, from 0 to 1"),
-        (["--inputs", "resampled", "--models", "cogvideox-5b"], "without text"),
-        (["--masks", "randm"], "did you mean random"),
-        (["--prompts", "nowhere.txt"], "nowhere.txt"),
-        (["--calibration", "nowhere.safetensors"], "no such file"),
-    ],
-)
-def test_a_wrong_option_is_one_line_before_anything_runs(arguments: list[str], message: str) -> None:
-    done = _bench(*arguments)
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
-    assert message in line
-
-
 def test_blocks_of_the_methods_own_make_one_cell_a_choice_in_every_suite() -> None:
     done = _bench("--collect-only", "-q", "--blocks", "native,32x32", "--methods", "dense,sparge,calibatt")
     assert done.returncode == 0, done.stdout + done.stderr
     for suite in ("attention", "denoise"):
-        names = [line for line in done.stdout.splitlines() if f"test_{suite}[" in line]
-        # CalibAtt's blocks are its calibration's
+        names = [line for line in done.stdout.splitlines() if f"[{suite}-" in line]
         assert [name.partition("quick-6-")[2].rstrip("]") for name in names] == [
-            "dense-fastest", "sparge-native-default", "sparge-32x32-default", "calibatt-default",
+            "dense-fastest", "sparge-native-default", "sparge-32x32-default", "calibatt-native-default",
+            "calibatt-32x32-default",
         ]  # fmt: skip
+    # CalibAtt's blocks are its calibration's: each choice is learnt by itself
+    assert [line.partition("quick-6-")[2] for line in done.stdout.splitlines() if "[calibration-" in line] == [
+        "calibatt-native-default]", "calibatt-32x32-default]",
+    ]  # fmt: skip
+
+
+def test_k_and_the_name_of_a_suite_selects_that_suite() -> None:
+    # XAttention has the name of a suite in its own
+    done = _bench("--collect-only", "-q", "--methods", "dense,calibatt,xattention", "-k", "attention")
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = [line.partition("[")[2] for line in done.stdout.splitlines() if "::" in line]
+    assert len(cells) == 3
+    assert all(cell.startswith("attention-") for cell in cells)
+
+
+def test_a_wrong_option_is_one_line_before_anything_runs(tmp_path: Path) -> None:
+    for arguments, message in (
+        (["--models", "shape"], "--models shape: unknown model 'shape': did you mean shapes"),
+        (["--models", "wan2.1-1.3b"], "--prompts"),
+        ([f"--benchmark-json={tmp_path}", "--benchmark-disable"], "--benchmark-disable: nothing would be measured"),
+    ):
+        done = _bench(*arguments)
+        assert done.returncode == pytest.ExitCode.USAGE_ERROR
+        (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+        assert message in line
 
 
 @pytest.mark.slow
 def test_a_wanted_fidelity_is_solved_for_under_the_runs_own_dense_schedule(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     done = _bench(
-        "-k", "test_denoise", "--methods", "dense,scaling=50dB,sparge/cdf=50dB,lite=0.5,calibatt/masks-only=0.6",
+        "-k", "denoise", "--methods", "dense,scaling=50dB,sparge/cdf=50dB,lite=0.5,calibatt/masks-only=0.6",
         "--steps", "2", "--rounds", "1", "--calibration-prompts", "1", "--dense-steps", "0.5",
         f"--benchmark-json={path}",
     )  # fmt: skip
@@ -128,7 +92,7 @@ def test_a_stored_calibration_without_levels_is_of_one_density_only(tmp_path: Pa
     stored, path = tmp_path / "quick.safetensors", tmp_path / "bench.json"
     assert main(["calibrate", "--resolution", "quick", "--steps", "2", "--count", "1", "-o", str(stored)]) == 0
     done = _bench(
-        "-k", "test_attention", "--methods", "dense,calibatt,calibatt=0.35", "--steps", "2", "--rounds", "1",
+        "-k", "attention", "--methods", "dense,calibatt,calibatt=0.35", "--steps", "2", "--rounds", "1",
         "--calibration", str(stored), f"--benchmark-json={path}",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -158,7 +122,7 @@ def test_inputs_resampled_to_another_size_have_densities_but_no_videos(tmp_path:
     assert (found["calibatt"].kernel, found["calibatt"].ran_on) == ("default", "flex")
     # videos of that size would take longer to learn from
     assert found["calibatt"].preparation_s is None
-    assert "shows in whole videos" in (found["sparge"].reason or "")
+    assert "measured on whole videos" in (found["sparge"].reason or "")
 
 
 @pytest.mark.slow
@@ -208,7 +172,7 @@ def test_a_run_leaves_records_of_what_was_and_of_what_could_not_be_timed(tmp_pat
 def test_kernels_are_timed_at_a_models_geometry_without_the_model(tmp_path: Path) -> None:
     path = tmp_path / "kernel.json"
     done = _bench(
-        "-k", "test_kernels", "--kernels", "flex,sdpa-flash", "--densities", "1,0.3", "--masks", "random,captured",
+        "-k", "kernel", "--kernels", "flex,sdpa-flash", "--densities", "1,0.3", "--masks", "random,captured",
         f"--benchmark-json={path}",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calibatt.bench.meter import Probe
-from calibatt.bench.solve import DENSITY_TOLERANCE, density_of, solve
+from calibatt.bench.observers import Probe
+from calibatt.bench.tuning import DENSITY_TOLERANCE, density_of, solve
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
@@ -27,7 +27,7 @@ class Share:
 
     def reset(self) -> None: ...
 
-    def plan(self, q: torch.Tensor, k: torch.Tensor, site: Site) -> Plan:
+    def plan(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Site) -> Plan:
         keep = torch.zeros(2, 64, 64, dtype=torch.bool)
         keep[:, :, : round(self.share * 64)] = True
         return Plan.masked(BlockMask.from_keep(keep, tokens=1024, block_q=16, block_k=16), 2)

@@ -1,0 +1,165 @@
+"""A workload of fakes whose times are known: arms, kernels and a clock that only they move."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from calibatt.bench.cells import DENSE, Arm
+from calibatt.bench.context import Context
+from calibatt.bench.observers import Probe
+from calibatt.kernels import oracle
+from calibatt.kernels.base import Task, Unsupported
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.mask import BlockMask
+from calibatt.kernels.plan import Plan
+from calibatt.methods.call import Attention
+from calibatt.methods.site import BRANCHES, Site
+
+GEOMETRY = Geometry(grid=(2, 2, 4), heads=2, head_dim=8)
+STEPS = LAYERS = 2
+
+
+class Clock:
+    """Tells a time that stands still until somebody works."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class FakeKernel:
+    """The oracle, in the times that it is given: one a call, and the last for ever."""
+
+    name: str
+    clock: Clock
+    times: Sequence[float] = (1.0,)
+    # calls after which it has no memory left
+    lasts: int | None = None
+    calls: int = 0
+
+    def refusal(self, task: Task) -> Unsupported | None:
+        return None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        if self.lasts is not None and self.calls >= self.lasts:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+        self.clock.now += self.times[min(self.calls, len(self.times) - 1)]
+        self.calls += 1
+        return oracle.attend(q, k, v, plan).to(q.dtype)
+
+
+@dataclass
+class FakeMethod:
+    """Keeps the first of two key blocks in every row. One that tires takes a second more at every call of a video."""
+
+    clock: Clock
+    tires: bool = False
+    sparse: bool = True
+    resets: int = 0
+    calls: int = 0
+
+    def reset(self) -> None:
+        self.resets += 1
+        self.calls = 0
+
+    def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Plan:
+        self.calls += 1
+        self.clock.now += self.calls if self.tires else 0
+        if not self.sparse:
+            return Plan.dense(site.geometry)
+        keep = torch.tensor([[[True, False], [True, False]]])
+        return Plan.masked(BlockMask.from_keep(keep, tokens=16, block_q=8, block_k=8), 2)
+
+
+@dataclass
+class Fakes:
+    """What a test may set before it asks for the context.
+
+    Args:
+        kernels, methods: of each arm.
+        videos: weak references to all videos that were made.
+        brightness: of an arm's video, by its kernel's name, added to the round's.
+    """
+
+    clock: Clock
+    kernels: dict[Arm, FakeKernel] = field(default_factory=dict)
+    methods: dict[Arm, FakeMethod] = field(default_factory=dict)
+    videos: list[weakref.ref[Tensor]] = field(default_factory=list)
+    alive: list[int] = field(default_factory=list)
+    brightness: dict[str, float] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)
+
+    def arm(self, name: str, times: Sequence[float] = (1.0,), **settings: Any) -> Arm:
+        """An arm on a kernel of that name, which takes these times; `dense` is the baseline."""
+        arm = DENSE if name == "dense" else Arm(method="radial", preset="default", mode="native", kernel=name)
+        own = {name: settings.pop(name) for name in ("lasts",) if name in settings}
+        self.kernels[arm] = FakeKernel(name, self.clock, times, **own)
+        self.methods[arm] = FakeMethod(self.clock, sparse=arm != DENSE, **settings)
+        return arm
+
+    def context(self, *, prompts: int = 4) -> Context:
+        """The context of these arms, whose probes are three calls of a video."""
+        generator = torch.Generator().manual_seed(0)
+        probes = []
+        for step, layer in ((0, 0), (0, 1), (1, 1)):
+            q, k, v = torch.randn(3, 1, 2, 16, 8, generator=generator)
+            probes.append(Probe(site=site(step, layer), q=q, k=k, v=v))
+        return Context(
+            name="fake-tiny-2", device=torch.device("cpu"), prompts=tuple(f"prompt {i}" for i in range(prompts)),
+            probes=tuple(probes), checked_heads=(0, 1), dense=self.kernels[DENSE], kernel=self.kernels.__getitem__,
+            method=self.methods.__getitem__, prepared=lambda arm: None, preparation_s=lambda method: None,
+            film=self._film, alignment=None, guidance=3.0, facts={"model": "fake"}, log=self.said.append,
+        )  # fmt: skip
+
+    def _film(self, attention: Attention, prompt: str, seed: int) -> Tensor:
+        self.alive.append(sum(video() is not None for video in self.videos))
+        attention.start_video()
+        x = torch.zeros(1, 2, 16, 8)
+        for step in range(STEPS):
+            for branch in BRANCHES:
+                for layer in range(LAYERS):
+                    attention(x, x, x, site(step, layer, branch))
+        level = -0.5 + seed / 10 + self.brightness.get(attention.kernel.name, 0.0)  # type: ignore[attr-defined]
+        video = torch.full((3, 2, 16, 16), level)
+        self.videos.append(weakref.ref(video))
+        return video
+
+
+def site(step: int, layer: int, branch: Any = "cond") -> Site:
+    """A place in the fake model."""
+    return Site(geometry=GEOMETRY, step=step, steps=STEPS, sigma=0.5, branch=branch, layer=layer, layers=LAYERS)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The time that the benchmark reads."""
+    clock = Clock()
+    monkeypatch.setattr("calibatt.bench.timer.perf_counter", clock)
+    return clock
+
+
+@pytest.fixture
+def fakes(clock: Clock) -> Fakes:
+    """Arms to be made by the test."""
+    return Fakes(clock)
+
+
+@pytest.fixture
+def by_round() -> Callable[..., list[float]]:
+    """The times of a kernel whose calls take as long in one round as in another: some first, then those of rounds."""
+
+    def times(first: int, calls: int, rounds: Sequence[float]) -> list[float]:
+        return [*repeat(0.0, first), *(second for second in rounds for _ in range(calls))]
+
+    return times

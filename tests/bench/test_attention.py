@@ -1,0 +1,71 @@
+"""The attention suite, on arms whose times are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from calibatt.bench.cells import DENSE
+from calibatt.bench.suites.attention import run
+
+# calls before anything is timed: one at the first probe of either layer, then one a probe; and those of a round
+CHECKED, A_ROUND = 5, 5
+
+
+def test_a_sample_is_the_mean_over_the_probes(fakes: Any) -> None:
+    arms = [fakes.arm("dense", [2.0]), fakes.arm("fast", [0.5])]
+    records = dict(run(fakes.context(), arms, rounds=3))
+    assert records[arms[1]].samples_s == (0.5,) * 3
+    assert records[arms[1]].phases_s == {"plan": (0.0,) * 3, "attend": (0.5,) * 3}
+    assert records[DENSE].samples_s == (2.0,) * 3
+    assert records[DENSE].baseline_samples_s is None
+
+
+def test_every_round_begins_a_new_video(fakes: Any) -> None:
+    # planning takes one second more at every call of a video: two first calls, then 3, 4 and 5 seconds
+    arms = [fakes.arm("dense"), fakes.arm("tires", tires=True)]
+    records = dict(run(fakes.context(), arms, rounds=3))
+    assert records[arms[1]].samples_s == (1.0 + 4.0,) * 3
+
+
+def test_baseline_samples_are_those_of_the_same_round(fakes: Any, by_round: Callable[..., list[float]]) -> None:
+    dense = by_round(CHECKED, A_ROUND, [9.0, 1.0, 2.0, 3.0])
+    sparse = by_round(CHECKED, A_ROUND, [9.0, 0.5, 1.0, 1.5])
+    arms = [fakes.arm("dense", dense), fakes.arm("sparse", sparse)]
+    record = dict(run(fakes.context(), arms, rounds=3))[arms[1]]
+    # the first round warms up
+    assert record.samples_s == (0.5, 1.0, 1.5)
+    assert record.baseline_samples_s == (1.0, 2.0, 3.0)
+    assert record.speedup is not None
+    assert record.speedup.median == 2.0
+
+
+@pytest.mark.parametrize("lasts", [0, CHECKED, CHECKED + 2 * A_ROUND])
+def test_an_arm_that_runs_out_of_memory_says_so_and_the_others_go_on(fakes: Any, lasts: int) -> None:
+    arms = [fakes.arm("dense"), fakes.arm("large", lasts=lasts), fakes.arm("small", [0.25])]
+    records = dict(run(fakes.context(), arms, rounds=3))
+    assert records[arms[1]].outcome == "out_of_memory"
+    assert records[arms[1]].reason == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+    assert records[arms[2]].samples_s == (0.25,) * 3
+    assert records[arms[2]].baseline_samples_s == (1.0,) * 3
+
+
+def test_without_its_baseline_an_arm_keeps_its_times(fakes: Any) -> None:
+    arms = [fakes.arm("dense", lasts=CHECKED + A_ROUND + 1), fakes.arm("sparse")]
+    records = dict(run(fakes.context(), arms, rounds=3))
+    assert records[DENSE].outcome == "out_of_memory"
+    assert records[arms[1]].samples_s == (1.0,) * 3
+    assert records[arms[1]].baseline_samples_s is None
+
+
+def test_density_memory_and_truth_are_those_of_the_probes(fakes: Any) -> None:
+    arms = [fakes.arm("dense"), fakes.arm("sparse")]
+    records = dict(run(fakes.context(), arms, rounds=1))
+    assert (records[DENSE].density, records[arms[1]].density) == (1.0, 0.5)
+    assert records[arms[1]].plan_memory_bytes is not None
+    assert records[arms[1]].plan_memory_bytes > 0
+    assert records[DENSE].method_error == 0.0
+    assert records[arms[1]].recall is not None
+    assert 0 < records[arms[1]].recall < 1

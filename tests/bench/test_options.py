@@ -1,0 +1,216 @@
+"""From the command line's text to cells."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calibatt.bench.cells import DENSE, Arm, Cell, PermutationArm, Workload
+from calibatt.bench.options import Options, add_options, check_output, refuse_pytest_options
+from calibatt.bench.record import SUITES
+from calibatt.bench.suites.catalogue import SUITES as CATALOGUE
+from calibatt.kernels.catalogue import KERNELS
+from calibatt.kernels.names import UnknownName
+from calibatt.methods.catalogue import METHODS
+from calibatt.models.device import pick_device
+
+
+def given(**texts: str) -> Namespace:
+    """What pytest hands over, for options of which some are given."""
+    return Namespace(**{one.name: texts.get(one.name, one.metadata["default"]) for one in fields(Options)})
+
+
+def cells(suite: str, **texts: str) -> list[str]:
+    return [str(cell) for cell in CATALOGUE[suite].cells(Options.read(given(**texts)))]  # type: ignore[index]
+
+
+def test_arms_are_named_by_method_preset_and_mode() -> None:
+    arm = Arm.parse("radial/no-warmup=density", "flex")
+    assert (arm.method, arm.preset, arm.mode, arm.kernel) == ("radial", "no-warmup", "equal_density", "flex")
+    assert str(arm) == "radial/no-warmup=density"
+    assert str(Arm.parse("sparge", "flex")) == "sparge"
+    wanted = Arm.parse("sparge=0.35", "flex")
+    assert (wanted.preset, wanted.mode, wanted.target_density) == ("default", "equal_density", 0.35)
+    assert str(wanted) == "sparge=0.35"
+    near = Arm.parse("sparge/cdf=27.5dB", "flex", (0.1, 0.05))
+    assert (near.mode, near.target_psnr_db, near.target_density) == ("equal_fidelity", 27.5, None)
+    assert (near.dense_steps, near.dense_layers) == (0.1, 0.05)
+    assert str(near) == "sparge/cdf=27.5dB-dense0.1x0.05"
+    assert Arm.parse("radial", "flex", (0.0, 0.0)).mode == "matched"
+    # whatever the sparse kernel is, dense runs on the fastest dense one
+    assert Arm.parse("dense", "flex") == DENSE
+
+
+def test_an_arm_without_its_target_is_what_learns_for_it() -> None:
+    assert Arm.parse("sparge=0.35", "flex").untuned == Arm.parse("sparge", "flex")
+    assert Arm.parse("sparge=30dB", "flex", (0.5, 0.0)).untuned == Arm.parse("sparge", "flex", (0.5, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("radail", "did you mean radial"),
+        ("radial/nowarmup", "did you mean no-warmup"),
+        ("calibatt/", "after '/' give a preset"),
+        ("dense=density", "no knob"),
+        ("sage=0.5", "no knob"),
+        ("sage=30dB", "no knob"),
+        ("sparge=", "after '=' give 'density'"),
+        ("sparge=1.5", r"a density in \(0, 1\]"),
+        ("sparge=half", "a PSNR such as 30dB"),
+        ("sparge=infdB", "a PSNR such as 30dB"),
+        ("calibatt=1e9dB", "at most 120dB"),
+        ("sparge=nan", "a PSNR such as 30dB"),
+    ],
+)
+def test_an_arm_that_does_not_exist_is_refused(text: str, message: str) -> None:
+    with pytest.raises((UnknownName, ValueError), match=message):
+        Arm.parse(text, "flex")
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"models": ""}, "--models : give at least one"),
+        ({"models": " , "}, "give at least one"),
+        ({"methods": ""}, "--methods : give at least one"),
+        ({"kernels": "flx"}, "--kernels flx: unknown kernel 'flx': did you mean flex"),
+        ({"steps": "ten"}, "--steps ten: give a whole number from 1 up"),
+        ({"steps": "0"}, "whole number from 1 up"),
+        ({"rounds": "0"}, "--rounds 0: give a whole number from 1 to 10,000"),
+        ({"rounds": "1000000000"}, "from 1 to 10,000"),
+        ({"calibration_prompts": "-1"}, "--calibration-prompts -1: give a whole number"),
+        ({"densities": "1.5"}, "--densities 1.5: give a density above 0 and up to 1"),
+        ({"densities": "0.5,0"}, "above 0"),
+        ({"densities": "nan"}, "above 0"),
+        ({"blocks": "64"}, "--blocks 64: give QUERIESxKEYS"),
+        ({"dense_steps": "1.5"}, "--dense-steps 1.5: give a share, from 0 to 1"),
+        ({"dense_layers": "nan"}, "--dense-layers nan: give a share"),
+        ({"masks": "randm"}, "did you mean random"),
+        ({"orders": "tyle"}, "did you mean tile"),
+        ({"inputs": "others"}, "--inputs others: unknown choice"),
+        ({"device": "tpu"}, "--device tpu: device 'tpu': this machine has"),
+        ({"prompts": "nowhere.txt"}, "nowhere.txt"),
+        ({"calibration": "nowhere.safetensors"}, "no such file"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused_in_a_line_that_names_it(texts: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")) as raised:
+        Options.read(given(**texts))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"resolutions": "quik"}, "did you mean quick"),
+        ({"methods": "calibat"}, "did you mean calibatt"),
+        ({"inputs": "resampled", "models": "cogvideox-5b"}, "without text"),
+    ],
+)
+def test_what_a_model_or_a_method_does_not_have_is_refused(texts: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cells("attention", **texts)
+
+
+def test_what_is_asked_for_twice_is_measured_once() -> None:
+    once = cells("kernel", densities="0.25", masks="random", kernels="flex", blocks="64x64", orders="tile")
+    twice = cells(
+        "kernel", densities="0.25,0.250", masks="random,random", kernels="flex,flex", blocks="64x64,64x64",
+        orders="tile,tile", models="shapes,shapes", resolutions="quick,quick", steps="6,6",
+    )  # fmt: skip
+    assert twice == once
+    assert cells("denoise", methods="dense,sparge,sparge/default,sparge,dense", kernels="flex,flex") == [
+        "shapes-quick-6-dense-fastest", "shapes-quick-6-sparge-flex",
+    ]  # fmt: skip
+
+
+def test_what_cannot_be_loaded_has_its_place_in_the_kernel_suite_alone() -> None:
+    only = {"models": "ltx-video-2b", "methods": "sparge"}
+    assert [bool(cells(suite, **only)) for suite in SUITES] == [suite == "kernel" for suite in SUITES]
+    resampled = {**only, "inputs": "resampled"}
+    assert [suite for suite in SUITES if cells(suite, **resampled)] == ["attention"]
+
+
+def test_arms_that_learn_the_same_are_one_cell_of_the_calibration_suite() -> None:
+    methods = "dense,sparge,random,calibatt=0.5,calibatt/masks-only,svg/learnt=30dB,svg/learnt"
+    assert cells("calibration", methods=methods, kernels="flex,triton") == [
+        "shapes-quick-6-calibatt-flex", "shapes-quick-6-svg/learnt-flex",
+    ]  # fmt: skip
+    # another size of blocks is something else to learn
+    assert len(cells("calibration", methods="calibatt", blocks="64x64,32x32")) == 2
+
+
+def test_the_name_of_no_cell_has_the_word_for_another_suite() -> None:
+    arms: list[Any] = [PermutationArm(order="token-major")]
+    arms += [
+        Arm(method=name, preset=preset, mode="native", kernel=kernel)
+        for name, method in METHODS.items()
+        for preset in method.presets
+        for kernel in KERNELS
+    ]
+    workload = Workload(model="shapes", resolution="quick", steps=6, device=pick_device("cpu"))
+    for arm in arms:
+        name = str(Cell(workload=workload, arm=arm))
+        assert not [suite for suite in SUITES if suite in name], name
+
+
+def test_every_suite_has_its_file_and_its_place() -> None:
+    assert tuple(CATALOGUE) == SUITES
+    assert all(name == suite.NAME for name, suite in CATALOGUE.items())
+
+
+def test_every_option_is_declared_with_its_default() -> None:
+    declared: dict[str, Any] = {}
+    add_options(lambda flag, **how: declared.update({flag: how}))
+    assert declared["--rounds"]["default"] == "6"
+    assert len(declared) == len(fields(Options))
+    # what is declared can be read
+    Options.read(given())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"numprocesses": 2, "dist": "load"}, "-n"),
+        ({"numprocesses": None, "dist": "each", "tx": ["2*popen"]}, "-n"),
+        ({"benchmark_disable": True}, "--benchmark-disable"),
+        ({"benchmark_skip": True}, "--benchmark-skip"),
+    ],
+)
+def test_options_of_others_that_spoil_a_run_are_refused(more: dict[str, Any], message: str) -> None:
+    usual = {"benchmark_disable": False, "benchmark_enable": False, "benchmark_skip": False}
+    refuse_pytest_options(Namespace(**usual))
+    # xdist is there, and has no workers
+    refuse_pytest_options(Namespace(**usual, numprocesses=0, dist="no", tx=[]))
+    with pytest.raises(ValueError, match=message):
+        refuse_pytest_options(Namespace(**{**usual, **more}))
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # in a folder that is not there yet
+    check_output(tmp_path / "out" / "bench.json")
+    assert list((tmp_path / "out").iterdir()) == []
+    there = tmp_path / "there.json"
+    there.write_text("{}")
+    check_output(there)
+    assert there.read_text() == "{}"
+    for path in (tmp_path, Path(os.devnull)):
+        with pytest.raises(ValueError, match="this is no file"):
+            check_output(path)
+    with pytest.raises(ValueError, match="cannot be written"):
+        check_output(there / "bench.json")
+
+    def full(self: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ValueError, match="No space left on device"):
+        check_output(tmp_path / "bench.json")
