@@ -344,7 +344,7 @@ def _methods(arguments: argparse.Namespace) -> int:
     rows = []
     for name, method in METHODS.items():
         learning = [preset for preset in method.presets if learner(name, preset=preset) is not None]
-        kind = "needs a calibration" if method.offline else ""
+        kind = "" if method.needs is None else f"needs that of {method.needs}"
         if learning:
             every = len(learning) == len(method.presets)
             kind = "learns first" if every else f"learns first: {', '.join(learning)}"

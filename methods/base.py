@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -33,7 +34,7 @@ class Knob:
     low: float
     high: float
     over_videos: bool = False
-    learnt_with: Mapping[str, Any] = field(default_factory=dict)
+    learnt_with: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @runtime_checkable

@@ -20,9 +20,10 @@ def read_facts(kind: type[_T], text: str | bytes) -> _T:
     """
     from pydantic import ValidationError
 
+    hashable: Any = kind
     try:
         # one of one: pydantic takes a configuration for what is around a dataclass, not for a dataclass itself
-        (facts,) = _reader(kind).validate_json(b"[" + (text.encode() if isinstance(text, str) else text) + b"]")
+        (facts,) = _reader(hashable).validate_json(b"[" + (text.encode() if isinstance(text, str) else text) + b"]")
     except (ValidationError, UnicodeError) as error:
         raise ValueError(_problem(error)) from None
     found: _T = facts
@@ -36,10 +37,11 @@ def one_line(text: object) -> str:
 
 
 @functools.cache
-def _reader(kind: type[Any]) -> Any:
+def _reader(kind: Any) -> Any:
     from pydantic import ConfigDict, TypeAdapter
 
-    return TypeAdapter(tuple[kind], config=ConfigDict(strict=True, allow_inf_nan=False, extra="forbid"))
+    row: Any = tuple.__class_getitem__(kind)
+    return TypeAdapter(row, config=ConfigDict(strict=True, allow_inf_nan=False, extra="forbid"))
 
 
 def _problem(error: Any) -> str:

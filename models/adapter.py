@@ -269,9 +269,9 @@ class _Run:
         samples = batch // len(branches)
         outs = []
         for row in range(batch):
-            q_row, k_row, v_row = (self._kept(x[row : row + 1], text, row) for x in (q, k, v))
+            q_row, k_row, v_row = (self._kept(x[row : row + 1], text, row).transpose(1, 2) for x in (q, k, v))
             site = self._site(q_row, layer, grid, branches[row // samples], row % samples)
-            out = self._attention(*(x.transpose(1, 2) for x in (q_row, k_row, v_row)), site).transpose(1, 2)
+            out = self._attention(q_row, k_row, v_row, site).transpose(1, 2)
             outs.append(torch.nn.functional.pad(out, (0, 0, 0, 0, 0, q.shape[1] - out.shape[1])))
         return torch.cat(outs) if len(outs) > 1 else outs[0].contiguous()
 
@@ -331,7 +331,7 @@ class _Run:
     def _site(self, q: Tensor, layer: int, grid: tuple[int, int, int], branch: Branch, sample: int) -> Site:
         if min(grid) < 1:
             raise ValueError("call the whole transformer, not one of its layers: the layer cannot know its geometry")
-        _, tokens, heads, head_dim = q.shape
+        _, heads, tokens, head_dim = q.shape
         frames, rows, columns = grid
         geometry = Geometry(
             grid=grid, heads=heads, head_dim=head_dim, text_tokens=tokens - frames * rows * columns,

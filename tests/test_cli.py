@@ -84,8 +84,8 @@ def test_calibrate_refuses_what_has_nothing_to_learn_in_one_line(
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A small untrained model of that name; the list says how often it was loaded."""
-    from calibatt.models.catalogue import SHAPES
     from calibatt.models.entry import Resolution
+    from calibatt.models.shapes.entry import SHAPES
     from calibatt.models.shapes.pipeline import assemble, new_transformer
 
     loaded: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from calibatt.bench.arms import facts, failed
 from calibatt.bench.cells import AnyArm, Arm, Cell, Workload
@@ -55,7 +56,7 @@ def one(context: Context, arm: Arm) -> Record:
     if prepared is None or prepared.seconds is None:
         reason = "it learns nothing" if prepared is None else "--calibration gave one that was made before"
         return failed(context, NAME, arm, Failure("unsupported", reason))
-    made = guarded(lambda: _measured(context, arm, prepared, prepared.seconds))
+    made = guarded(partial(_measured, context, arm, prepared, prepared.seconds))
     return failed(context, NAME, arm, made) if isinstance(made, Failure) else made
 
 

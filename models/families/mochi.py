@@ -41,8 +41,8 @@ class MochiSelfAttention(AttentionProcessor):
         if image_rotary_emb is not None:
             # in fp32, as Mochi has it
             q, k = (rotated(x.float(), *image_rotary_emb).type_as(x) for x in (q, k))
-        joint = (torch.cat(parts, dim=1) for parts in ((q, text_q), (k, text_k), (v, text_v)))
-        out = self.attend(*joint, attention_mask.bool()).flatten(2)
+        q, k, v = (torch.cat(parts, dim=1) for parts in ((q, text_q), (k, text_k), (v, text_v)))
+        out = self.attend(q, k, v, attention_mask.bool()).flatten(2)
         video, text = out.split_with_sizes((hidden_states.shape[1], encoder_hidden_states.shape[1]), dim=1)
         video = attn.to_out[1](attn.to_out[0](video))
         # the last layer has no use for text

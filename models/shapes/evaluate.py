@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.models.catalogue import SHAPES
+from calibatt.models.shapes.entry import SHAPES
 from calibatt.models.shapes.pipeline import SHIFT, WEIGHTS, load_pipeline
 from calibatt.models.shapes.reader import attributes
 from calibatt.models.shapes.scenes import HEIGHT, WIDTH, held_out_captions

@@ -65,7 +65,7 @@ def assemble(transformer: Any, *, shift: float = SHIFT) -> Any:
 def _pipeline_class() -> Any:
     from diffusers import WanPipeline
 
-    class ShapesPipeline(WanPipeline):  # type: ignore[misc]
+    class ShapesPipeline(WanPipeline):
         """Makes as many frames as it is asked for.
 
         Wan's own pipeline rounds to one more than a multiple of its codec's stride in time, which is 1 here: to one
@@ -73,7 +73,7 @@ def _pipeline_class() -> Any:
         """
 
         def __call__(self, *args: Any, num_frames: int = 8, **keywords: Any) -> Any:
-            return super().__call__(*args, num_frames=num_frames - 1, **keywords)
+            return WanPipeline.__call__(self, *args, num_frames=num_frames - 1, **keywords)
 
     return ShapesPipeline
 

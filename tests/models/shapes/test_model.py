@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibatt.models.catalogue import SHAPES
 from calibatt.models.generate import generate
+from calibatt.models.shapes.entry import SHAPES
 from calibatt.models.shapes.evaluate import sample, score
 from calibatt.models.shapes.pipeline import WEIGHTS, assemble, load_pipeline, new_transformer
 from calibatt.models.shapes.scenes import held_out_captions
