@@ -27,8 +27,8 @@ from calibatt.kernels.catalogue import KERNELS
 from calibatt.methods.call import Attention
 from calibatt.methods.learning import Learnt
 from calibatt.models.adapter import installed
-from calibatt.models.catalogue import SHAPES
 from calibatt.models.generate import generate
+from calibatt.models.shapes.entry import SHAPES
 
 # attention calls at which arms are checked: from the first step and layer to the last, evenly
 _PROBES = (0, 1 / 3, 2 / 3, 1)

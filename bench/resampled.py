@@ -21,7 +21,7 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.methods.call import Attention, Call, SparseAttention
 from calibatt.methods.catalogue import build
 from calibatt.methods.learning import Origin
-from calibatt.models.catalogue import SHAPES
+from calibatt.models.shapes.entry import SHAPES
 
 
 def resample(

@@ -19,7 +19,7 @@ from calibatt.bench.record import Record
 from calibatt.bench.record import Suite as SuiteName
 from calibatt.bench.suites.catalogue import SUITES
 from calibatt.bench.suites.suite import Job, Suite
-from calibatt.models.catalogue import SHAPES
+from calibatt.models.shapes.entry import SHAPES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

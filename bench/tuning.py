@@ -17,7 +17,7 @@ from calibatt.bench.offline import CALIBRATION_SEED, Offline, block_of, settings
 from calibatt.bench.video_metrics import eight_bit, psnr_db
 from calibatt.kernels.base import Attender, Kernel, Task, Unsupported
 from calibatt.kernels.catalogue import KERNELS
-from calibatt.methods.base import Foreseen, Knob, Planner
+from calibatt.methods.base import Foreseen, Knob, Method, Planner
 from calibatt.methods.call import Attention
 from calibatt.methods.catalogue import METHODS, build
 from calibatt.methods.scheduled import Scheduled
@@ -151,7 +151,7 @@ class Tuner:
         self._log(f"{arm} has {knob.field} {value:.4g}")
         return self._built(arm, **{knob.field: value})
 
-    def _built(self, arm: Arm, **turned: float) -> Planner:
+    def _built(self, arm: Arm, **turned: float) -> Method | Scheduled:
         prepared = self._offline.prepared(arm, **turned)
         method = build(
             arm.method, preset=arm.preset, calibration=None if prepared is None else prepared.calibration,

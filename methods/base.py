@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -26,14 +26,14 @@ class Knob:
         field: name of the field.
         low, high: the range; density rises or falls monotonically along it.
         over_videos: whether the density of a call depends on the calls before, and shows in whole videos only.
-        learnt_with: settings that what is learnt offline must have been learnt with for the knob to be turned.
+        learnt_with: settings that have to be learnt with offline for the knob to be turned; None for none.
     """
 
     field: str
     low: float
     high: float
     over_videos: bool = False
-    learnt_with: Mapping[str, Any] = field(default_factory=dict)
+    learnt_with: Mapping[str, Any] | None = None
 
 
 @runtime_checkable

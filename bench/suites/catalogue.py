@@ -1,4 +1,4 @@
-"""Every suite there is, in the order in which they run on one workload: each can use what the one before has made."""
+"""Every suite there is, in the order of the record: that in which they run on one workload."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from calibatt.kernels.default import ran_on
 from calibatt.kernels.expand import block_lists
 from calibatt.kernels.plan import Plan
 from calibatt.methods.energy import block_energy
-from calibatt.models.catalogue import SHAPES
+from calibatt.models.shapes.entry import SHAPES
 
 NAME: Suite = "kernel"
 
