@@ -132,7 +132,8 @@ class Arm:
 
 def _number(text: str, wanted: str, *, most: float) -> float:
     try:
-        number = float(wanted)
+        # what is shown is what runs: two arms of one name would be one
+        number = float(f"{float(wanted):g}")
     except ValueError:
         number = math.nan
     if not 0 < number <= most:

@@ -59,7 +59,8 @@ def _number(low_open: bool, what: str) -> Callable[[str], float]:
 
     def read(text: str) -> float:
         try:
-            number = float(text)
+            # what is shown is what runs: two cells of one name would be one
+            number = float(f"{float(text):g}")
         except ValueError:
             number = math.nan
         if not 0 <= number <= 1 or (low_open and number == 0):

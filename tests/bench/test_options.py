@@ -121,12 +121,13 @@ def test_what_a_model_or_a_method_does_not_have_is_refused(texts: dict[str, str]
 def test_what_is_asked_for_twice_is_measured_once() -> None:
     once = cells("kernel", densities="0.25", masks="random", kernels="flex", blocks="64x64", orders="tile")
     twice = cells(
-        "kernel", densities="0.25,0.250", masks="random,random", kernels="flex,flex", blocks="64x64,64x64",
+        "kernel", densities="0.25,0.250,0.2500001", masks="random,random", kernels="flex,flex", blocks="64x64,64x64",
         orders="tile,tile", models="shapes,shapes", resolutions="quick,quick", steps="6,6",
     )  # fmt: skip
     assert twice == once
-    assert cells("denoise", methods="dense,sparge,sparge/default,sparge,dense", kernels="flex,flex") == [
-        "shapes-quick-6-dense-fastest", "shapes-quick-6-sparge-flex",
+    methods = "dense,sparge=0.35,sparge/default=0.350000001,sparge=.35,dense"
+    assert cells("denoise", methods=methods, kernels="flex,flex") == [
+        "shapes-quick-6-dense-fastest", "shapes-quick-6-sparge=0.35-flex",
     ]  # fmt: skip
 
 
