@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Knob
 from calibatt.methods.call import Attention, SparseAttention
-from calibatt.methods.learning import Learnt
+from calibatt.methods.learning import CalibrationMismatch, Learnt
 from calibatt.methods.scheduled import Scheduled
 from calibatt.methods.site import Site
 
@@ -88,14 +90,16 @@ def test_a_density_out_of_reach_is_said_so(probes: list[Probe]) -> None:
     assert answer == Unsupported("its share reaches densities from 0.250 to 0.500, not 0.750")
 
 
-def tuner(probes: list[Probe], film: Film, *, resampled: bool = False) -> Tuner:
+def tuner(
+    probes: list[Probe], film: Film, *, resampled: bool = False, stored: Callable[[], Learnt] | None = None
+) -> Tuner:
     """Of the embedded model, where nothing is learnt."""
     workload = Workload(model="shapes", resolution="quick", steps=6, device=torch.device("cpu"), resampled=resampled)
 
     def learn(lesson: Lesson) -> Learnt:
         raise AssertionError("nothing has to be learnt")
 
-    offline = Offline(learn, stored=None, log=lambda line: None, device=workload.device, block=workload.entry.block)
+    offline = Offline(learn, stored=stored, log=lambda line: None, device=workload.device, block=workload.entry.block)
     return Tuner(
         workload, offline=offline, probes=probes, film=film, dense=KERNELS["sdpa-math"], prompts=("a", "b", "c"),
         log=lambda line: None,
@@ -122,12 +126,18 @@ def test_a_fidelity_is_solved_on_videos_of_two_calibration_prompts(probes: list[
         shown.append((prompt, seed))
         return torch.full((3, 1, 8, 8), -share)
 
-    method = tuner(probes, film).method(Arm.parse("sparge=20dB", "flex"))
+    own = tuner(probes, film)
+    method = own.method(Arm.parse("sparge=20dB", "flex"))
     assert not isinstance(method, Unsupported)
     # a tenth of 255 levels is half a tenth of the range from -1 to 1
     assert method.config.topk == pytest.approx(0.8, abs=0.01)  # type: ignore[attr-defined]
     assert {prompt for prompt, _ in shown} == {"a", "b"}
     assert min(seed for _, seed in shown) >= CALIBRATION_SEED
+    # another suite that asks gets the same answer, without videos
+    videos = len(shown)
+    again = own.method(Arm.parse("sparge=20dB", "flex"))
+    assert again.config == method.config  # type: ignore[union-attr]
+    assert len(shown) == videos
 
 
 def test_what_is_measured_on_whole_videos_is_refused_without_them(probes: list[Probe]) -> None:
@@ -151,3 +161,14 @@ def test_one_dense_schedule_for_all_stands_around_the_method(probes: list[Probe]
     method = tuner(probes, unseen).method(Arm.parse("sparge", "flex", (1.0, 0.0)))
     assert isinstance(method, Scheduled)
     assert density_of(method, probes, KERNELS["flex"]) == 1
+
+
+def test_a_stored_calibration_that_fits_nothing_here_is_a_failure_and_no_refusal(probes: list[Probe]) -> None:
+    made = tuner(probes, unseen, stored=mismatched)
+    for text in ("calibatt", "calibatt=0.5"):
+        with pytest.raises(CalibrationMismatch, match="other weights"):
+            made.method(Arm.parse(text, "flex"))
+
+
+def mismatched() -> Learnt:
+    raise CalibrationMismatch("other weights")
