@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -282,6 +283,8 @@ def refuse_pytest_options(given: Namespace) -> None:
     workers = getattr(given, "numprocesses", None) or getattr(given, "tx", None)
     if workers or getattr(given, "dist", "no") != "no":
         raise ValueError("-n (pytest-xdist): benchmarks that run side by side slow each other down; leave it out")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        raise ValueError("PYTEST_XDIST_WORKER is set, so that pytest-benchmark measures nothing: unset it")
     if given.benchmark_disable and not given.benchmark_enable:
         raise ValueError("--benchmark-disable: nothing would be measured; leave it out")
     if given.benchmark_skip:

@@ -184,13 +184,20 @@ def test_every_option_is_declared_with_its_default() -> None:
         ({"benchmark_skip": True}, "--benchmark-skip"),
     ],
 )
-def test_options_of_others_that_spoil_a_run_are_refused(more: dict[str, Any], message: str) -> None:
+def test_options_of_others_that_spoil_a_run_are_refused(
+    more: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # these tests may run in a worker themselves
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     usual = {"benchmark_disable": False, "benchmark_enable": False, "benchmark_skip": False}
     refuse_pytest_options(Namespace(**usual))
     # xdist is there, and has no workers
     refuse_pytest_options(Namespace(**usual, numprocesses=0, dist="no", tx=[]))
     with pytest.raises(ValueError, match=message):
         refuse_pytest_options(Namespace(**{**usual, **more}))
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    with pytest.raises(ValueError, match="unset it"):
+        refuse_pytest_options(Namespace(**usual))
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(
