@@ -85,7 +85,7 @@ def lesson_of(arm: Arm, block: tuple[int, int], *, turned: Collection[str] = (),
         own = {} if arm.dense_steps is None else dict(METHODS[method].without_dense)
     knob = METHODS[method].knob
     if method in turned and knob is not None:
-        own.update(knob.learnt_with or {})
+        own.update(knob.learnt_with)
     learns = learner(method, preset=preset, block=own_block, **own)
     assert learns is not None, f"{method}/{preset} is said to learn, and has no learner"
     return Lesson(method=method, learner=learns, preset=preset, block=own_block, settings=own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,14 +27,14 @@ class Knob:
         field: name of the field.
         low, high: the range; density rises or falls monotonically along it.
         over_videos: whether the density of a call depends on the calls before, and shows in whole videos only.
-        learnt_with: settings that have to be learnt with offline for the knob to be turned; None for none.
+        learnt_with: settings that what is learnt offline must have been learnt with for the knob to be turned.
     """
 
     field: str
     low: float
     high: float
     over_videos: bool = False
-    learnt_with: Mapping[str, Any] | None = None
+    learnt_with: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @runtime_checkable

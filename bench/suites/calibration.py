@@ -9,13 +9,12 @@ from calibatt.bench.arms import facts, failed
 from calibatt.bench.cells import AnyArm, Arm, Cell, Workload
 from calibatt.bench.context import Context
 from calibatt.bench.failure import Failure, guarded
-from calibatt.bench.offline import Lesson, lesson_of
+from calibatt.bench.offline import Lesson, Prepared, lesson_of
 from calibatt.bench.options import Options, method_cells
 from calibatt.bench.record import Record, Suite
 from calibatt.bench.suites.suite import Job
 from calibatt.kernels.base import Unsupported
 from calibatt.methods.base import Foreseen
-from calibatt.methods.learning import Learnt
 
 NAME: Suite = "calibration"
 
@@ -57,12 +56,12 @@ def one(context: Context, arm: Arm) -> Record:
     if prepared is None or prepared.seconds is None:
         reason = "it learns nothing" if prepared is None else "--calibration gave one that was made before"
         return failed(context, NAME, arm, Failure("unsupported", reason))
-    made = guarded(partial(_measured, context, arm, prepared.calibration, prepared.seconds))
+    made = guarded(partial(_measured, context, arm, prepared, prepared.seconds))
     return failed(context, NAME, arm, made) if isinstance(made, Failure) else made
 
 
-def _measured(context: Context, arm: Arm, learnt: Learnt, seconds: float) -> Record:
-    method = context.method(arm)
+def _measured(context: Context, arm: Arm, prepared: Prepared, seconds: float) -> Record:
+    learnt, method = prepared.calibration, context.method(arm)
     if isinstance(method, Unsupported):
         return failed(context, NAME, arm, Failure("unsupported", method.reason))
     block, agreement = learnt.settings.get("block"), learnt.tables.get("agreement")
