@@ -339,18 +339,18 @@ def _gate(arguments: argparse.Namespace) -> int:
 
 
 def _methods(arguments: argparse.Namespace) -> int:
-    from calibatt.methods.catalogue import METHODS, learner
+    from calibatt.methods.catalogue import METHODS, learns_from
 
     rows = []
     for name, method in METHODS.items():
-        learning = [preset for preset in method.presets if learner(name, preset=preset) is not None]
-        kind = "needs a calibration" if method.offline else ""
-        if learning:
-            every = len(learning) == len(method.presets)
-            kind = "learns first" if every else f"learns first: {', '.join(learning)}"
+        sources = {preset: learns_from(name, preset) for preset in method.presets}
+        needing = [preset for preset, source in sources.items() if source is not None]
+        kind = ("own" if method.needs is None else f"{method.needs}'s") if needing else ""
+        if 0 < len(needing) < len(sources):
+            kind += f": {', '.join(needing)}"
         summary = (method.__doc__ or "").strip().splitlines()[0]
         rows.append((name, ", ".join(method.presets), kind, summary))
-    _table(("METHOD", "PRESETS", "", "WHAT IT DOES"), rows)
+    _table(("METHOD", "PRESETS", "CALIBRATION", "WHAT IT DOES"), rows)
     return 0
 
 
