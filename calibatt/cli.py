@@ -8,7 +8,7 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -256,7 +256,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     run = Run.of(videos, method=method, prompts=prompts, seed=arguments.seed, **how)
     units = run.units(arguments.out.with_name(f"{arguments.out.name}.units"))
     try:
-        run.note(units, rank=rank, world=world, progress=True)
+        with _kept(units):
+            run.note(units, rank=rank, world=world, progress=True)
     except KeyboardInterrupt:
         if not units.finished():
             raise
@@ -270,16 +271,25 @@ def _calibrate(arguments: argparse.Namespace) -> int:
             print(f"process {rank} has ended; the last of {world} to end writes {arguments.out}")
             return 0
         calibration = run.merge(units)
-        try:
+        with _kept(units):
             calibration.save(arguments.out)
-        except OSError as error:
-            raise OSError(
-                f"{error}; all notes are kept in {units.folder}: mend that and run the same command again"
-            ) from None
         units.remove()
     _describe(calibration, build(method, calibration=calibration, **how))
     print(f"wrote {arguments.out}")
     return 0
+
+
+@contextlib.contextmanager
+def _kept(units: Any) -> Iterator[None]:
+    """Where a disk is full, say that what is done is not lost."""
+    try:
+        yield
+    except OSError as error:
+        if not units.finished():
+            raise
+        raise OSError(
+            f"{error}; what is done is kept in {units.folder}: make room and run the same command again"
+        ) from None
 
 
 def _describe(calibration: Any, method: Any) -> None:
