@@ -38,7 +38,12 @@ def fastest_dense(
     *,
     log: Callable[[str], None],
 ) -> Kernel:
-    """The fastest dense kernel on these inputs; one that is wrong or fails is left out and said to be.
+    """The fastest dense kernel on these inputs; one that is wrong or fails is left out, which a line says.
+
+    Args:
+        q, k, v: of one call.
+        geometry: of the call.
+        log: shows a line.
 
     Raises:
         RuntimeError: none is right.

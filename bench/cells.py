@@ -132,7 +132,8 @@ class Arm:
 
 def _number(text: str, wanted: str, *, most: float) -> float:
     try:
-        number = float(wanted)
+        # what is shown is what runs: two arms of one name would be one
+        number = float(f"{float(wanted):g}")
     except ValueError:
         number = math.nan
     if not 0 < number <= most:
@@ -155,6 +156,7 @@ class BlockArm:
         density: share of the blocks to keep; 1 is the kernel's own dense path, which has no mask.
         mask: what the heads do; None at density 1.
         block: tokens of a query and of a key block; None at density 1, and where rows are reused in place of a mask.
+        reused: share of the heads that reuse rows while the others have the mask, in a forward pass.
 
     Raises:
         ValueError: the fields contradict each other.
@@ -164,6 +166,7 @@ class BlockArm:
     density: float
     mask: Pattern | None
     block: tuple[int, int] | None
+    reused: float = 0.0
 
     def __post_init__(self) -> None:
         whole = self.density == 1
@@ -175,13 +178,14 @@ class BlockArm:
         if self.mask is None:
             return "all"
         block = "" if self.block is None else f"-{self.block[0]}x{self.block[1]}"
-        return f"{self.mask}-{self.density:g}{block}"
+        reused = f"-reused{self.reused:g}" if self.reused else ""
+        return f"{self.mask}-{self.density:g}{block}{reused}"
 
     def facts(self) -> dict[str, Any]:
         """The fields of a record that say what the arm is."""
         return {
-            "method": "blocks", "preset": f"{self.density:g}", "kernel": self.kernel, "block": self.block,
-            "mask": self.mask,
+            "method": "blocks", "kernel": self.kernel, "block": self.block, "mask": self.mask,
+            "preset": f"{self.density:g}" + (f", {self.reused:.0%} of the heads reuse rows" if self.reused else ""),
         }  # fmt: skip
 
 
@@ -216,6 +220,8 @@ class Workload:
         steps: denoising steps; 0 where kernels are measured by themselves.
         device: where it runs.
         resampled: whether its attention calls have the embedded model's inputs, resampled to this model's size.
+        layers: of a transformer with random weights, of which one forward pass is measured; 0 elsewhere.
+        compiled: whether the transformer's blocks are compiled there.
     """
 
     model: str
@@ -223,6 +229,8 @@ class Workload:
     steps: int
     device: torch.device
     resampled: bool = False
+    layers: int = 0
+    compiled: bool = False
 
     @property
     def entry(self) -> ModelEntry:
@@ -236,7 +244,9 @@ class Workload:
 
     def __str__(self) -> str:
         steps = f"-{self.steps}" if self.steps else ""
-        return f"{self.model}-{self.resolution}{steps}{'-resampled' if self.resampled else ''}"
+        layers = f"-{self.layers}layers" if self.layers else ""
+        compiled = "-compiled" if self.compiled else ""
+        return f"{self.model}-{self.resolution}{steps}{layers}{compiled}{'-resampled' if self.resampled else ''}"
 
     def facts(self) -> dict[str, Any]:
         """The fields of a record that say what the workload is, as far as they are known without its weights."""
@@ -245,6 +255,8 @@ class Workload:
             "model": self.model, "resolution": self.resolution, "tokens": geometry.tokens, "heads": geometry.heads,
             "head_dim": geometry.head_dim, "dtype": dtype_name(self.dtype),
         }  # fmt: skip
+        if self.layers:
+            return {**size, "weights": "random", "layers": self.layers, "compiled": self.compiled}
         if not self.steps:
             return size
         frames = self.entry.resolution(self.resolution).frames

@@ -54,7 +54,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test a cell."""
     from calibatt.bench.suites.catalogue import SUITES
 
-    if "cell" in metafunc.fixturenames:
+    if {"suite", "cell"} <= set(metafunc.fixturenames):
         options = metafunc.config.stash[_OPTIONS]
         cells = [(name, cell) for name, suite in SUITES.items() for cell in suite.cells(options)]
         metafunc.parametrize(("suite", "cell"), cells, ids=[f"{name}-{cell}" for name, cell in cells])
@@ -62,17 +62,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All suites of one workload one after the other, so that its model is loaded and calibrated once."""
-    workloads: dict[Any, int] = {}
+    # beside tests that are none of ours, which stand under None
+    workloads: dict[Any, int] = {None: -1}
+
+    def place(item: pytest.Item) -> int:
+        cell = _cell(item)
+        return workloads.setdefault(cell and cell[1].workload, len(workloads))
+
     # sorting keeps the order of suites within a workload
-    items.sort(key=lambda item: workloads.setdefault(_cell(item)[1].workload, len(workloads)))
+    items.sort(key=place)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Only what -k and the like have left will be measured; a lack of prompts is one line and exit code 4."""
     bench = session.config.stash[_SESSION]
     for item in session.items:
+        cell = _cell(item)
         try:
-            bench.choose(*_cell(item))
+            if cell is not None:
+                bench.choose(*cell)
         except ValueError as error:
             raise pytest.UsageError(str(error)) from None
 
@@ -128,10 +136,10 @@ def report(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Any, Any
     return hand_over
 
 
-def _cell(item: pytest.Item) -> tuple[Any, Any]:
-    """Suite and cell of a test."""
-    params = item.callspec.params  # type: ignore[attr-defined]
-    return params["suite"], params["cell"]
+def _cell(item: pytest.Item) -> tuple[Any, Any] | None:
+    """Suite and cell of a test; None of a test that is none of ours."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return (params["suite"], params["cell"]) if {"suite", "cell"} <= params.keys() else None
 
 
 class _PytestConsole:

@@ -20,12 +20,22 @@ MaskSource = Literal["random", "banded", "captured"]
 
 
 def random_keep(density: float, heads: int, rows: int, columns: int) -> Bool[Tensor, "heads rows columns"]:
-    """Every block kept or not at random, the same at every call."""
+    """Every block kept or not at random, the same at every call.
+
+    Args:
+        density: share of the blocks to keep, between 0 and 1.
+        heads, rows, columns: size of the mask, in blocks.
+    """
     return torch.rand((heads, rows, columns), generator=torch.Generator().manual_seed(0)) < density
 
 
 def banded_keep(density: float, heads: int, rows: int, columns: int) -> Bool[Tensor, "heads rows columns"]:
-    """A band along the diagonal, as wide as the density asks for."""
+    """A band along the diagonal, as wide as the density asks for.
+
+    Args:
+        density: share of the blocks to keep, between 0 and 1.
+        heads, rows, columns: size of the mask, in blocks.
+    """
     # a band of half-width w on the unit square covers 1 - (1 - w)²
     width = 1 - math.sqrt(1 - density)
     down = (torch.arange(rows)[:, None] + 0.5) / rows

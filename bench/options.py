@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -59,7 +60,8 @@ def _number(low_open: bool, what: str) -> Callable[[str], float]:
 
     def read(text: str) -> float:
         try:
-            number = float(text)
+            # what is shown is what runs: two cells of one name would be one
+            number = float(f"{float(text):g}")
         except ValueError:
             number = math.nan
         if not 0 <= number <= 1 or (low_open and number == 0):
@@ -161,6 +163,23 @@ class Options:
             _listed(_one_of(*PATTERNS)),
             "of the kernel suite: random, banded, captured from the embedded model, rows (reused, no mask), mixed",
             default="random",
+        )
+    )
+    layers: int | None = field(
+        metadata=_option(
+            _whole(),
+            "of the forward suite: layers of a transformer of the model's shape with random weights, of which one "
+            "forward pass is timed under masks of --densities; default: no such suite",
+        )
+    )
+    reused_heads: tuple[float, ...] = field(
+        metadata=_option(_listed(_share), "of the forward suite: share of the heads that reuse rows", default="0")
+    )
+    compile: tuple[str, ...] = field(
+        metadata=_option(
+            _listed(_one_of("no", "blocks")),
+            "of the forward suite: `blocks` compiles each of the transformer's blocks",
+            default="no",
         )
     )
     orders: tuple[Order, ...] | None = field(
@@ -281,6 +300,8 @@ def refuse_pytest_options(given: Namespace) -> None:
     workers = getattr(given, "numprocesses", None) or getattr(given, "tx", None)
     if workers or getattr(given, "dist", "no") != "no":
         raise ValueError("-n (pytest-xdist): benchmarks that run side by side slow each other down; leave it out")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        raise ValueError("PYTEST_XDIST_WORKER is set, so that pytest-benchmark measures nothing: unset it")
     if given.benchmark_disable and not given.benchmark_enable:
         raise ValueError("--benchmark-disable: nothing would be measured; leave it out")
     if given.benchmark_skip:

@@ -25,7 +25,7 @@ from calibatt.bench.statistics import Interval, paired_ratio
 SCHEMA = 1
 
 # this is the one home of these words: the rest of the benchmark imports them from here
-Suite = Literal["kernel", "attention", "denoise", "calibration"]
+Suite = Literal["kernel", "forward", "attention", "denoise", "calibration"]
 Outcome = Literal["ok", "wrong", "unsupported", "out_of_memory", "failed"]
 Mode = Literal["native", "matched", "equal_density", "equal_fidelity"]
 # `rows`: heads that reuse rows; `mixed`: every other head reuses rows, the others have a random mask
@@ -84,6 +84,7 @@ class Record:
 
     What was run:
         suite, model, weights, resolution, frames, steps, tokens, heads, head_dim, dtype, compiled: the workload.
+        layers: of a transformer with random weights, of which one forward pass was measured.
         inputs: where attention's inputs come from, if they are not the model's own.
         guidance: classifier-free guidance scale of a whole generation.
         method_label, method_colour, method_marker: how a report shows the method: its authors' spelling, `#RRGGBB`, and
@@ -150,6 +151,7 @@ class Record:
     head_dim: int | None = None
     dtype: _Name | None = None
     compiled: bool | None = None
+    layers: int | None = None
     preset: _Name | None = None
     inputs: _Name | None = None
     mode: Mode | None = None

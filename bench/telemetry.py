@@ -1,4 +1,4 @@
-"""What the GPU did meanwhile: energy, clock, throttling. Read through NVML; nothing is set."""
+"""GPU energy, clocks and throttling during a measurement (NVML, read-only)."""
 
 from __future__ import annotations
 

@@ -132,6 +132,7 @@ class Tuner:
         self._dense = dense
         self._prompts = prompts
         self._log = log
+        self._values: dict[Arm, float | Unsupported] = {}
 
     def method(self, arm: Arm) -> Planner | Unsupported:
         """The arm's method, its knob turned where the mode asks for it; or why it does not apply."""
@@ -141,15 +142,24 @@ class Tuner:
             return refusal
         if knob is None:
             return self._built(arm)
+        # every suite asks, and some answers take videos
+        if arm not in self._values:
+            self._values[arm] = self._solved(arm, knob)
+        value = self._values[arm]
+        return value if isinstance(value, Unsupported) else self._built(arm, **{knob.field: value})
+
+    def _solved(self, arm: Arm, knob: Knob) -> float | Unsupported:
         goal, kernel = self._goal(arm, knob), KERNELS[arm.kernel]
         value = solve(
-            lambda x: goal.measure(self._built(arm, **{knob.field: x}), kernel), knob, goal.target,
-            tolerance=goal.tolerance, quantity=goal.quantity,
-        )  # fmt: skip
-        if isinstance(value, Unsupported):
-            return value
-        self._log(f"{arm} has {knob.field} {value:.4g}")
-        return self._built(arm, **{knob.field: value})
+            lambda x: goal.measure(self._built(arm, **{knob.field: x}), kernel),
+            knob,
+            goal.target,
+            tolerance=goal.tolerance,
+            quantity=goal.quantity,
+        )
+        if not isinstance(value, Unsupported):
+            self._log(f"{arm} has {knob.field} {value:.4g}")
+        return value
 
     def _built(self, arm: Arm, **turned: float) -> Method | Scheduled:
         prepared = self._offline.prepared(arm, **turned)
@@ -163,13 +173,10 @@ class Tuner:
 
     def _refusal(self, arm: Arm, knob: Knob | None) -> Unsupported | None:
         """Why the arm does not apply here, or its knob cannot be turned."""
-        low = {} if knob is None else {knob.field: knob.low}
-        try:
-            # before anything is learnt: a preset may be set by another field
-            self._offline.lesson(arm, **low)
-            method = self._built(arm, **low)
-        except ValueError as error:
-            return Unsupported(str(error) if knob is None else f"its {knob.field} cannot be turned: {error}")
+        stuck = None if knob is None else self._stuck(arm, knob)
+        if stuck is not None:
+            return stuck
+        method = self._built(arm)
         # the last is sparse whatever the dense steps are
         probe = self._probes[-1]
         refusal = method.refusal(probe.site.geometry)
@@ -180,6 +187,23 @@ class Tuner:
         method.reset()
         plan = method.plan(probe.q[0], probe.k[0], probe.v[0], probe.site)
         return KERNELS[arm.kernel].refusal(Task.of(probe.q, plan))
+
+    def _stuck(self, arm: Arm, knob: Knob) -> Unsupported | None:
+        """Why the knob cannot be turned, where its lowest value says so."""
+        low = {knob.field: knob.low}
+        try:
+            # before anything is learnt: a preset may be set by another field
+            self._offline.lesson(arm, **low)
+        except ValueError as error:
+            return _cannot_turn(knob, error)
+        # a stored calibration that fits nothing here is no matter of the knob
+        self._offline.prepared(arm, **low)
+        try:
+            # a calibration may have masks of one density only
+            self._built(arm, **low)
+        except ValueError as error:
+            return _cannot_turn(knob, error)
+        return None
 
     def _goal(self, arm: Arm, knob: Knob) -> _Goal:
         if arm.mode == "equal_fidelity":
@@ -194,7 +218,7 @@ class Tuner:
 
     @cached_property
     def _calibatt_density(self) -> float:
-        """What `=density` stands for: CalibAtt's own, by its calibration of this run."""
+        """What `=density` asks for: that of CalibAtt, by its calibration of this run."""
         calibatt = self._built(Arm(method="calibatt", preset="default", mode="native", kernel="default"))
         assert isinstance(calibatt, Foreseen)
         return calibatt.mean_density()
@@ -224,3 +248,7 @@ class Tuner:
     def _video(self, method: Planner, kernel: Attender, number: int) -> UInt8[Tensor, "3 frames height width"]:
         meter = Meter(method, kernel, self._workload.device)
         return eight_bit(self._film(meter, self._prompts[number], CALIBRATION_SEED + number))
+
+
+def _cannot_turn(knob: Knob, error: ValueError) -> Unsupported:
+    return Unsupported(f"its {knob.field} cannot be turned: {error}")

@@ -8,7 +8,7 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -256,7 +256,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     run = Run.of(videos, method=method, prompts=prompts, seed=arguments.seed, **how)
     units = run.units(arguments.out.with_name(f"{arguments.out.name}.units"))
     try:
-        run.note(units, rank=rank, world=world, progress=True)
+        with _kept(units):
+            run.note(units, rank=rank, world=world, progress=True)
     except KeyboardInterrupt:
         if not units.finished():
             raise
@@ -270,16 +271,25 @@ def _calibrate(arguments: argparse.Namespace) -> int:
             print(f"process {rank} has ended; the last of {world} to end writes {arguments.out}")
             return 0
         calibration = run.merge(units)
-        try:
+        with _kept(units):
             calibration.save(arguments.out)
-        except OSError as error:
-            raise OSError(
-                f"{error}; all notes are kept in {units.folder}: mend that and run the same command again"
-            ) from None
         units.remove()
     _describe(calibration, build(method, calibration=calibration, **how))
     print(f"wrote {arguments.out}")
     return 0
+
+
+@contextlib.contextmanager
+def _kept(units: Any) -> Iterator[None]:
+    """Where a disk is full, say that what is done is not lost."""
+    try:
+        yield
+    except OSError as error:
+        if not units.finished():
+            raise
+        raise OSError(
+            f"{error}; what is done is kept in {units.folder}: make room and run the same command again"
+        ) from None
 
 
 def _describe(calibration: Any, method: Any) -> None:
@@ -339,18 +349,18 @@ def _gate(arguments: argparse.Namespace) -> int:
 
 
 def _methods(arguments: argparse.Namespace) -> int:
-    from calibatt.methods.catalogue import METHODS, learner
+    from calibatt.methods.catalogue import METHODS, learns_from
 
     rows = []
     for name, method in METHODS.items():
-        learning = [preset for preset in method.presets if learner(name, preset=preset) is not None]
-        kind = "" if method.needs is None else f"needs that of {method.needs}"
-        if learning:
-            every = len(learning) == len(method.presets)
-            kind = "learns first" if every else f"learns first: {', '.join(learning)}"
+        sources = {preset: learns_from(name, preset) for preset in method.presets}
+        needing = [preset for preset, source in sources.items() if source is not None]
+        kind = ("own" if method.needs is None else f"{method.needs}'s") if needing else ""
+        if 0 < len(needing) < len(sources):
+            kind += f": {', '.join(needing)}"
         summary = (method.__doc__ or "").strip().splitlines()[0]
         rows.append((name, ", ".join(method.presets), kind, summary))
-    _table(("METHOD", "PRESETS", "", "WHAT IT DOES"), rows)
+    _table(("METHOD", "PRESETS", "CALIBRATION", "WHAT IT DOES"), rows)
     return 0
 
 

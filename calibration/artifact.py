@@ -15,7 +15,7 @@ from torch import Tensor
 from calibatt.calibration.files import TensorFile, UnusableCalibration, described, raw, reading, replacing
 from calibatt.kernels.names import look_up
 from calibatt.methods.catalogue import METHODS
-from calibatt.methods.facts import read_facts
+from calibatt.methods.facts import one_line, read_facts
 from calibatt.methods.learning import Learnt, Provenance
 
 SCHEMA = "calibatt-calibration-2"
@@ -67,7 +67,7 @@ class Calibration(Learnt):
             )  # fmt: skip
             own.validate()
         except ValueError as error:
-            raise UnusableCalibration(f"{path} contradicts itself: {error}") from None
+            raise UnusableCalibration(f"{path} contradicts itself: {one_line(error)}") from None
         return own
 
     def validate(self) -> None:

@@ -23,6 +23,7 @@ from calibatt.kernels.catalogue import DEFAULT
 from calibatt.methods.call import Call, SparseAttention
 from calibatt.methods.catalogue import build, learns_from
 from calibatt.methods.catalogue import learner as learner_of
+from calibatt.methods.facts import one_line
 from calibatt.methods.learning import Learner, Origin, Provenance, settings_of
 from calibatt.methods.site import Site
 from calibatt.models.entry import ModelEntry
@@ -242,7 +243,9 @@ class Run:
         try:
             calibration.validate()
         except ValueError as error:
-            raise UnusableCalibration(f"{units.folder} does not hold what {self.method} learns: {error}") from None
+            raise UnusableCalibration(
+                f"{units.folder} does not hold what {self.method} learns: {one_line(error)}"
+            ) from None
         return calibration
 
     def _note_one(self, prompt: int, unit: UnitWriter, kernel: Attender, bar: Any) -> None:

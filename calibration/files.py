@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -88,11 +88,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = aside.open("wb")
-        with file:
+        try:
             yield file
             with naming(path):
                 file.flush()
                 os.fsync(file.fileno())
+                file.close()
+        finally:
+            # after a failure, closing tries once more to write what is thrown away
+            with suppress(OSError):
+                file.close()
         with naming(path):
             os.replace(aside, path)
             _sync(path.parent)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeVar
+from types import GenericAlias
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 _T = TypeVar("_T")
 
@@ -11,7 +15,7 @@ _T = TypeVar("_T")
 _LONGEST = 300
 
 
-def read_facts(kind: type[_T], text: str | bytes) -> _T:
+def read_facts(kind: type[_T], text: str) -> _T:
     """A dataclass from its fields as JSON, lists as tuples, and dataclasses within it likewise.
 
     Raises:
@@ -20,14 +24,14 @@ def read_facts(kind: type[_T], text: str | bytes) -> _T:
     """
     from pydantic import ValidationError
 
-    hashable: Any = kind
     try:
         # one of one: pydantic takes a configuration for what is around a dataclass, not for a dataclass itself
-        (facts,) = _reader(hashable).validate_json(b"[" + (text.encode() if isinstance(text, str) else text) + b"]")
-    except (ValidationError, UnicodeError) as error:
+        (found,) = _reader(cast(Any, kind)).validate_json(f"[{text}]")
+    except ValidationError as error:
         raise ValueError(_problem(error)) from None
-    found: _T = facts
-    return found
+    except UnicodeError as error:
+        raise ValueError(one_line(error)) from None
+    return cast(_T, found)
 
 
 def one_line(text: object) -> str:
@@ -37,16 +41,14 @@ def one_line(text: object) -> str:
 
 
 @functools.cache
-def _reader(kind: Any) -> Any:
+def _reader(kind: type[Any]) -> Any:
     from pydantic import ConfigDict, TypeAdapter
 
-    row: Any = tuple.__class_getitem__(kind)
-    return TypeAdapter(row, config=ConfigDict(strict=True, allow_inf_nan=False, extra="forbid"))
+    one: Any = GenericAlias(tuple, (kind,))
+    return TypeAdapter(one, config=ConfigDict(strict=True, allow_inf_nan=False, extra="forbid"))
 
 
-def _problem(error: Any) -> str:
-    if isinstance(error, UnicodeError):
-        return one_line(error)
+def _problem(error: ValidationError) -> str:
     # without the input, which can be of any size
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     field = ".".join(map(str, first["loc"][1:]))

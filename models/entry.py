@@ -18,6 +18,31 @@ from calibatt.methods.site import Branch
 # takes device and dtype, and a folder of weights to use in place of the model's own
 Loader = Callable[[torch.device, torch.dtype, "Path | None"], Any]
 Grid = tuple[int, int, int]
+# takes a geometry, layers, device and dtype
+Untrained = Callable[[Geometry, int, torch.device, torch.dtype], "ForwardPass"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ForwardPass:
+    """One forward pass of a transformer with random weights, which needs no text encoder and no autoencoder.
+
+    Args:
+        pipe: a pipeline with a transformer and a scheduler.
+        inputs: keywords of the transformer's forward.
+        name: that its pipeline announces the pass by.
+    """
+
+    pipe: Any
+    inputs: Mapping[str, Any]
+    name: str
+
+    @torch.no_grad()
+    def run(self) -> Any:
+        """The transformer's output, at the first step of a schedule."""
+        self.pipe.scheduler.set_timesteps(2)
+        self.pipe.scheduler.set_begin_index(0)
+        with self.pipe.transformer.cache_context(self.name):
+            return self.pipe.transformer(**self.inputs, return_dict=False)[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +127,7 @@ class ModelEntry:
         negative_prompt: prompt of the unconditional pass.
         family: what the adapter knows of its transformer; None where only the attention can be measured, by itself.
         loader: makes the pipeline; None likewise.
+        untrained: makes a forward pass of the model's shape with random weights; None where it cannot be had.
         text_tokens, text_side: of the prompt in the sequence of self-attention, where it is there.
         alignment: score of text alignment, where the model has one.
         captions: the model's own prompts (`held_out` of them were never trained on), where it has a grammar for them.
@@ -120,6 +146,7 @@ class ModelEntry:
     guidance: float
     prompt_tokens: int
     family: Family | None = None
+    untrained: Untrained | None = None
     loader: Loader | None = None
     text_tokens: int = 0
     text_side: TextSide = "last"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -12,9 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from calibatt.kernels.geometry import Geometry
 from calibatt.methods.site import Branch
-from calibatt.models.entry import Family, Grid, ModelEntry, Resolution, video_keywords
+from calibatt.models.entry import Family, ForwardPass, Grid, ModelEntry, Resolution, video_keywords
 from calibatt.models.processor import AttentionProcessor, rotated
+
+# length that Wan's pipelines pad the prompt to
+_TEXT_TOKENS = 512
 
 
 class WanSelfAttention(AttentionProcessor):
@@ -82,6 +86,48 @@ def _load(repository: str, device: torch.device, dtype: torch.dtype, weights: Pa
     return WanPipeline.from_pretrained(source, vae=vae, dtype=dtype).to(device)
 
 
+def untrained(
+    sizes: Mapping[str, Any], geometry: Geometry, layers: int, device: torch.device, dtype: torch.dtype
+) -> ForwardPass:
+    """A forward pass of Wan's transformer with random weights, the same at every call.
+
+    Args:
+        sizes: of `WanTransformer3DModel`, but for layers, heads and head dim.
+        geometry: of its self-attention.
+        layers: as many as are wanted.
+        device, dtype: of weights and inputs.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+
+    own = torch.get_default_dtype()
+    # made where and as it is used: 14 billion parameters are not made twice
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            torch.manual_seed(0)
+            transformer = WanTransformer3DModel(
+                num_layers=layers, num_attention_heads=geometry.heads, attention_head_dim=geometry.head_dim, **sizes
+            )
+            config = transformer.config
+            shape = [extent * patch for extent, patch in zip(geometry.grid, config.patch_size, strict=True)]
+            inputs = {
+                "hidden_states": torch.randn(1, config.in_channels, *shape),
+                "timestep": torch.tensor([500.0]),
+                "encoder_hidden_states": torch.randn(1, _TEXT_TOKENS, config.text_dim),
+            }
+    finally:
+        torch.set_default_dtype(own)
+    transformer.eval().requires_grad_(False)
+    pipe = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+    return ForwardPass(pipe=pipe, inputs=inputs, name="cond")
+
+
 # Wan's sizes, 50 steps, guidance 5 and flow shift 3 (480p) or 5 (720p): Diffusers' documentation of WanPipeline
 _RESOLUTIONS = MappingProxyType(
     {
@@ -91,7 +137,7 @@ _RESOLUTIONS = MappingProxyType(
 )
 
 
-def _wan21(name: str, repository: str, *, layers: int, heads: int) -> ModelEntry:
+def _wan21(name: str, repository: str, *, layers: int, heads: int, ffn_dim: int) -> ModelEntry:
     return ModelEntry(
         name=name,
         layers=layers,
@@ -104,13 +150,15 @@ def _wan21(name: str, repository: str, *, layers: int, heads: int) -> ModelEntry
         resolutions=_RESOLUTIONS,
         steps=50,
         guidance=5.0,
-        prompt_tokens=512,
+        prompt_tokens=_TEXT_TOKENS,
         family=FAMILY,
+        untrained=partial(untrained, {"ffn_dim": ffn_dim}),
         loader=partial(_load, repository),
     )
 
 
+# sizes of each one's config.json
 ENTRIES = (
-    _wan21("wan2.1-1.3b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", layers=30, heads=12),
-    _wan21("wan2.1-14b", "Wan-AI/Wan2.1-T2V-14B-Diffusers", layers=40, heads=40),
+    _wan21("wan2.1-1.3b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", layers=30, heads=12, ffn_dim=8960),
+    _wan21("wan2.1-14b", "Wan-AI/Wan2.1-T2V-14B-Diffusers", layers=40, heads=40, ffn_dim=13824),
 )

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.models.entry import ModelEntry, Resolution
+from calibatt.kernels.geometry import Geometry
+from calibatt.models.entry import ForwardPass, ModelEntry, Resolution
 from calibatt.models.families import wan
 
 
@@ -18,6 +19,12 @@ def _load(device: torch.device, dtype: torch.dtype, weights: Path | None) -> Any
     from calibatt.models.shapes.pipeline import load_pipeline
 
     return load_pipeline(device=device, dtype=dtype, weights=weights)
+
+
+def _untrained(geometry: Geometry, layers: int, device: torch.device, dtype: torch.dtype) -> ForwardPass:
+    from calibatt.models.shapes.pipeline import SIZES
+
+    return wan.untrained(SIZES, geometry, layers, device, dtype)
 
 
 def _align(video: Float[Tensor, "3 frames height width"], caption: str) -> float:
@@ -51,6 +58,7 @@ SHAPES = ModelEntry(
     guidance=3.0,
     prompt_tokens=24,
     family=wan.FAMILY,
+    untrained=_untrained,
     loader=_load,
     alignment=_align,
     captions=_captions,

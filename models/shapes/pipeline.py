@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +17,21 @@ from calibatt.models.shapes.text import TEXT_DIM, SceneTextEncoder, SceneTokeniz
 WEIGHTS = Path(__file__).parent / "weights"
 # sigmas are shifted towards noise, where layout, colour and motion are decided; Wan's own value at 720p
 SHIFT = 5.0
+# of its transformer, but for layers, heads and head dim
+SIZES: Mapping[str, Any] = MappingProxyType(
+    {
+        "patch_size": (1, 4, 4),
+        "in_channels": 3,
+        "out_channels": 3,
+        "text_dim": TEXT_DIM,
+        "freq_dim": 256,
+        # the widest multiple of 128 that keeps the weights in two files of 9 MB
+        "ffn_dim": 896,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 32,
+    }
+)
 
 
 def new_transformer(*, layers: int = 8, heads: int = 4) -> Any:
@@ -25,21 +42,7 @@ def new_transformer(*, layers: int = 8, heads: int = 4) -> Any:
     """
     from diffusers import WanTransformer3DModel
 
-    return WanTransformer3DModel(
-        patch_size=(1, 4, 4),
-        num_attention_heads=heads,
-        attention_head_dim=64,
-        in_channels=3,
-        out_channels=3,
-        text_dim=TEXT_DIM,
-        freq_dim=256,
-        # the widest multiple of 128 that keeps the weights in two files of 9 MB
-        ffn_dim=896,
-        num_layers=layers,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=32,
-    )
+    return WanTransformer3DModel(num_layers=layers, num_attention_heads=heads, attention_head_dim=64, **SIZES)
 
 
 def assemble(transformer: Any, *, shift: float = SHIFT) -> Any:

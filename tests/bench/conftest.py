@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -163,3 +164,12 @@ def by_round() -> Callable[..., list[float]]:
         return [*repeat(0.0, first), *(second for second in rounds for _ in range(calls))]
 
     return times
+
+
+@pytest.fixture(scope="session")
+def as_a_user_has_it() -> dict[str, str]:
+    """The environment of `pytest bench`, without what these tests and their workers set in it.
+
+    With Triton's interpreter its kernels would be timed on a CPU, for minutes; in a worker there are no benchmarks.
+    """
+    return {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_INTERPRET", "PYTEST_"))}

@@ -228,22 +228,23 @@ def test_a_record_that_cannot_be_written_leaves_the_file_as_it_was(
 
 
 @pytest.mark.slow
-def test_a_benchmark_that_is_killed_loses_nothing_that_was_measured(tmp_path: Path) -> None:
+def test_a_benchmark_that_is_killed_loses_nothing_that_was_measured(
+    tmp_path: Path, as_a_user_has_it: dict[str, str]
+) -> None:
     path = tmp_path / "bench.json"
     kept = tmp_path / "bench.json.partial.jsonl"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [
         sys.executable, "-m", "pytest", "bench", "-k", "kernel", "--resolutions", "quick,standard", "--densities", "1",
         "--kernels", "sdpa-flash", f"--benchmark-json={path}",
     ]  # fmt: skip
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as running:
+    with subprocess.Popen(command, cwd=ROOT, env=as_a_user_has_it, stdout=subprocess.PIPE, text=True) as running:
         while not kept.exists() or kept.read_bytes().count(b"\n") < 3:
             assert running.poll() is None, "it ended before it could be killed"
             time.sleep(0.05)
         running.send_signal(signal.SIGKILL)
     assert not path.exists()
     measured = {line["cell"]: line["samples_s"] for line in map(json.loads, kept.read_text().splitlines()[1:])}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=as_a_user_has_it, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(measured)} of 4 cells are not measured again: {kept} has them" in done.stdout
     assert "shapes-quick: timing" not in done.stdout

@@ -121,12 +121,13 @@ def test_what_a_model_or_a_method_does_not_have_is_refused(texts: dict[str, str]
 def test_what_is_asked_for_twice_is_measured_once() -> None:
     once = cells("kernel", densities="0.25", masks="random", kernels="flex", blocks="64x64", orders="tile")
     twice = cells(
-        "kernel", densities="0.25,0.250", masks="random,random", kernels="flex,flex", blocks="64x64,64x64",
+        "kernel", densities="0.25,0.250,0.2500001", masks="random,random", kernels="flex,flex", blocks="64x64,64x64",
         orders="tile,tile", models="shapes,shapes", resolutions="quick,quick", steps="6,6",
     )  # fmt: skip
     assert twice == once
-    assert cells("denoise", methods="dense,sparge,sparge/default,sparge,dense", kernels="flex,flex") == [
-        "shapes-quick-6-dense-fastest", "shapes-quick-6-sparge-flex",
+    methods = "dense,sparge=0.35,sparge/default=0.350000001,sparge=.35,dense"
+    assert cells("denoise", methods=methods, kernels="flex,flex") == [
+        "shapes-quick-6-dense-fastest", "shapes-quick-6-sparge=0.35-flex",
     ]  # fmt: skip
 
 
@@ -183,13 +184,20 @@ def test_every_option_is_declared_with_its_default() -> None:
         ({"benchmark_skip": True}, "--benchmark-skip"),
     ],
 )
-def test_options_of_others_that_spoil_a_run_are_refused(more: dict[str, Any], message: str) -> None:
+def test_options_of_others_that_spoil_a_run_are_refused(
+    more: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # these tests may run in a worker themselves
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     usual = {"benchmark_disable": False, "benchmark_enable": False, "benchmark_skip": False}
     refuse_pytest_options(Namespace(**usual))
     # xdist is there, and has no workers
     refuse_pytest_options(Namespace(**usual, numprocesses=0, dist="no", tx=[]))
     with pytest.raises(ValueError, match=message):
         refuse_pytest_options(Namespace(**{**usual, **more}))
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    with pytest.raises(ValueError, match="unset it"):
+        refuse_pytest_options(Namespace(**usual))
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(

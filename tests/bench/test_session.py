@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,15 +15,22 @@ from calibatt.cli import main
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "bench", *arguments]
-    # as a user has it: with Triton's interpreter, of these tests, its kernel would be timed on a CPU, for minutes
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+Bench = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_blocks_of_the_methods_own_make_one_cell_a_choice_in_every_suite() -> None:
-    done = _bench("--collect-only", "-q", "--blocks", "native,32x32", "--methods", "dense,sparge,calibatt")
+@pytest.fixture
+def bench(as_a_user_has_it: dict[str, str]) -> Bench:
+    """Runs `pytest bench` with some arguments."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pytest", "bench", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=as_a_user_has_it, capture_output=True, text=True, check=False)
+
+    return run
+
+
+def test_blocks_of_the_methods_own_make_one_cell_a_choice_in_every_suite(bench: Bench) -> None:
+    done = bench("--collect-only", "-q", "--blocks", "native,32x32", "--methods", "dense,sparge,calibatt")
     assert done.returncode == 0, done.stdout + done.stderr
     for suite in ("attention", "denoise"):
         names = [line for line in done.stdout.splitlines() if f"[{suite}-" in line]
@@ -37,31 +44,31 @@ def test_blocks_of_the_methods_own_make_one_cell_a_choice_in_every_suite() -> No
     ]  # fmt: skip
 
 
-def test_k_and_the_name_of_a_suite_selects_that_suite() -> None:
+def test_k_and_the_name_of_a_suite_selects_that_suite(bench: Bench) -> None:
     # XAttention has the name of a suite in its own
-    done = _bench("--collect-only", "-q", "--methods", "dense,calibatt,xattention", "-k", "attention")
+    done = bench("--collect-only", "-q", "--methods", "dense,calibatt,xattention", "-k", "attention")
     assert done.returncode == 0, done.stdout + done.stderr
     cells = [line.partition("[")[2] for line in done.stdout.splitlines() if "::" in line]
     assert len(cells) == 3
     assert all(cell.startswith("attention-") for cell in cells)
 
 
-def test_a_wrong_option_is_one_line_before_anything_runs(tmp_path: Path) -> None:
+def test_a_wrong_option_is_one_line_before_anything_runs(tmp_path: Path, bench: Bench) -> None:
     for arguments, message in (
         (["--models", "shape"], "--models shape: unknown model 'shape': did you mean shapes"),
         (["--models", "wan2.1-1.3b"], "--prompts"),
         ([f"--benchmark-json={tmp_path}", "--benchmark-disable"], "--benchmark-disable: nothing would be measured"),
     ):
-        done = _bench(*arguments)
+        done = bench(*arguments)
         assert done.returncode == pytest.ExitCode.USAGE_ERROR
         (line,) = [line for line in done.stderr.splitlines() if line.strip()]
         assert message in line
 
 
 @pytest.mark.slow
-def test_a_wanted_fidelity_is_solved_for_under_the_runs_own_dense_schedule(tmp_path: Path) -> None:
+def test_a_wanted_fidelity_is_solved_for_under_the_runs_own_dense_schedule(tmp_path: Path, bench: Bench) -> None:
     path = tmp_path / "bench.json"
-    done = _bench(
+    done = bench(
         "-k", "denoise", "--methods", "dense,scaling=50dB,sparge/cdf=50dB,lite=0.5,calibatt/masks-only=0.6",
         "--steps", "2", "--rounds", "1", "--calibration-prompts", "1", "--dense-steps", "0.5",
         f"--benchmark-json={path}",
@@ -88,10 +95,10 @@ def test_a_wanted_fidelity_is_solved_for_under_the_runs_own_dense_schedule(tmp_p
 
 
 @pytest.mark.slow
-def test_a_stored_calibration_without_levels_is_of_one_density_only(tmp_path: Path) -> None:
+def test_a_stored_calibration_without_levels_is_of_one_density_only(tmp_path: Path, bench: Bench) -> None:
     stored, path = tmp_path / "quick.safetensors", tmp_path / "bench.json"
     assert main(["calibrate", "--resolution", "quick", "--steps", "2", "--count", "1", "-o", str(stored)]) == 0
-    done = _bench(
+    done = bench(
         "-k", "attention", "--methods", "dense,calibatt,calibatt=0.35", "--steps", "2", "--rounds", "1",
         "--calibration", str(stored), f"--benchmark-json={path}",
     )  # fmt: skip
@@ -105,9 +112,9 @@ def test_a_stored_calibration_without_levels_is_of_one_density_only(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_inputs_resampled_to_another_size_have_densities_but_no_videos(tmp_path: Path) -> None:
+def test_inputs_resampled_to_another_size_have_densities_but_no_videos(tmp_path: Path, bench: Bench) -> None:
     path = tmp_path / "bench.json"
-    done = _bench(
+    done = bench(
         "--inputs", "resampled", "--methods", "dense,calibatt/masks-only=0.4,sparge=30dB", "--steps", "2", "--rounds",
         "1", "--calibration-prompts", "1", f"--benchmark-json={path}",
     )  # fmt: skip
@@ -126,10 +133,10 @@ def test_inputs_resampled_to_another_size_have_densities_but_no_videos(tmp_path:
 
 
 @pytest.mark.slow
-def test_a_run_leaves_records_of_what_was_and_of_what_could_not_be_timed(tmp_path: Path) -> None:
+def test_a_run_leaves_records_of_what_was_and_of_what_could_not_be_timed(tmp_path: Path, bench: Bench) -> None:
     # in a folder that is not there yet
     path = tmp_path / "out" / "bench.json"
-    done = _bench(
+    done = bench(
         "--methods", "dense,calibatt,calibatt/masks-only=0.6,radial,svg/learnt", "--kernels", "flex,sdpa-math",
         "--steps", "2", "--rounds", "2", "--calibration-prompts", "1", f"--benchmark-json={path}",
     )  # fmt: skip
@@ -169,9 +176,9 @@ def test_a_run_leaves_records_of_what_was_and_of_what_could_not_be_timed(tmp_pat
 
 
 @pytest.mark.slow
-def test_kernels_are_timed_at_a_models_geometry_without_the_model(tmp_path: Path) -> None:
+def test_kernels_are_timed_at_a_models_geometry_without_the_model(tmp_path: Path, bench: Bench) -> None:
     path = tmp_path / "kernel.json"
-    done = _bench(
+    done = bench(
         "-k", "kernel", "--kernels", "flex,sdpa-flash", "--densities", "1,0.3", "--masks", "random,captured",
         f"--benchmark-json={path}",
     )  # fmt: skip

@@ -1,18 +1,25 @@
-"""The solver for what is wanted of a method."""
+"""Methods whose knob is turned for what is wanted of them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from calibatt.bench.cells import Arm, Workload
 from calibatt.bench.observers import Probe
-from calibatt.bench.tuning import DENSITY_TOLERANCE, density_of, solve
+from calibatt.bench.offline import CALIBRATION_SEED, Lesson, Offline
+from calibatt.bench.tuning import DENSITY_TOLERANCE, Film, Tuner, density_of, solve
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Knob
+from calibatt.methods.call import Attention, SparseAttention
+from calibatt.methods.learning import CalibrationMismatch, Learnt
+from calibatt.methods.scheduled import Scheduled
 from calibatt.methods.site import Site
 
 GEOMETRY = Geometry(grid=(4, 16, 16), heads=2, head_dim=16)
@@ -81,3 +88,87 @@ def test_a_density_out_of_reach_is_said_so(probes: list[Probe]) -> None:
         tolerance=DENSITY_TOLERANCE, quantity="densities",
     )  # fmt: skip
     assert answer == Unsupported("its share reaches densities from 0.250 to 0.500, not 0.750")
+
+
+def tuner(
+    probes: list[Probe], film: Film, *, resampled: bool = False, stored: Callable[[], Learnt] | None = None
+) -> Tuner:
+    """Of the embedded model, where nothing is learnt."""
+    workload = Workload(model="shapes", resolution="quick", steps=6, device=torch.device("cpu"), resampled=resampled)
+
+    def learn(lesson: Lesson) -> Learnt:
+        raise AssertionError("nothing has to be learnt")
+
+    offline = Offline(learn, stored=stored, log=lambda line: None, device=workload.device, block=workload.entry.block)
+    return Tuner(
+        workload, offline=offline, probes=probes, film=film, dense=KERNELS["sdpa-math"], prompts=("a", "b", "c"),
+        log=lambda line: None,
+    )  # fmt: skip
+
+
+def unseen(attention: Attention, prompt: str, seed: int) -> torch.Tensor:
+    raise AssertionError("no video is needed")
+
+
+def test_a_density_is_solved_on_probes(probes: list[Probe]) -> None:
+    method = tuner(probes, unseen).method(Arm.parse("sparge=0.5", "flex"))
+    assert not isinstance(method, Unsupported)
+    assert density_of(method, probes, KERNELS["flex"]) == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_fidelity_is_solved_on_videos_of_two_calibration_prompts(probes: list[Probe]) -> None:
+    shown: list[tuple[str, int]] = []
+
+    def film(attention: Attention, prompt: str, seed: int) -> torch.Tensor:
+        # as far from dense as the share of blocks that is left out
+        assert isinstance(attention, SparseAttention)
+        share = getattr(getattr(attention.method, "config", None), "topk", 1.0)
+        shown.append((prompt, seed))
+        return torch.full((3, 1, 8, 8), -share)
+
+    own = tuner(probes, film)
+    method = own.method(Arm.parse("sparge=20dB", "flex"))
+    assert not isinstance(method, Unsupported)
+    # a tenth of 255 levels is half a tenth of the range from -1 to 1
+    assert method.config.topk == pytest.approx(0.8, abs=0.01)  # type: ignore[attr-defined]
+    assert {prompt for prompt, _ in shown} == {"a", "b"}
+    assert min(seed for _, seed in shown) >= CALIBRATION_SEED
+    # another suite that asks gets the same answer, without videos
+    videos = len(shown)
+    again = own.method(Arm.parse("sparge=20dB", "flex"))
+    assert again.config == method.config  # type: ignore[union-attr]
+    assert len(shown) == videos
+
+
+def test_what_is_measured_on_whole_videos_is_refused_without_them(probes: list[Probe]) -> None:
+    answer = tuner(probes, unseen, resampled=True).method(Arm.parse("sparge=20dB", "flex"))
+    assert answer == Unsupported("this target is measured on whole videos; resampled inputs have none")
+
+
+def test_a_preset_that_another_field_sets_has_no_knob_to_turn(probes: list[Probe]) -> None:
+    answer = tuner(probes, unseen).method(Arm.parse("sparge/cdf=0.5", "flex"))
+    assert isinstance(answer, Unsupported)
+    assert "its topk cannot be turned" in answer.reason
+
+
+def test_a_kernel_that_the_method_cannot_use_is_refused_before_anything_is_solved(probes: list[Probe]) -> None:
+    answer = tuner(probes, unseen).method(Arm.parse("sparge=0.5", "sdpa-math"))
+    assert isinstance(answer, Unsupported)
+    assert "choose a sparse one" in answer.reason
+
+
+def test_one_dense_schedule_for_all_stands_around_the_method(probes: list[Probe]) -> None:
+    method = tuner(probes, unseen).method(Arm.parse("sparge", "flex", (1.0, 0.0)))
+    assert isinstance(method, Scheduled)
+    assert density_of(method, probes, KERNELS["flex"]) == 1
+
+
+def test_a_stored_calibration_that_fits_nothing_here_is_a_failure_and_no_refusal(probes: list[Probe]) -> None:
+    made = tuner(probes, unseen, stored=mismatched)
+    for text in ("calibatt", "calibatt=0.5"):
+        with pytest.raises(CalibrationMismatch, match="other weights"):
+            made.method(Arm.parse(text, "flex"))
+
+
+def mismatched() -> Learnt:
+    raise CalibrationMismatch("other weights")

@@ -1,0 +1,222 @@
+"""The forward suite: one forward pass of a transformer of a model's shape with random weights, eager or compiled.
+
+What sparse attention brings to a whole model at a density, without the model's weights. Random weights have no
+structure, so masks are drawn and no method is asked; it is for time and memory, never for fidelity.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from calibatt.bench.accuracy import spot_error
+from calibatt.bench.baseline import fastest_dense
+from calibatt.bench.cells import DENSE, AnyArm, Arm, BlockArm, Cell
+from calibatt.bench.failure import Failure, guarded
+from calibatt.bench.masks import anchor_rows, make_plan
+from calibatt.bench.options import Options
+from calibatt.bench.record import Record, Suite
+from calibatt.bench.rounds import take_turns
+from calibatt.bench.suites.suite import Job
+from calibatt.bench.telemetry import read
+from calibatt.bench.timer import timed
+from calibatt.kernels.base import Kernel, Task
+from calibatt.kernels.catalogue import KERNELS
+from calibatt.kernels.default import ran_on
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import HeadKind, Plan, RowReuse
+from calibatt.methods.site import Site
+from calibatt.models.adapter import restore, sparsify
+from calibatt.models.entry import ForwardPass
+
+NAME: Suite = "forward"
+
+# as of the kernel suite: one pass takes as long as a hundred rounds of the embedded model
+ROUNDS = 10
+# anchor rows of a frame that a head computes which reuses rows: the paper's, arXiv 2603.05503
+_ANCHORS = 5
+
+
+def cells(options: Options) -> list[Cell]:
+    """Every mask on every kernel, eager and compiled, at every model and resolution; nothing without `--layers`."""
+    if options.layers is None or options.resampled:
+        return []
+    found = []
+    for workload in dict.fromkeys(replace(one, steps=0, layers=options.layers) for one in options.workloads()):
+        if workload.entry.untrained is None:
+            continue
+        blocks = [one for one in options.blocks or () if isinstance(one, tuple)] or [workload.entry.block]
+        arms = [
+            BlockArm(kernel=kernel, density=density, mask="random", block=block, reused=reused)
+            for kernel in options.kernels
+            for density in options.densities
+            for block in blocks
+            for reused in options.reused_heads
+            if density < 1
+        ]
+        for how in options.compile:
+            at = replace(workload, compiled=how != "no")
+            found += [Cell(workload=at, arm=arm) for arm in (DENSE, *arms)]
+    return found
+
+
+class Drawn:
+    """Plans for every layer, drawn beforehand: masks of one density, and row reuse in the first heads.
+
+    Args:
+        arm: density, block and share of the heads that reuse rows.
+        geometry, layers: of the forward pass.
+        device: where it runs.
+    """
+
+    def __init__(self, arm: BlockArm, geometry: Geometry, layers: int, device: torch.device) -> None:
+        assert arm.mask is not None
+        drawn = make_plan(arm.mask, arm.density, geometry, arm.block, _no_energy)
+        count = round(arm.reused * geometry.heads)
+        kinds: tuple[HeadKind, ...] = ("reused",) * count + ("masked",) * (geometry.heads - count)
+        rows = geometry.grid[1]
+        reuse = RowReuse.of_anchor_rows(geometry, anchor_rows(_ANCHORS / rows, rows)) if count else None
+        # one mask for all layers: what is random in one is random in the next
+        self.plans = [replace(drawn, kinds=kinds, reuse=reuse).to(device)] * layers
+
+    def plan(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Site) -> Plan:
+        """The layer's."""
+        return self.plans[site.layer]
+
+    def reset(self) -> None:
+        """There is no state."""
+
+
+def _no_energy() -> Any:
+    raise AssertionError("random masks need no attention")
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Course:
+    """An arm that was checked, and what it has done so far."""
+
+    planner: Any
+    kernel: Kernel
+    plan: Plan
+    error: float
+    budget: float
+    seconds: list[float] = field(default_factory=list)
+    peak_memory_bytes: int | None = None
+    throttled: bool | None = None
+
+
+class _Model:
+    """The forward pass that the arms of one workload share, and the fastest dense kernel at its geometry."""
+
+    def __init__(self, job: Job) -> None:
+        workload = job.workload
+        assert workload.entry.untrained is not None
+        self.workload = workload
+        self.log = lambda line: job.console.line(f"{workload}: {line}")
+        self.geometry = workload.entry.geometry(workload.resolution)
+        self.log(f"making {workload.layers} layers with random weights")
+        self.one: ForwardPass = workload.entry.untrained(
+            self.geometry, workload.layers, workload.device, workload.dtype
+        )
+        if workload.compiled:
+            self.one.pipe.transformer.compile_repeated_blocks(fullgraph=True)
+        shape = (1, self.geometry.tokens, self.geometry.heads, self.geometry.head_dim)
+        generator = torch.Generator(workload.device).manual_seed(0)
+        # tokens before heads in memory, as models hand them over
+        self.q, self.k, self.v = (
+            torch.randn(shape, generator=generator, device=workload.device, dtype=workload.dtype).transpose(1, 2)
+            for _ in range(3)
+        )
+        self.dense = fastest_dense(self.q, self.k, self.v, self.geometry, log=self.log)
+
+    def ready(self, arm: Arm | BlockArm) -> _Course | Failure:
+        """Draw an arm's plans, check its kernel on one call, and run it once, which compiles what there is."""
+        from calibatt.methods.catalogue import build
+
+        device = self.workload.device
+        if isinstance(arm, Arm):
+            planner, kernel, plan = build("dense"), self.dense, Plan.dense(self.geometry)
+        else:
+            planner, kernel = Drawn(arm, self.geometry, self.workload.layers, device), KERNELS[arm.kernel]
+            plan = planner.plans[0]
+        refusal = kernel.refusal(Task.of(self.q, plan))
+        if refusal is not None:
+            return Failure("unsupported", refusal.reason)
+        error, budget = spot_error(kernel, self.q, self.k, self.v, plan)
+        if not error <= budget:
+            return Failure("wrong", f"its largest error against fp64 is {error:.3g}, allowed {budget:.3g}")
+        course = _Course(planner=planner, kernel=kernel, plan=plan, error=error, budget=budget)
+        self.turn(course)
+        course.seconds.clear()
+        return course
+
+    def turn(self, course: _Course) -> None:
+        """One forward pass."""
+        device = self.workload.device
+        sparsify(self.one.pipe, course.planner, kernel=course.kernel)
+        try:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            seconds, out = timed(device, self.one.run)
+            if not out.isfinite().all():
+                raise ValueError("the output has NaN or infinite values")
+            course.seconds.append(seconds)
+            if device.type == "cuda":
+                course.peak_memory_bytes = max(course.peak_memory_bytes or 0, torch.cuda.max_memory_allocated(device))
+        finally:
+            restore(self.one.pipe)
+        reading = read(device)
+        if reading is not None:
+            course.throttled = bool(course.throttled) or reading.throttled
+
+
+def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]:
+    """Time one forward pass with every arm, in turns; paired with dense."""
+    model = _Model(job)
+    courses: dict[Arm | BlockArm, _Course] = {}
+    # the baseline is measured even where nobody asked to see it
+    for arm in dict.fromkeys([DENSE, *(one for one in arms if isinstance(one, BlockArm))]):
+        model.log(f"checking {arm} on {arm.kernel}")
+        one = guarded(partial(model.ready, arm))
+        if isinstance(one, Failure):
+            yield arm, Record(**_facts(model, arm), outcome=one.outcome, reason=one.reason)
+        else:
+            courses[arm] = one
+    model.log(f"timing forward passes, {ROUNDS} rounds of {len(courses)} arms")
+    failures = take_turns(list(courses), ROUNDS, lambda round_, arm: model.turn(courses[arm]))
+    for arm, course in courses.items():
+        if arm in failures:
+            failure = failures[arm]
+            yield arm, Record(**_facts(model, arm), outcome=failure.outcome, reason=failure.reason)
+            continue
+        dense = None if arm == DENSE or DENSE in failures or DENSE not in courses else courses[DENSE]
+        yield arm, _record(model, arm, course, dense)
+
+
+def _record(model: _Model, arm: Arm | BlockArm, course: _Course, dense: _Course | None) -> Record:
+    return Record(
+        **_facts(model, arm),
+        outcome="ok",
+        ran_on=ran_on(course.kernel, [Task.of(model.q, course.plan)]),
+        samples_s=tuple(course.seconds),
+        baseline_samples_s=None if dense is None else tuple(dense.seconds),
+        kernel_error=course.error,
+        kernel_error_budget=course.budget,
+        density=statistics.mean(course.plan.density().tolist()),
+        plan_memory_bytes=course.plan.nbytes(),
+        peak_memory_bytes=course.peak_memory_bytes,
+        throttled=course.throttled,
+    )
+
+
+def _facts(model: _Model, arm: Arm | BlockArm) -> dict[str, Any]:
+    """The fields of a record that say what was run."""
+    facts = {**model.workload.facts(), **arm.facts(), "suite": NAME}
+    if isinstance(arm, Arm):
+        return {**facts, "kernel": model.dense.name, "mode": None}
+    return {"baseline": model.dense.name, **facts}
