@@ -25,7 +25,8 @@ from calibatt.bench.statistics import Interval, paired_ratio
 SCHEMA = 1
 
 # this is the one home of these words: the rest of the benchmark imports them from here
-Suite = Literal["kernel", "forward", "attention", "denoise", "calibration"]
+# suites stand in the order in which they run on a workload
+Suite = Literal["kernel", "forward", "calibration", "attention", "denoise"]
 Outcome = Literal["ok", "wrong", "unsupported", "out_of_memory", "failed"]
 Mode = Literal["native", "matched", "equal_density", "equal_fidelity"]
 # `rows`: heads that reuse rows; `mixed`: every other head reuses rows, the others have a random mask
@@ -301,7 +302,9 @@ class Record:
     @property
     def workload(self) -> tuple[Any, ...]:
         """What the arms that may be compared have in common."""
-        return (self.suite, self.model, self.inputs, self.resolution, self.steps, self.dtype, self.compiled)
+        return (
+            self.suite, self.model, self.inputs, self.resolution, self.layers, self.steps, self.dtype, self.compiled,
+        )  # fmt: skip
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from calibatt.bench.record import Record, Run, Suite
+from calibatt.bench.record import SUITES, Record, Run
 
 # whole generations are what readers come for, the rest follows
-_SUITE_ORDER: tuple[Suite, ...] = ("denoise", "attention", "kernel", "calibration")
+_SUITE_ORDER = SUITES[::-1]
 _YES_NO = {"True": "yes", "False": "no"}
 
 
@@ -23,6 +23,7 @@ def workloads(run: Run) -> list[list[Record]]:
 def title(record: Record) -> str:
     """What names a record's workload."""
     parts = [record.suite, record.model, record.resolution, record.steps and f"{record.steps} steps", record.dtype]
+    parts += [record.layers and f"{record.layers} layers with random weights"]
     parts += ["compiled" if record.compiled else None, record.inputs and "inputs resampled"]
     return " · ".join(str(part) for part in parts if part)
 

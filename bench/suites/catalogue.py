@@ -1,14 +1,18 @@
-"""Every suite there is, in the order of the record: that in which they run on one workload."""
+"""Every suite there is, in the order in which they run on one workload: each can use what the one before has made.
+
+A suite is a file of this folder, and its name a word of `record.Suite`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from types import MappingProxyType
+from typing import cast
 
-from calibatt.bench.record import SUITES as ORDER
-from calibatt.bench.record import Suite as SuiteName
-from calibatt.bench.suites import attention, calibration, denoise, forward, kernel
+from calibatt.bench import record
 from calibatt.bench.suites.suite import Suite
 
-_EACH: Mapping[SuiteName, Suite] = {suite.NAME: suite for suite in (kernel, forward, calibration, attention, denoise)}
-SUITES: Mapping[SuiteName, Suite] = MappingProxyType({name: _EACH[name] for name in ORDER})
+SUITES: Mapping[record.Suite, Suite] = MappingProxyType(
+    {name: cast(Suite, import_module(f"calibatt.bench.suites.{name}")) for name in record.SUITES}
+)

@@ -30,6 +30,7 @@ from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.default import ran_on
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import HeadKind, Plan, RowReuse
+from calibatt.methods.catalogue import build
 from calibatt.methods.site import Site
 from calibatt.models.adapter import restore, sparsify
 from calibatt.models.entry import ForwardPass
@@ -136,8 +137,6 @@ class _Model:
 
     def ready(self, arm: Arm | BlockArm) -> _Course | Failure:
         """Draw an arm's plans, check its kernel on one call, and run it once, which compiles what there is."""
-        from calibatt.methods.catalogue import build
-
         device = self.workload.device
         if isinstance(arm, Arm):
             planner, kernel, plan = build("dense"), self.dense, Plan.dense(self.geometry)
