@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
         options = Options.read(given)
         for suite in SUITES.values():
             suite.cells(options)
-        out, journal = given.benchmark_json, None
+        out, journal = _path(given.benchmark_json), None
         check_output(out)
         if out is not None:
             files = [options.calibration, given.prompts]
@@ -48,6 +49,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_OPTIONS] = options
     config.stash[_JOURNAL] = journal
     config.stash[_SESSION] = BenchSession(settings, _PytestConsole(config), journal=journal)
+
+
+def _path(out: Any) -> Path | None:
+    """Where the JSON file goes: newer releases of pytest-benchmark give its name, older ones the file, opened."""
+    return None if out is None else Path(out.name if hasattr(out, "write") else out)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
