@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -74,6 +74,9 @@ class Units:
             yield
         finally:
             lock.release()
+            # another process may have merged and removed the units in the meantime
+            if not (self.folder / _MANIFEST).exists() and not self.finished():
+                self.remove()
 
     def finished(self) -> list[int]:
         """Indices of the prompts whose notes are complete."""
@@ -101,7 +104,7 @@ class Units:
             try:
                 yield
             finally:
-                if not self.finished():
+                if prompts and not self.finished():
                     self.remove()
 
     @contextmanager
@@ -153,7 +156,8 @@ class Units:
             self._lock(prompt).unlink(missing_ok=True)
         for name in (_MANIFEST, _LOCK):
             (self.folder / name).unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
+        # it stays where something else lies in it
+        with suppress(OSError):
             self.folder.rmdir()
 
     @contextmanager

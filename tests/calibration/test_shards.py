@@ -83,6 +83,20 @@ def test_the_folder_goes_when_its_units_are_removed_and_stays_where_something_el
         assert [path.name for path in folder.glob("*")] == list(other)
 
 
+def test_who_comes_after_the_units_were_merged_and_removed_leaves_nothing(hand_made: Made, tmp_path: Path) -> None:
+    folder = tmp_path / "units"
+    one = Run.of(hand_made(), prompts=["a"], seed=7, block=(16, 8), anchors=2)
+    first, other = one.units(folder), one.units(folder)
+    one.note(first, kernel=SDPA)
+    # a third process has no prompt
+    one.note(other, kernel=SDPA, rank=2, world=3)
+    with first.alone():
+        first.remove()
+    with other.alone():
+        assert other.finished() == []
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("other", "field"),
     [
