@@ -1,4 +1,4 @@
-"""Plans to time kernels with: random masks, masks in a band, or as uneven as the embedded model's; row reuse; both."""
+"""Plans to time kernels with: random masks, in a band, or as uneven as the embedded model's; row reuse; both."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from calibatt.bench.record import Pattern
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
-from calibatt.kernels.plan import HeadKind, Plan, RowReuse
+from calibatt.kernels.plan import HeadKind, Plan, RowReuse, anchor_rows
 
-MaskSource = Literal["random", "banded", "captured"]
+MaskSource = Literal["random", "even", "banded", "captured"]
 
 
 def random_keep(density: float, heads: int, rows: int, columns: int) -> Bool[Tensor, "heads rows columns"]:
@@ -27,6 +27,12 @@ def random_keep(density: float, heads: int, rows: int, columns: int) -> Bool[Ten
         heads, rows, columns: size of the mask, in blocks.
     """
     return torch.rand((heads, rows, columns), generator=torch.Generator().manual_seed(0)) < density
+
+
+def even_keep(density: float, heads: int, rows: int, columns: int) -> Bool[Tensor, "heads rows columns"]:
+    """As many blocks of every row, at random, so that all rows take a kernel equally long."""
+    drawn = torch.rand((heads, rows, columns), generator=torch.Generator().manual_seed(0))
+    return drawn.argsort(-1).argsort(-1) < max(1, round(density * columns))
 
 
 def banded_keep(density: float, heads: int, rows: int, columns: int) -> Bool[Tensor, "heads rows columns"]:
@@ -59,7 +65,9 @@ def captured_keep(
 
 
 _Maker = Callable[[float, int, int, int], Bool[Tensor, "heads rows columns"]]
-_MAKERS: Mapping[MaskSource, _Maker] = MappingProxyType({"random": random_keep, "banded": banded_keep})
+_MAKERS: Mapping[MaskSource, _Maker] = MappingProxyType(
+    {"random": random_keep, "even": even_keep, "banded": banded_keep}
+)
 MASK_SOURCES: tuple[MaskSource, ...] = get_args(MaskSource)
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 
@@ -84,12 +92,6 @@ def make_mask(
     return BlockMask.from_keep(keep, tokens=geometry.tokens, block_q=block[0], block_k=block[1])
 
 
-def anchor_rows(density: float, rows: int) -> list[int]:
-    """Rows of a frame, evenly apart, that are about this share of all."""
-    count = max(1, round(density * rows))
-    return [(2 * i + 1) * rows // (2 * count) for i in range(count)]
-
-
 def make_plan(
     pattern: Pattern,
     density: float,
@@ -107,7 +109,8 @@ def make_plan(
     """
     reuse = mask = None
     if pattern in ("rows", "mixed"):
-        reuse = RowReuse.of_anchor_rows(geometry, anchor_rows(density, geometry.grid[1]))
+        rows = geometry.grid[1]
+        reuse = RowReuse.of_anchor_rows(geometry, anchor_rows(rows, max(1, round(density * rows))))
     if pattern != "rows":
         assert block is not None
         mask = make_mask("random" if pattern == "mixed" else pattern, density, geometry, block, energy)

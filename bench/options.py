@@ -161,7 +161,8 @@ class Options:
     masks: tuple[Pattern, ...] = field(
         metadata=_option(
             _listed(_one_of(*PATTERNS)),
-            "of the kernel suite: random, banded, captured from the embedded model, rows (reused, no mask), mixed",
+            "of the kernel and forward suites: random, even (random, with as many blocks in every row), banded; of the "
+            "kernel suite also captured from the embedded model, rows (reused, no mask), mixed",
             default="random",
         )
     )

@@ -30,7 +30,7 @@ Suite = Literal["kernel", "forward", "calibration", "attention", "denoise"]
 Outcome = Literal["ok", "wrong", "unsupported", "out_of_memory", "failed"]
 Mode = Literal["native", "matched", "equal_density", "equal_fidelity"]
 # `rows`: heads that reuse rows; `mixed`: every other head reuses rows, the others have a random mask
-Pattern = Literal["random", "banded", "captured", "rows", "mixed"]
+Pattern = Literal["random", "even", "banded", "captured", "rows", "mixed"]
 # of matplotlib: those that have a glyph in text too
 Marker = Literal["o", "s", "^", "v", "<", ">", "D", "P", "X", "*"]
 Samples = tuple[float, ...]

@@ -17,6 +17,21 @@ from calibatt.kernels.mask import BlockMask, Mask
 HeadKind = Literal["dense", "masked", "reused"]
 
 
+def anchor_rows(rows: int, count: int) -> tuple[int, ...]:
+    """Equidistant rows of a frame: the middle rows of `count` equal bands, the lower one where two are in the middle.
+
+    Args:
+        rows: rows of a frame.
+        count: anchor rows.
+
+    Raises:
+        ValueError: there is no anchor row, or no other row.
+    """
+    if not 1 <= count < rows:
+        raise ValueError(f"a frame of {rows} rows can have 1 to {rows - 1} anchor rows: got {count}, set `anchors`")
+    return tuple((2 * band + 1) * rows // (2 * count) for band in range(count))
+
+
 # without slots: cached_property keeps its values in the instance's dictionary
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowReuse:

@@ -18,7 +18,7 @@ from calibatt.bench.accuracy import spot_error
 from calibatt.bench.baseline import fastest_dense
 from calibatt.bench.cells import DENSE, AnyArm, Arm, BlockArm, Cell
 from calibatt.bench.failure import Failure, guarded
-from calibatt.bench.masks import anchor_rows, make_plan
+from calibatt.bench.masks import make_plan
 from calibatt.bench.options import Options
 from calibatt.bench.record import Record, Suite
 from calibatt.bench.rounds import take_turns
@@ -29,7 +29,7 @@ from calibatt.kernels.base import Kernel, Task
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.default import ran_on
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import HeadKind, Plan, RowReuse
+from calibatt.kernels.plan import HeadKind, Plan, RowReuse, anchor_rows
 from calibatt.methods.catalogue import build
 from calibatt.methods.site import Site
 from calibatt.models.adapter import restore, sparsify
@@ -41,6 +41,8 @@ NAME: Suite = "forward"
 ROUNDS = 10
 # anchor rows of a frame that a head computes which reuses rows: the paper's, arXiv 2603.05503
 _ANCHORS = 5
+# those that need neither a video nor another kind of head
+_PATTERNS = ("random", "even", "banded")
 
 
 def cells(options: Options) -> list[Cell]:
@@ -53,12 +55,13 @@ def cells(options: Options) -> list[Cell]:
             continue
         blocks = [one for one in options.blocks or () if isinstance(one, tuple)] or [workload.entry.block]
         arms = [
-            BlockArm(kernel=kernel, density=density, mask="random", block=block, reused=reused)
+            BlockArm(kernel=kernel, density=density, mask=pattern, block=block, reused=reused)
             for kernel in options.kernels
+            for pattern in options.masks
             for density in options.densities
             for block in blocks
             for reused in options.reused_heads
-            if density < 1
+            if density < 1 and pattern in _PATTERNS
         ]
         for how in options.compile:
             at = replace(workload, compiled=how != "no")
@@ -81,7 +84,7 @@ class Drawn:
         count = round(arm.reused * geometry.heads)
         kinds: tuple[HeadKind, ...] = ("reused",) * count + ("masked",) * (geometry.heads - count)
         rows = geometry.grid[1]
-        reuse = RowReuse.of_anchor_rows(geometry, anchor_rows(_ANCHORS / rows, rows)) if count else None
+        reuse = RowReuse.of_anchor_rows(geometry, anchor_rows(rows, min(_ANCHORS, rows - 1))) if count else None
         # one mask for all layers: what is random in one is random in the next
         self.plans = [replace(drawn, kinds=kinds, reuse=reuse).to(device)] * layers
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import block_count, packed, unpacked
+from calibatt.kernels.plan import anchor_rows
 from calibatt.methods.blocks import video_blocks
 from calibatt.methods.calibatt.levels import MOST_LEVEL, common_levels, loss_levels
-from calibatt.methods.calibatt.repetition import anchor_rows, row_similarity
+from calibatt.methods.calibatt.repetition import row_similarity
 from calibatt.methods.calibatt.schedule import Schedule
 from calibatt.methods.energy import block_energy
 from calibatt.methods.facts import read_facts

@@ -80,7 +80,7 @@ class CalibAtt(Method):
         }
     )
     # nearly all that a calibration's levels tell apart
-    knob: ClassVar[Knob | None] = Knob(field="loss", low=0.0, high=15.0)
+    knob: ClassVar[Knob | None] = Knob(field="loss", low=0.0, high=15.0, learnt_with=MappingProxyType({"levels": True}))
 
     def __init__(self, config: CalibAttConfig, learnt: Learnt) -> None:
         super().__init__(config)

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count, packed, unpacked
-from calibatt.kernels.plan import HeadKind, Plan, RowReuse
+from calibatt.kernels.plan import HeadKind, Plan, RowReuse, anchor_rows
 from calibatt.methods.blocks import text_blocks, video_blocks
 from calibatt.methods.calibatt.learner import CalibAttLearner
 from calibatt.methods.calibatt.levels import keep_at
-from calibatt.methods.calibatt.repetition import anchor_rows
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
 

@@ -13,21 +13,6 @@ from calibatt.kernels.plan import RowReuse
 from calibatt.methods.energy import CHUNK, exponentials
 
 
-def anchor_rows(rows: int, count: int = 5) -> tuple[int, ...]:
-    """Equidistant rows of a frame: the middle rows of `count` equal bands, the lower one where two are in the middle.
-
-    Args:
-        rows: rows of a frame.
-        count: anchor rows; the paper takes 5.
-
-    Raises:
-        ValueError: there is no anchor row, or no other row.
-    """
-    if not 1 <= count < rows:
-        raise ValueError(f"a frame of {rows} rows can have 1 to {rows - 1} anchor rows: got {count}, set `anchors`")
-    return tuple((2 * band + 1) * rows // (2 * count) for band in range(count))
-
-
 def row_similarity(
     q: Float[Tensor, "heads tokens head_dim"],
     k: Float[Tensor, "heads tokens head_dim"],

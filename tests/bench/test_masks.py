@@ -8,9 +8,9 @@ import torch
 from calibatt.bench.masks import (
     MASK_SOURCES,
     MaskSource,
-    anchor_rows,
     banded_keep,
     captured_keep,
+    even_keep,
     make_mask,
     make_plan,
 )
@@ -56,11 +56,6 @@ def test_a_band_lies_along_the_diagonal_whatever_the_blocks() -> None:
     assert keep[torch.arange(16), torch.arange(16) * 2].all()
 
 
-def test_anchor_rows_are_evenly_apart() -> None:
-    assert anchor_rows(5 / 30, 30) == [3, 9, 15, 21, 27]
-    assert anchor_rows(0.01, 30) == [15]
-
-
 def test_rows_need_no_blocks_and_compute_their_share() -> None:
     plan = make_plan("rows", 0.25, GEOMETRY, None, _energy)
     assert set(plan.kinds) == {"reused"}
@@ -71,3 +66,10 @@ def test_every_other_head_of_a_mixed_plan_reuses_rows() -> None:
     plan = make_plan("mixed", 0.25, GEOMETRY, (64, 64), _energy)
     assert plan.kinds == ("masked", "reused") * 3
     assert plan.density().mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+def test_even_masks_keep_as_many_blocks_in_every_row() -> None:
+    keep = even_keep(0.375, 3, 5, 16)
+    assert (keep.sum(-1) == 6).all()
+    # and not the same ones
+    assert len({tuple(row.tolist()) for row in keep.flatten(0, 1)}) > 10

@@ -12,11 +12,12 @@ import torch
 
 from calibatt.kernels.geometry import TextSide
 from calibatt.kernels.mask import block_count, packed, unpacked
+from calibatt.kernels.plan import anchor_rows
 from calibatt.methods.blocks import video_blocks
 from calibatt.methods.calibatt import learner as module
 from calibatt.methods.calibatt.learner import CalibAttLearner, agreement, majority, votes_needed
 from calibatt.methods.calibatt.levels import loss_levels
-from calibatt.methods.calibatt.repetition import anchor_rows, row_similarity
+from calibatt.methods.calibatt.repetition import row_similarity
 from calibatt.methods.calibatt.schedule import Schedule
 from calibatt.methods.energy import block_energy
 from calibatt.methods.learning import settings_of

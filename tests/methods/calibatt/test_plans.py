@@ -14,13 +14,12 @@ from torch import Tensor
 from calibatt.kernels import oracle
 from calibatt.kernels.geometry import Geometry, TextSide
 from calibatt.kernels.mask import BlockMask, unpacked
-from calibatt.kernels.plan import RowReuse
+from calibatt.kernels.plan import RowReuse, anchor_rows
 from calibatt.methods.base import Foreseen
 from calibatt.methods.blocks import text_blocks, video_blocks
 from calibatt.methods.calibatt.levels import keep_at
 from calibatt.methods.calibatt.method import CalibAtt
 from calibatt.methods.calibatt.plans import Plans
-from calibatt.methods.calibatt.repetition import anchor_rows
 from calibatt.methods.catalogue import build
 from calibatt.methods.learning import CalibrationMismatch, Learnt
 

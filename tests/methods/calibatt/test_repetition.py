@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import RowReuse
+from calibatt.kernels.plan import RowReuse, anchor_rows
 from calibatt.methods.calibatt import repetition
-from calibatt.methods.calibatt.repetition import anchor_rows, row_similarity
+from calibatt.methods.calibatt.repetition import row_similarity
 
 
 def repeating_queries(geometry: Geometry) -> Tensor:
@@ -26,7 +26,7 @@ def repeating_queries(geometry: Geometry) -> Tensor:
     ("rows", "expected"), [(30, (3, 9, 15, 21, 27)), (45, (4, 13, 22, 31, 40)), (16, (1, 4, 8, 11, 14))]
 )
 def test_anchor_rows_are_the_middles_of_equal_bands(rows: int, expected: tuple[int, ...]) -> None:
-    assert anchor_rows(rows) == expected
+    assert anchor_rows(rows, 5) == expected
 
 
 @pytest.mark.parametrize(("rows", "count"), [(5, 5), (4, 5), (8, 0)])
