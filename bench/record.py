@@ -260,7 +260,7 @@ class Record:
     @property
     def of_ideal(self) -> float | None:
         """Speedup over what leaving blocks out could give at best, 1 / density; for attention calls, not for videos."""
-        if self.suite == "denoise" or self.speedup is None or self.density is None:
+        if self.suite in ("denoise", "forward") or self.speedup is None or self.density is None:
             return None
         return self.speedup.median * self.density
 

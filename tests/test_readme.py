@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import calibatt
 from calibatt.bench.record import load_run
 from calibatt.reports.page import tables
 
@@ -32,7 +33,10 @@ def test_the_tests_are_run_by_the_command_that_it_gives() -> None:
 
 @pytest.mark.slow
 def test_its_python_runs_as_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    short, code = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    # a pipeline of one's own is not here, but what is done with it is
+    assert {name for name in calibatt.__all__ if f"calibatt.{name}" in short} == {"sparsify", "restore"}
+    compile(short, "README.md", "exec")
     monkeypatch.chdir(tmp_path)
     # two steps show the same as six, in a third of the time
     assert '"quick", 6\n' in code
