@@ -185,7 +185,7 @@ class BlockArm:
         """The fields of a record that say what the arm is."""
         return {
             "method": "blocks", "kernel": self.kernel, "block": self.block, "mask": self.mask,
-            "preset": f"{self.density:g}" + (f", {self.reused:.0%} of the heads reuse rows" if self.reused else ""),
+            "preset": f"{self.density:g}" + (f" + {self.reused:.0%} rows" if self.reused else ""),
         }  # fmt: skip
 
 
