@@ -308,11 +308,15 @@ class Record:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Identity of a measurement across runs. Block size is excluded: an arm that failed early never had one."""
-        if self.suite == "kernel":
-            return (*self.workload, self.method, self.preset, self.kernel, self.block, self.mask)
-        # elsewhere a preset or a choice fixes the blocks, and dense runs on whichever kernel is fastest that day
+        """Identity of a measurement across runs.
+
+        Of a method, the block size is excluded: an arm that failed early never had one.
+        """
+        # dense runs on whichever kernel is fastest that day
         kernel = None if self.method == "dense" else self.kernel
+        if self.suite in ("kernel", "forward"):
+            return (*self.workload, self.method, self.preset, kernel, self.block, self.mask)
+        # elsewhere a preset or a choice fixes the blocks
         wanted = (self.mode, self.target_density, self.target_psnr_db, self.dense_steps, self.dense_layers)
         return (*self.workload, self.method, self.preset, *wanted, self.block_choice, kernel)
 
