@@ -103,7 +103,7 @@ class Record:
         prompts: captions of the samples, in order.
     How it went:
         outcome, reason: a record other than `ok` says why and carries no times.
-        throttled: whether the GPU lowered its clocks meanwhile.
+        throttled: whether the GPU lowered its clocks during the measurement.
     Time, in seconds:
         samples_s: end to end, one a round.
         baseline_samples_s: the dense arm, same rounds.
@@ -203,9 +203,9 @@ class Record:
         if self.outcome not in OUTCOMES:
             return f"outcome {self.outcome!r} is none of {', '.join(OUTCOMES)}"
         if (self.outcome == "ok") != (self.samples_s is not None):
-            return "an outcome of 'ok' has samples, and only that one"
+            return "an outcome of 'ok' has samples, and no other outcome has"
         if (self.outcome == "ok") == (self.reason is not None):
-            return "an outcome other than 'ok' says why, and only such a one"
+            return "an outcome other than 'ok' has a reason, and 'ok' has none"
         if self.baseline_samples_s is not None and len(self.baseline_samples_s) != len(self.samples_s or ()):
             return "samples and baseline samples are not pairs"
         if self.mode == "equal_fidelity" and self.target_psnr_db is None:

@@ -23,9 +23,9 @@ from calibatt.kernels.tiles import tensor_map_fits
 # queries of a warpgroup: the rows of one wgmma
 _ROWS = 64
 _WARPS = 4
-# keys of a tile at the most
+# the most keys of a tile
 _MOST_KEYS = 128
-# tiles of keys of a share at the least: to begin and end a tile of queries costs two or three of them (docs/kernels.md)
+# the fewest tiles of keys in a share: to begin and end a tile of queries costs two or three of them (docs/kernels.md)
 _LEAST_SHARE = 8
 # queries that `triton_code.merge` puts together at a time
 _MERGED = 16

@@ -16,7 +16,7 @@ from calibatt.kernels.mask import VariableBlockMask, block_count
 from calibatt.kernels.plan import Plan
 from calibatt.kernels.tiles import compute_capability, descriptor, has_tma, interpreted, tile_of
 
-# queries of a tile at the most: more do not fit the registers
+# the most queries of a tile: more do not fit the registers
 _MOST_QUERIES = 128
 # tokens of a block that may be left out, which is one tile
 _MOST_SKIPPED = 128

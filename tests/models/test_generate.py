@@ -92,7 +92,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_an_empty_list_of_prompts_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("\n  \n")
-    with pytest.raises(ValueError, match="empty; write one prompt a line"):
+    with pytest.raises(ValueError, match="empty; write one prompt per line"):
         read_prompts(path)
 
 
