@@ -157,11 +157,9 @@ COLUMNS: Sequence[Column] = (
     Column("plan memory", "of one plan, or of the calibration", lambda row: _size(row.record.plan_memory_bytes)),
     Column("energy J", "median a video", lambda row: _median(row.record.energy_j, "{:.0f}")),
     Column("clock MHz", "median", lambda row: _median(row.record.clocks_mhz, "{:.0f}")),
+    Column("prepared in", "time of the offline part", lambda row: _preparation(row.record.preparation_s), brief=True),
     Column(
-        "prepared in", "time of the offline part", lambda row: _preparation(row.record.preparation_s), brief=True
-    ),
-    Column(
-        "pays after", "videos until that time is saved", lambda row: _number(row.record.pays_after, "{:.1f}"), brief=True
+        "pays after", "videos until that is saved", lambda row: _number(row.record.pays_after, "{:.1f}"), brief=True
     ),
     Column(
         "calibration cost", "times dense generation", lambda row: _number(row.record.calibration_cost_ratio, "{:.2f}×")
