@@ -156,7 +156,7 @@ class Options:
     inputs: Literal["own", "resampled"] = field(
         metadata=_option(
             _one_of("own", "resampled"),
-            "inputs of attention calls: the model's `own`, or `resampled` from the embedded model to its size, "
+            "inputs of attention calls: the model's `own`, or `resampled`: the embedded model's at this model's size, "
             "which needs no weights and runs the attention suite alone, without dense steps",
             default="own",
         )
@@ -172,7 +172,7 @@ class Options:
     layers: int | None = field(
         metadata=_option(
             _whole(),
-            "run the forward suite: one forward pass of a transformer of the model's shape with so many layers and "
+            "run the forward suite: one forward pass of a transformer of the model's shape with this many layers and "
             "random weights, under masks of --densities; default: no forward suite",
         )
     )

@@ -178,5 +178,5 @@ def test_a_model_whose_attention_alone_is_measured_has_its_geometry(
     entry = MODELS[model]
     geometry = entry.geometry(resolution)
     assert (geometry.grid, geometry.tokens) == (grid, tokens)
-    with pytest.raises(ValueError, match=f"{model} cannot generate here"):
+    with pytest.raises(ValueError, match=f"{model} cannot generate videos here"):
         entry.load(resolution=resolution, device=torch.device("cpu"), dtype=torch.float32)
