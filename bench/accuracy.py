@@ -89,6 +89,11 @@ def spot_error(
 
     For inputs of full size, on whose heads fp64 takes a thousand times as long as a kernel.
 
+    Args:
+        kernel: that is checked.
+        q, k, v: inputs of full size.
+        plan: to compute them under.
+
     Raises:
         ValueError: the kernel does not apply to the plan.
     """
@@ -108,7 +113,12 @@ def _largest_error(out: Tensor, exact: Tensor) -> float:
 def recall(
     q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"], plan: Plan
 ) -> list[float]:
-    """Attention mass in the kept blocks, for each head that computes all its queries."""
+    """Attention mass in the kept blocks, for each head that computes all its queries.
+
+    Args:
+        q, k: what attention sees.
+        plan: what is kept of it.
+    """
     kept = [1.0 for kind in plan.kinds if kind == "dense"]
     if plan.mask is not None:
         if plan.order is not None:

@@ -105,19 +105,38 @@ def block_of(plans: tuple[Plan, ...]) -> tuple[int, int] | None:
 
 
 def facts(context: Context, suite: Suite, arm: Arm) -> dict[str, Any]:
-    """The fields of a record that say what was run."""
+    """The fields of a record that say what was run.
+
+    Args:
+        context: what the arms of the workload share.
+        suite: that measures.
+        arm: what is measured.
+    """
     dense = context.dense.name
     own = {"kernel": dense, "baseline": None} if arm == DENSE else {"baseline": dense}
     return {**context.facts, **arm.facts(), "suite": suite, **own}
 
 
 def failed(context: Context, suite: Suite, arm: Arm, failure: Failure) -> Record:
-    """The record of an arm without times."""
+    """The record of an arm without times.
+
+    Args:
+        context: what the arms of the workload share.
+        suite: that measures.
+        arm: what is measured.
+        failure: why there are no times.
+    """
     return Record(**facts(context, suite, arm), outcome=failure.outcome, reason=failure.reason)
 
 
 def passed(context: Context, suite: Suite, one: Ready) -> dict[str, Any]:
-    """The fields of a record of an arm that was checked and timed, as far as all suites share them."""
+    """The fields of a record of an arm that was checked and timed, as far as all suites share them.
+
+    Args:
+        context: what the arms of the workload share.
+        suite: that measures.
+        one: the arm, checked.
+    """
     tasks = [Task.of(probe.q, plan) for probe, plan in zip(context.probes, one.plans, strict=True)]
     return {
         **facts(context, suite, one.arm),

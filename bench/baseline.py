@@ -25,7 +25,11 @@ _NO_BASELINE = ("default", "flex", "sdpa-math")
 
 
 def dense_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[Kernel]:
-    """The kernels that may be a baseline on this machine."""
+    """The kernels that may be a baseline on this machine.
+
+    Args:
+        device, dtype, head_dim: of the inputs.
+    """
     task = Task(device=device, dtype=dtype, head_dim=head_dim)
     return [kernel for name, kernel in KERNELS.items() if name not in _NO_BASELINE and kernel.refusal(task) is None]
 
@@ -52,7 +56,7 @@ def fastest_dense(
     there = dense_kernels(q.device, q.dtype, q.shape[-1])
     right = [kernel for kernel in there if _is_right(kernel, q, k, v, plan, log)]
     if not right:
-        raise RuntimeError("no dense kernel is right here, so there is nothing to compare with")
+        raise RuntimeError("no dense kernel gives correct results here, so there is no baseline")
     times: dict[str, list[float]] = {kernel.name: [] for kernel in right}
     for round_ in range(_ROUNDS + 1):
         for kernel in right:
@@ -72,8 +76,9 @@ def _is_right(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, plan: Plan, log: 
     try:
         error, budget = spot_error(kernel, q, k, v, plan)
     except Exception as problem:
-        log(f"{kernel.name} is no baseline: {type(problem).__name__}: {problem}")
+        log(f"{kernel.name} is left out as a baseline: {type(problem).__name__}: {problem}")
         return False
     if error > budget:
-        log(f"{kernel.name} is no baseline: its largest error against fp64 is {error:.3g}, allowed {budget:.3g}")
+        figures = f"its largest error against fp64 is {error:.3g}, allowed {budget:.3g}"
+        log(f"{kernel.name} is left out as a baseline: {figures}")
     return error <= budget

@@ -98,7 +98,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """pytest-benchmark has written its file by now: what was kept meanwhile is in there."""
+    """pytest-benchmark has written its file by now: what the journal kept is in there."""
     journal, bench = session.config.stash[_JOURNAL], session.config.stash[_SESSION]
     if journal is not None and bench.finished and session.items and not session.config.option.collectonly:
         journal.remove()

@@ -45,6 +45,10 @@ class Journal:
     def keep(self, suite: Suite, cell: str, record: Record) -> None:
         """Add a record; when this returns, it is on the disk.
 
+        Args:
+            suite, cell: what was measured.
+            record: what came of it.
+
         Raises:
             OSError: it cannot be written; the file is as it was.
         """
@@ -91,7 +95,7 @@ class Journal:
             mine, other = self._run.get(name), run.get(name)
             if mine != other:
                 raise UnusableJournal(
-                    f"{self.path} is of a run with another {name} ({_shown(other)}, not {_shown(mine)}): "
+                    f"{self.path} belongs to a run with another {name} ({_shown(other)}, not {_shown(mine)}): "
                     "repeat that run to finish it, or delete the file to measure anew"
                 )
 

@@ -30,7 +30,12 @@ def random_keep(density: float, heads: int, rows: int, columns: int) -> Bool[Ten
 
 
 def even_keep(density: float, heads: int, rows: int, columns: int) -> Bool[Tensor, "heads rows columns"]:
-    """As many blocks of every row, at random, so that all rows take a kernel equally long."""
+    """As many blocks of every row, at random, so that all rows take a kernel equally long.
+
+    Args:
+        density: share of the blocks to keep, between 0 and 1; every row keeps at least one.
+        heads, rows, columns: size of the mask, in blocks.
+    """
     drawn = torch.rand((heads, rows, columns), generator=torch.Generator().manual_seed(0))
     return drawn.argsort(-1).argsort(-1) < max(1, round(density * columns))
 

@@ -87,7 +87,7 @@ def lesson_of(arm: Arm, block: tuple[int, int], *, turned: Collection[str] = (),
     if method in turned and knob is not None:
         own.update(knob.learnt_with)
     learns = learner(method, preset=preset, block=own_block, **own)
-    assert learns is not None, f"{method}/{preset} is said to learn, and has no learner"
+    assert learns is not None, f"{method}/{preset} needs its own calibration, but has no learner"
     return Lesson(method=method, learner=learns, preset=preset, block=own_block, settings=own)
 
 

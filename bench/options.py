@@ -113,8 +113,8 @@ class Options:
     methods: tuple[str, ...] = field(
         metadata=_option(
             _names,
-            "METHOD[/PRESET][=density], see `calibatt methods`; =density turns the method's knob to CalibAtt's "
-            "density, =0.35 to that one, =30dB to that PSNR against dense videos",
+            "METHOD[/PRESET][=TARGET], see `calibatt methods`; a target turns the method's knob: `density` is "
+            "CalibAtt's density, 0.35 that density, 30dB that PSNR against dense videos",
             default="dense,calibatt,radial,sparge,random",
         )
     )
@@ -130,12 +130,14 @@ class Options:
         )
     )
     densities: tuple[float, ...] = field(
-        metadata=_option(_listed(_density), "of the kernel suite, 1 for dense", default="0.25")
+        metadata=_option(
+            _listed(_density), "densities of the masks in the kernel and forward suites; 1 is dense", default="0.25"
+        )
     )
     blocks: tuple[BlockChoice, ...] | None = field(
         metadata=_option(
             _listed(_block),
-            "QUERIESxKEYS in tokens, and for methods also `native`, each preset's own; default: the model's",
+            "block sizes, QUERIESxKEYS in tokens, or `native` for each preset's own; default: the model's",
         )
     )
     dense_steps: float | None = field(
@@ -147,30 +149,31 @@ class Options:
     dense_layers: float | None = field(
         metadata=_option(
             _share,
-            "share of the first layers likewise; if one of both is given, the other is 0; default: each method's own",
+            "the same for the first layers; where only one of the two is given, the other is 0; default: each "
+            "method's own",
         )
     )
     inputs: Literal["own", "resampled"] = field(
         metadata=_option(
             _one_of("own", "resampled"),
-            "of attention calls: the model's own, or those of the embedded model resampled to the model's size, which "
-            "needs no weights; then there is the attention suite alone, without dense steps",
+            "inputs of attention calls: the model's `own`, or `resampled`: the embedded model's at this model's size, "
+            "which needs no weights and runs the attention suite alone, without dense steps",
             default="own",
         )
     )
     masks: tuple[Pattern, ...] = field(
         metadata=_option(
             _listed(_one_of(*PATTERNS)),
-            "of the kernel and forward suites: random, even (random, with as many blocks in every row), banded; of the "
-            "kernel suite also captured from the embedded model, rows (reused, no mask), mixed",
+            "of the kernel and forward suites: random, even (random, with equally many blocks in every row), banded; "
+            "in the kernel suite also captured (from the embedded model), rows (row reuse, no mask), mixed (both)",
             default="random",
         )
     )
     layers: int | None = field(
         metadata=_option(
             _whole(),
-            "of the forward suite: layers of a transformer of the model's shape with random weights, of which one "
-            "forward pass is timed under masks of --densities; default: no such suite",
+            "run the forward suite: one forward pass of a transformer of the model's shape with this many layers and "
+            "random weights, under masks of --densities; default: no forward suite",
         )
     )
     reused_heads: tuple[float, ...] = field(
@@ -191,13 +194,17 @@ class Options:
     )
     device: torch.device | None = field(metadata=_option(pick_device, "cpu or cuda; default: cuda where there is one"))
     rounds: int = field(
-        metadata=_option(_whole(_MOST_ROUNDS), "videos an arm; below 6 no interval exists", default="6")
+        metadata=_option(_whole(_MOST_ROUNDS), "videos per arm; an interval needs at least 6", default="6")
     )
-    calibration_prompts: int = field(metadata=_option(_whole(_MOST_ROUNDS), "prompts to calibrate on", default="4"))
-    calibration: Path | None = field(metadata=_option(_file, "a file of `calibatt calibrate`, in place of calibrating"))
+    calibration_prompts: int = field(
+        metadata=_option(_whole(_MOST_ROUNDS), "number of prompts to calibrate on", default="4")
+    )
+    calibration: Path | None = field(
+        metadata=_option(_file, "a file of `calibatt calibrate`, to use in place of calibrating")
+    )
     prompts: tuple[str, ...] | None = field(
         metadata=_option(
-            lambda name: read_prompts(Path(name)), "file of prompts, one a line: first those to calibrate on"
+            lambda name: read_prompts(Path(name)), "file of prompts, one per line; the first ones are calibrated on"
         )
     )
 
@@ -318,7 +325,7 @@ def check_output(path: Path | None) -> None:
     if path is None:
         return
     if path.is_dir() or (path.exists() and not path.is_file()):
-        raise ValueError(f"--benchmark-json={path}: this is no file, and will not be replaced; name a file")
+        raise ValueError(f"--benchmark-json={path}: is not a regular file and will not be replaced; name a file")
     trial = partial_of(path).with_suffix(".trial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

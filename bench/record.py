@@ -103,7 +103,7 @@ class Record:
         prompts: captions of the samples, in order.
     How it went:
         outcome, reason: a record other than `ok` says why and carries no times.
-        throttled: whether the GPU lowered its clocks meanwhile.
+        throttled: whether the GPU lowered its clocks during the measurement.
     Time, in seconds:
         samples_s: end to end, one a round.
         baseline_samples_s: the dense arm, same rounds.
@@ -203,9 +203,9 @@ class Record:
         if self.outcome not in OUTCOMES:
             return f"outcome {self.outcome!r} is none of {', '.join(OUTCOMES)}"
         if (self.outcome == "ok") != (self.samples_s is not None):
-            return "an outcome of 'ok' has samples, and only that one"
+            return "an outcome of 'ok' has samples, and no other outcome has"
         if (self.outcome == "ok") == (self.reason is not None):
-            return "an outcome other than 'ok' says why, and only such a one"
+            return "an outcome other than 'ok' has a reason, and 'ok' has none"
         if self.baseline_samples_s is not None and len(self.baseline_samples_s) != len(self.samples_s or ()):
             return "samples and baseline samples are not pairs"
         if self.mode == "equal_fidelity" and self.target_psnr_db is None:
@@ -308,11 +308,15 @@ class Record:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Identity of a measurement across runs. Block size is excluded: an arm that failed early never had one."""
-        if self.suite == "kernel":
-            return (*self.workload, self.method, self.preset, self.kernel, self.block, self.mask)
-        # elsewhere a preset or a choice fixes the blocks, and dense runs on whichever kernel is fastest that day
+        """Identity of a measurement across runs.
+
+        Of a method, the block size is excluded: an arm that failed early never had one.
+        """
+        # dense runs on whichever kernel is fastest that day
         kernel = None if self.method == "dense" else self.kernel
+        if self.suite in ("kernel", "forward"):
+            return (*self.workload, self.method, self.preset, kernel, self.block, self.mask)
+        # elsewhere a preset or a choice fixes the blocks
         wanted = (self.mode, self.target_density, self.target_psnr_db, self.dense_steps, self.dense_layers)
         return (*self.workload, self.method, self.preset, *wanted, self.block_choice, kernel)
 

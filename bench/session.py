@@ -86,10 +86,10 @@ class BenchSession:
             self._records[suite, cell] = kept
 
     def announce(self) -> None:
-        """Say, before the first record, what is kept of a run that is stopped, and what was."""
+        """Say, before the first record, what was kept of a stopped run, or that nothing will be."""
         if self._journal is None:
             self._console.line(
-                "without --benchmark-json=FILE, a run that is stopped leaves nothing, and there are no pictures"
+                "without --benchmark-json=FILE, a stopped run cannot be resumed, and the report has no pictures"
             )
         elif self._records:
             chosen = sum(len(arms) for arms in self._chosen.values())
@@ -188,7 +188,9 @@ def prompts_for(workload: Workload, settings: Settings) -> Prompts:
     elif captions is not None:
         prompts = captions(needed, 0)
     else:
-        raise ValueError(f"{workload.model} has no prompts of its own: give a file of them, one a line, by --prompts")
+        raise ValueError(
+            f"{workload.model} has no prompts of its own: give a file of them, one per line, with --prompts"
+        )
     if len(prompts) < needed:
         raise ValueError(
             f"{count} prompts to calibrate on and {settings.rounds} rounds need {needed} prompts: "

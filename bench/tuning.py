@@ -75,7 +75,13 @@ def solve(
 
 
 def density_of(method: Planner, probes: Sequence[Probe], kernel: Attender) -> float:
-    """Mean density of the method's plans on the probes, after the kernel has left out what it leaves out by itself."""
+    """Mean density of the method's plans on the probes, after the kernel has left out what it leaves out by itself.
+
+    Args:
+        method: makes the plans.
+        probes: the calls.
+        kernel: computes a plan where it may leave blocks out by itself.
+    """
     method.reset()
     total = 0.0
     for probe in probes:

@@ -80,21 +80,23 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("prompt", help='e.g. "a red circle moving left and a blue square, still, over stripes"')
     command.add_argument("-o", "--out", type=Path, default=Path("video.mp4"), help=".mp4 or .gif; default: %(default)s")
     _add_model(command)
-    command.add_argument("--seed", type=int, default=0, help="of the starting noise; default: %(default)s")
+    command.add_argument("--seed", type=int, default=0, help="seed of the starting noise; default: %(default)s")
     command.add_argument("--guidance", type=float, help="classifier-free guidance scale; default: the model's")
     command.add_argument("--method", default="dense", help="see `calibatt methods`; default: %(default)s")
-    command.add_argument("--preset", default="default", help="of the method; default: %(default)s")
+    command.add_argument("--preset", default="default", help="preset of the method; default: %(default)s")
     command.add_argument(
         "--kernel",
         default="default",
-        help="see `calibatt kernels`; default: one for each kind of call, by docs/kernels.md",
+        help="see `calibatt kernels`; default: for each call, the one measured to be fastest for its kind",
     )
     command.add_argument("--calibration", type=Path, help="file of `calibatt calibrate`, for methods that need one")
-    command.add_argument("--compare", action="store_true", help="make the dense video first; print both times and PSNR")
+    command.add_argument(
+        "--compare", action="store_true", help="also make the dense video; print both times and the PSNR"
+    )
     command.set_defaults(run=_generate)
 
     command = commands.add_parser(
-        "calibrate", help="learn what a method needs, CalibAtt's masks or another's, for a model, resolution and steps"
+        "calibrate", help="learn offline what a method needs, for one model, resolution and number of steps"
     )
     command.add_argument(
         "-o",
@@ -102,36 +104,40 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="FILE",
-        help="the calibration, e.g. shapes.safetensors; meanwhile FILE.units holds what is done, to go on from",
+        help="the calibration, e.g. shapes.safetensors; until it is written, FILE.units keeps finished videos",
     )
     _add_model(command)
     command.add_argument("--method", default="calibatt", help="see `calibatt methods`; default: %(default)s")
-    command.add_argument("--preset", default="default", help="of the method; default: %(default)s")
-    command.add_argument("--prompts", type=Path, help="file of prompts, one a line; default: the model's own")
-    command.add_argument("--count", type=int, help="how many prompts; default: all of the file, or 16")
+    command.add_argument("--preset", default="default", help="preset of the method; default: %(default)s")
+    command.add_argument("--prompts", type=Path, help="file of prompts, one per line; default: the model's own")
+    command.add_argument(
+        "--count", type=int, help="how many prompts; default: all in the file, or 16 of the model's own"
+    )
     command.add_argument(
         "--levels",
         action="store_true",
-        help="of calibatt: also learn what masks of other densities need, a byte a block",
+        help="calibatt only: also learn what masks of other densities need, one byte per block",
     )
-    command.add_argument("--seed", type=int, default=10_000, help="of the first prompt's noise; default: %(default)s")
+    command.add_argument(
+        "--seed", type=int, default=10_000, help="seed of the first prompt's noise; default: %(default)s"
+    )
     command.set_defaults(run=_calibrate)
 
     command = commands.add_parser("report", help="an HTML page and PNGs from files of `pytest bench --benchmark-json`")
-    command.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="result files")
     command.add_argument("-o", "--out", type=Path, required=True, help="folder of the report")
     command.set_defaults(run=_report)
 
     command = commands.add_parser(
         "gate", help="compare speedups with a baseline file: exit 0 pass, 1 regression, 2 unusable, 3 inconclusive"
     )
-    command.add_argument("file", type=Path)
-    command.add_argument("--baseline", type=Path, required=True, help="an earlier file of the same benchmarks")
+    command.add_argument("file", type=Path, help="the result file to judge")
+    command.add_argument("--baseline", type=Path, required=True, help="an earlier result file of the same benchmarks")
     command.set_defaults(run=_gate)
 
-    commands.add_parser("methods", help="what methods there are").set_defaults(run=_methods)
-    commands.add_parser("models", help="what models there are").set_defaults(run=_models)
-    commands.add_parser("kernels", help="what kernels there are, and which run here").set_defaults(run=_kernels)
+    commands.add_parser("methods", help="list the methods").set_defaults(run=_methods)
+    commands.add_parser("models", help="list the models").set_defaults(run=_models)
+    commands.add_parser("kernels", help="list the kernels, and which of them run here").set_defaults(run=_kernels)
     return parser
 
 
@@ -169,8 +175,8 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     pipe = entry.load(resolution=resolution, device=device, dtype=working_dtype(device), weights=arguments.weights)
 
-    def one(planner: Any, attender: Any, *, stop_after: int | None = None) -> tuple[float, Any]:
-        with attached(pipe, planner, attender):
+    def one(method: Any, kernel: Any, *, stop_after: int | None = None) -> tuple[float, Any]:
+        with attached(pipe, method, kernel):
             return timed(
                 device,
                 lambda: generate(
@@ -262,8 +268,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         if not units.finished():
             raise
         _complain(
-            f"calibatt calibrate: stopped with {len(units.finished())} of {len(prompts)} videos noted in "
-            f"{units.folder}: run the same command again to go on"
+            f"calibatt calibrate: stopped with {len(units.finished())} of {len(prompts)} videos done, kept in "
+            f"{units.folder}: run the same command again to resume"
         )
         return EXIT_INTERRUPTED
     with units.alone():
@@ -296,7 +302,7 @@ def _describe(calibration: Any, method: Any) -> None:
     """Print what a calibration comes to, and what it makes of its method."""
     from calibatt.methods.base import Foreseen
 
-    print(f"the videos took {calibration.provenance.cost_ratio:.2f} times as long as without notes")
+    print(f"calibrating took {calibration.provenance.cost_ratio:.2f} times as long as the videos alone")
     if isinstance(method, Foreseen):
         print(f"density {method.mean_density():.3f}")
     if "agreement" in calibration.tables:
@@ -315,7 +321,7 @@ def _prompts(arguments: argparse.Namespace, entry: Any) -> Sequence[str]:
             raise ValueError(f"{arguments.prompts} has {len(prompts)} prompts, --count asks for {arguments.count}")
         return prompts[: arguments.count]
     if entry.captions is None:
-        raise ValueError(f"{entry.name} has no prompts of its own: give a file of them, one a line, by --prompts")
+        raise ValueError(f"{entry.name} has no prompts of its own: give a file of them, one per line, with --prompts")
     # 16 calibration prompts are nearly as good as 64: the paper's ablation
     captions: list[str] = entry.captions(16 if arguments.count is None else arguments.count, arguments.seed)
     return captions

@@ -51,14 +51,14 @@ class Calibration(Learnt):
         """Read a file that `save` wrote, on the CPU.
 
         Raises:
-            UnusableCalibration: the file is missing, damaged, changed, of another version, or something else; or it
-                says what no method can have learnt.
+            UnusableCalibration: the file is missing, damaged, changed, of another version, or not a calibration;
+                or no method can have learnt what it holds.
         """
         with reading(path, SCHEMA) as (file, metadata):
             tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         facts = metadata.get("facts", "")
         if metadata.get("sha256") != _digest(tables, facts):
-            raise UnusableCalibration(f"{path} was changed or damaged after it was saved: its checksum is another")
+            raise UnusableCalibration(f"{path} was changed or damaged after it was saved: its checksum does not match")
         try:
             known = read_facts(_Facts, facts)
             own = cls(
@@ -79,9 +79,9 @@ class Calibration(Learnt):
         own = self.provenance
         for name, least in (("steps", own.steps), ("layers", own.layers), ("prompts", len(own.prompts))):
             if least < 1:
-                raise ValueError(f"provenance.{name}: there is at least one")
+                raise ValueError(f"provenance.{name}: must be at least 1, got {least}")
         if own.cost_ratio < 1:
-            raise ValueError(f"provenance.cost_ratio: watching takes no time off a video, got {own.cost_ratio}")
+            raise ValueError(f"provenance.cost_ratio: must be at least 1, got {own.cost_ratio}")
         look_up(METHODS, self.method, "method")
         for name, table in self.tables.items():
             if table.is_floating_point() and bool(table.isnan().any()):
@@ -93,20 +93,20 @@ def check_output(path: Path) -> None:
     """Refuse, before any work is done, to write a file where it cannot be written.
 
     Raises:
-        ValueError: there is something else than a file, or no folder that can be written to.
+        ValueError: the path is not a regular file, or its folder cannot be written to.
     """
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no file that can be replaced: give the name of a file")
+        raise ValueError(f"{path} is not a regular file: give the name of a file")
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{path} cannot be written: {folder} is no folder that you may write to")
+        raise ValueError(f"{path} cannot be written: {folder} is not a folder that you can write to")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Facts:
-    """What a file says beside its tables."""
+    """What a file holds besides its tables."""
 
     method: str
     preset: str

@@ -46,7 +46,7 @@ def calibrate(
     progress: bool = False,
     **settings: Any,
 ) -> Calibration:
-    """Learn what a method needs to know of a model, by making one video a prompt with dense attention.
+    """Learn offline what a method needs for a model, from one densely generated video per prompt.
 
     Args:
         entry, pipe: the model and its loaded pipeline.
@@ -57,7 +57,7 @@ def calibrate(
         kernel: computes the dense attention.
         steps, guidance: the model's defaults where None. A calibration fits videos of this many steps only.
         block: tokens of a query and of a key block; the model's own where None.
-        folder: where the notes of each video are kept, so that a run that was stopped goes on where it was; they stay
+        folder: where the notes of each video are kept, so that a stopped run can be resumed; they stay
             there. None keeps them in a temporary folder until they are merged.
         progress: whether to show a progress bar over prompts × steps on stderr.
         settings: fields of the method's config, in place of the preset's.
@@ -89,15 +89,24 @@ def calibrate_on(
     progress: bool = False,
     **settings: Any,
 ) -> Calibration:
-    """The same, on videos wherever they come from.
+    """Learn offline what a method needs, from videos of any source.
 
     Args:
-        videos: of dense attention.
-        block: the preset's where None.
-        method, preset, prompts, seed, kernel, folder, progress, settings: as for `calibrate`.
+        videos: made with dense attention.
+        method, preset: names in the catalogue.
+        prompts, seed: prompt i starts from noise of seed + i.
+        kernel: computes the dense attention.
+        block: tokens of a query and of a key block; the preset's where None.
+        folder: where the notes of each video are kept; None keeps them in a temporary folder until they are merged.
+        progress: whether to show a progress bar over prompts × steps on stderr.
+        settings: fields of the method's config, in place of the preset's.
 
     Raises:
-        UnknownName, UnusableCalibration, ValueError, OSError: as `calibrate`.
+        UnknownName: there is no such method or preset.
+        UnusableCalibration: the folder is that of another run, in use, or damaged.
+        ValueError: there is no prompt, or an empty one; the preset learns nothing; a setting does not exist or is out
+            of range; attention is not finite; a call is missing or comes twice.
+        OSError: notes cannot be written.
     """
     run = Run.of(videos, method=method, preset=preset, prompts=prompts, seed=seed, block=block, **settings)
     with _kept(folder) as place:
@@ -150,7 +159,7 @@ class Run:
                 out of range.
         """
         if isinstance(prompts, str):
-            raise ValueError("prompts is one text: give a list of texts, one for each video")
+            raise ValueError("prompts is a single string: give a list of strings, one per video")
         if not prompts or not all(map(str.strip, prompts)):
             raise ValueError("give at least one prompt to calibrate on, and no empty ones")
         learner = learner_for(method, preset=preset, block=block, **settings)
@@ -263,6 +272,11 @@ def learner_for(
 ) -> Learner:
     """What a preset of a method learns by.
 
+    Args:
+        method, preset: names in the catalogue.
+        block: tokens of a query and of a key block; the preset's where None.
+        settings: fields of the method's config, in place of the preset's.
+
     Raises:
         UnknownName: there is no such method or preset.
         ValueError: the preset learns nothing; a setting does not exist or is out of range.
@@ -270,7 +284,7 @@ def learner_for(
     found = learner_of(method, preset=preset, block=block, **settings)
     if found is None:
         source = learns_from(method, preset, **settings)
-        hint = "it can be used as it is" if source is None else f"it takes what {source} learns"
+        hint = "it can be used as it is" if source is None else f"it uses what {source} learns"
         raise ValueError(f"{method}/{preset} learns nothing of its own: {hint}")
     return found
 
@@ -316,7 +330,7 @@ class _Watcher:
         notes = self._learner.note(call.q[0], call.k[0], call.v[0], site, self._prompt)
         wrong = [name for name, note in notes.items() if note.is_floating_point() and bool(note.isnan().any())]
         if wrong:
-            raise ValueError(f"{', '.join(wrong)} at {where} is NaN: its attention cannot be learnt from")
+            raise ValueError(f"{', '.join(wrong)} at {where} is NaN: nothing can be learnt from this call")
         self._unit.put(site.step * site.layers + site.layer, notes)
         self._seen.add((site.step, site.layer))
         self.seconds += _now(call.q.device) - start

@@ -25,7 +25,7 @@ Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class UnusableCalibration(ValueError):
-    """A file that is no calibration of this version; the message is one line that says why."""
+    """The file is not a calibration of this version; the message is one line that says why."""
 
 
 class TensorFile:
@@ -38,7 +38,7 @@ class TensorFile:
         metadata: of the file.
 
     Raises:
-        ValueError: a dtype is none that is learnt.
+        ValueError: a calibration holds no tensors of such a dtype.
         OSError: it cannot be written.
     """
 
@@ -51,12 +51,12 @@ class TensorFile:
         end = 0
         for name, (dtype, shape) in layout.items():
             if dtype not in _DTYPES:
-                raise ValueError(f"{name} is {dtype}: calibrations have no such numbers")
+                raise ValueError(f"{name} is {dtype}: calibrations hold no tensors of that type")
             self._starts[name] = end
             end += math.prod(shape) * dtype.itemsize
             header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": (self._starts[name], end)}
         text = json.dumps(header).encode()
-        # data starts at a multiple of 8, as safetensors has it
+        # data starts at a multiple of 8, as safetensors requires
         text += b" " * (-len(text) % 8)
         self._data = 8 + len(text)
         with naming(path):
@@ -64,6 +64,11 @@ class TensorFile:
 
     def put(self, name: str, tensor: Tensor, index: int = 0) -> None:
         """Write a tensor, or the part of a stack of such tensors that has this index.
+
+        Args:
+            name: of the tensor in the layout.
+            tensor: its values.
+            index: of the part, where the layout's tensor is a stack of such.
 
         Raises:
             OSError: it cannot be written.
@@ -164,7 +169,9 @@ def _check_dtypes(path: Path, file: Any) -> None:
     for name in file.keys():  # noqa: SIM118
         dtype = file.get_slice(name).get_dtype()
         if dtype not in _DTYPES.values():
-            raise UnusableCalibration(f"{path} has {one_line(name)} as {dtype}: calibrations have no such numbers")
+            raise UnusableCalibration(
+                f"{path} has {one_line(name)} as {dtype}: calibrations hold no tensors of that type"
+            )
 
 
 def _sync(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Units of a calibration: a file for the notes of each prompt's video, so that a run can be resumed and shared out."""
+"""Units of a calibration: a file for the notes of each prompt's video, so that a run can be resumed, and split."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Units:
 
     Args:
         folder: of the units; what else lies there is left alone.
-        run: all that the notes depend on, as JSON has it, with `prompts`, `steps` and `layers`.
+        run: all that the notes depend on, as JSON values, with `prompts`, `steps` and `layers`.
 
     Raises:
         UnusableCalibration: the folder holds the units of another run.
@@ -139,7 +139,7 @@ class Units:
                     merged = learner.merge(notes)
                 except (LookupError, RuntimeError, TypeError, ValueError) as error:
                     raise UnusableCalibration(
-                        f"the units in {self.folder} do not hold what is learnt from: {one_line(error)}"
+                        f"the units in {self.folder} do not hold the notes that are expected: {one_line(error)}"
                     ) from None
                 for name, part in merged.items():
                     if name not in tables:
@@ -164,10 +164,10 @@ class Units:
     def _reading(self, prompt: int) -> Iterator[_Unit]:
         path = self._path(prompt)
         if not path.exists():
-            raise UnusableCalibration(f"prompt {prompt} of {self.prompts} is not noted yet: there is no {path}")
+            raise UnusableCalibration(f"prompt {prompt} of {self.prompts} has no notes yet: {path} is missing")
         with reading(path, SCHEMA) as (file, metadata):
             if (metadata.get("run"), metadata.get("prompt")) != (self._run, str(prompt)):
-                raise UnusableCalibration(f"{path} holds the notes of another run or prompt: remove it")
+                raise UnusableCalibration(f"{path} holds the notes of another run or prompt: delete it")
             yield _Unit(file, path, sites=self.sites, metadata=metadata)
 
     def _path(self, prompt: int) -> Path:
@@ -205,7 +205,9 @@ class UnitWriter:
         layout = {name: (note.dtype, tuple(note.shape)) for name, note in notes.items()}
         content = self._begun(layout)
         if layout != self._layout:
-            raise ValueError(f"notes are {layout}, those before {self._layout}: a learner's are alike at every site")
+            raise ValueError(
+                f"notes are {layout}, those before {self._layout}: a learner must note the same at every site"
+            )
         for name, note in notes.items():
             content.put(_NOTES + name, note, site)
         content.put(_CHECKSUMS, _checksum(self._metadata, site, notes), site)
@@ -271,7 +273,7 @@ class _Unit:
             raise self._damaged()
 
     def _damaged(self) -> UnusableCalibration:
-        return UnusableCalibration(f"{self._path} was changed or damaged after it was written: remove it and run again")
+        return UnusableCalibration(f"{self._path} was changed or damaged after it was written: delete it and run again")
 
 
 def _checksum(metadata: Mapping[str, str], row: int, content: Mapping[str, Tensor]) -> Tensor:
@@ -290,9 +292,9 @@ def _check_same(manifest: Path, run: Mapping[str, Any]) -> None:
     except (OSError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise UnusableCalibration(f"{manifest} cannot be read: remove {manifest.parent}, or take another folder")
+        raise UnusableCalibration(f"{manifest} cannot be read: delete {manifest.parent}, or use another folder")
     for field in (*run, *(found.keys() - run.keys())):
         if found.get(field) != run.get(field):
             raise UnusableCalibration(
-                f"{manifest.parent} holds what was noted with another {field}: remove it, or take another folder"
+                f"{manifest.parent} holds the notes of a run with another {field}: delete it, or use another folder"
             )

@@ -115,6 +115,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 def check_accepted(kernel: Kernel, q: Tensor, plan: Plan) -> None:
     """Raise what a kernel would refuse.
 
+    Args:
+        kernel: that is asked.
+        q: the queries, whose device, dtype and head dim count.
+        plan: to compute them under.
+
     Raises:
         ValueError: the kernel does not have these inputs' device, dtype or head dim, or the plan's blocks.
     """
@@ -125,6 +130,10 @@ def check_accepted(kernel: Kernel, q: Tensor, plan: Plan) -> None:
 
 def check(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
     """Refuse inputs that do not belong together, naming both sides.
+
+    Args:
+        q, k, v: [batch, heads, tokens, head_dim].
+        plan: to compute them under.
 
     Raises:
         ValueError: shapes, dtypes or devices differ, or the plan is for other heads or tokens.

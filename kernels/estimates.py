@@ -19,11 +19,11 @@ from calibatt.kernels.tiles import compute_capability, descriptor, has_tma, tile
 
 # log-sum-exps held at a time, 1 GiB in fp32: six heads of a 720p Wan video (75,600 tokens) and blocks of 128 keys
 _HELD = 2**28
-# keys of a group at the least: of fewer, the log-sum-exps would be no fewer than the scores by much
+# the fewest keys of a group: of fewer, the log-sum-exps would be no fewer than the scores by much
 _LEAST_KEYS = 8
 # heads' channels, which fit all at once; of more, so many are multiplied at a time
 _HEAD_DIMS, _STEP = (64, 128), 64
-# log-sum-exps that one program of `block_mass` sums at a time, and queries among them at the most: 16 KiB, of which
+# log-sum-exps that one program of `block_mass` sums at a time, and the most queries among them: 16 KiB, of which
 # those of a group lie side by side
 _SUMMED, _MOST_QUERIES = 4096, 128
 # tokens that `cluster_means` and `alike_blocks` load at a time: enough under way for clusters of ten to a hundred

@@ -19,7 +19,7 @@ KINDS: tuple[HeadKind, ...] = ("masked", "dense", "reused")
 def block_lists(
     plan: Plan, *, every_head: bool = False
 ) -> tuple[Int32[Tensor, "heads q_blocks k_blocks"], Int32[Tensor, "heads q_blocks"]]:
-    """Kept key blocks of every query block, ascending, and how many; what lies behind a row's count is not written.
+    """Kept key blocks of every query block, ascending, and how many; what comes after a row's count is not written.
 
     Args:
         plan: one with a mask of blocks of one size.
@@ -43,7 +43,7 @@ def block_lists(
 
 
 def query_tiles(mask: VariableBlockMask, tile: int) -> Int32[Tensor, "mask_heads most 3"]:
-    """Tiles of queries, none of more than one block: the block, the first query, and the one behind the last.
+    """Tiles of queries, none of more than one block: the block, the first query, and the one after the last.
 
     As many as there can be, so that the host need not wait for how many there are; the last ones may be empty.
     """
@@ -63,7 +63,7 @@ def key_tiles(
 ) -> tuple[Int32[Tensor, "mask_heads q_blocks most"], Int32[Tensor, "mask_heads q_blocks 2"]]:
     """Tiles of keys of every query block, and how many of them are whole, and how many there are.
 
-    What lies behind is not written. Kept blocks that lie side by side are one range, cut into tiles; whole tiles come
+    What comes after is not written. Kept blocks that lie side by side are one range, cut into tiles; whole tiles come
     first, as `triton_code.expand_variable` lists them.
     """
     import triton

@@ -64,7 +64,7 @@ def _installed(package: str) -> bool:
 
 
 def _tokens_first(compute: Callable[[Tensor, Tensor, Tensor], Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Call with [batch, tokens, heads, head_dim], as FlashAttention has it; strides are free but for the channels."""
+    """Call with [batch, tokens, heads, head_dim], FlashAttention's layout; strides are free but for the channels."""
     out = compute(*(_channels_last(x).transpose(1, 2) for x in (q, k, v)))
     # with or without the log-sum-exp, by version
     first: Tensor = out[0] if isinstance(out, tuple) else out

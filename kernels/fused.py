@@ -28,7 +28,7 @@ class Launch:
         kinds: of each head, as `expand.KINDS` counts them.
         indices, counts: lists of key blocks, of masked heads.
         computed, served: queries that reused heads compute, and the tokens that take each one's output.
-        served_most: tokens that take one output at the most.
+        served_most: the most tokens that take one output.
         block_q, block_k: tokens of a block.
         q_blocks, k_blocks: how many there are.
     """

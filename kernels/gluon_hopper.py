@@ -23,9 +23,9 @@ from calibatt.kernels.tiles import tensor_map_fits
 # queries of a warpgroup: the rows of one wgmma
 _ROWS = 64
 _WARPS = 4
-# keys of a tile at the most
+# the most keys of a tile
 _MOST_KEYS = 128
-# tiles of keys of a share at the least: to begin and end a tile of queries costs two or three of them (docs/kernels.md)
+# the fewest tiles of keys in a share: to begin and end a tile of queries costs two or three of them (docs/kernels.md)
 _LEAST_SHARE = 8
 # queries that `triton_code.merge` puts together at a time
 _MERGED = 16
@@ -50,11 +50,11 @@ class Gluon(FusedKernel):
             return Unsupported(f"the Gluon kernel is for sm90, not sm{capability[0]}{capability[1]}")
         if (version := _triton_version()) < _LEAST_TRITON:
             has = "none" if version == (0, 0) else ".".join(map(str, version))
-            return Unsupported(f"the Gluon kernel needs Triton 3.6 or newer, here is {has}: pip install -U triton")
+            return Unsupported(f"the Gluon kernel needs Triton 3.6 or newer, found {has}: pip install -U triton")
         if task.dtype not in (torch.bfloat16, torch.float16):
             return Unsupported(f"the Gluon kernel computes bfloat16 and float16, not {dtype_name(task.dtype)}")
         if task.head_dim not in (64, 128):
-            return Unsupported(f"the Gluon kernel has head dims 64 and 128, not {task.head_dim}")
+            return Unsupported(f"the Gluon kernel supports head dims 64 and 128, not {task.head_dim}")
         if task.block is not None and any(size % _ROWS for size in task.block):
             return Unsupported(f"the Gluon kernel needs blocks that are multiples of {_ROWS}: got {task.block}")
         if task.variable:

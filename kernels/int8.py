@@ -42,7 +42,13 @@ def key_mean(k: Float[Tensor, "batch heads tokens head_dim"]) -> Float32[Tensor,
 def dequantise(
     values: Int8[Tensor, "batch heads tokens head_dim"], scales: Float32[Tensor, "batch heads scales"], block: int
 ) -> Float[Tensor, "batch heads tokens head_dim"]:
-    """The numbers that the integers stand for, exactly, in fp64."""
+    """The numbers that the integers stand for, exactly, in fp64.
+
+    Args:
+        values: the integers.
+        scales: of each block of tokens.
+        block: tokens that share a scale.
+    """
     return values.double() * scales.double().repeat_interleave(block, 2)[:, :, : values.shape[2], None]
 
 

@@ -143,6 +143,11 @@ class BlockMask(Mask):
     ) -> BlockMask:
         """Pack a boolean mask.
 
+        Args:
+            keep: the kept blocks, head by head; one mask for all heads, or one for each.
+            tokens: of the sequence.
+            block_q, block_k: tokens of a query and of a key block.
+
         Raises:
             ValueError: the mask has another number of blocks than the tokens need.
         """
@@ -161,7 +166,14 @@ class BlockMask(Mask):
         block_q: int,
         block_k: int,
     ) -> BlockMask:
-        """Pack per-row lists of kept key blocks; entries past a row's count are ignored."""
+        """Pack per-row lists of kept key blocks; entries past a row's count are ignored.
+
+        Args:
+            indices: key blocks of each query block.
+            counts: how many of them are kept.
+            tokens: of the sequence.
+            block_q, block_k: tokens of a query and of a key block.
+        """
         keep = torch.zeros(*counts.shape, block_count(tokens, block_k) + 1, dtype=torch.bool, device=counts.device)
         listed = torch.arange(indices.shape[-1], device=counts.device) < counts.unsqueeze(-1)
         # entries past the count go to one extra column, which is cut off
@@ -240,6 +252,11 @@ class VariableBlockMask(Mask):
         tokens: int,
     ) -> VariableBlockMask:
         """Pack a boolean mask.
+
+        Args:
+            keep: the kept blocks, head by head; one mask for all heads, or one for each.
+            q_sizes, k_sizes: tokens of each block.
+            tokens: of the sequence.
 
         Raises:
             ValueError: the mask has other heads or another number of blocks than there are sizes.
@@ -325,9 +342,9 @@ def unpacked(
 def _held(
     sizes: Int[Tensor, "mask_heads blocks"], tokens: int, block: int
 ) -> tuple[Int[Tensor, "mask_heads others"], Int[Tensor, "mask_heads others"]]:
-    """The first block with a token in each block of one size, and the one behind the last."""
+    """The first block with a token in each block of one size, and the one after the last."""
     ends = sizes.cumsum(-1)
     starts = torch.arange(0, tokens, block, device=sizes.device).expand(len(sizes), -1).contiguous()
     last = (starts + block).clamp(max=tokens) - 1
-    # a token at place i is in the first block that ends behind it
+    # a token at place i is in the first block that ends after it
     return torch.searchsorted(ends, starts, right=True), torch.searchsorted(ends, last, right=True) + 1

@@ -28,6 +28,11 @@ def attend(
 
     A query row with no key block gives zeros.
 
+    Args:
+        q, k, v: inputs of any dtype.
+        plan: what is computed.
+        dtype: of the arithmetic.
+
     Raises:
         ValueError: inputs and plan do not belong together.
     """
@@ -75,6 +80,10 @@ def error_budget(
 
     Twice the error that plain eager attention makes in the same dtype, plus one rounding of the largest output:
     derived, so that there is nothing to tune.
+
+    Args:
+        q, k, v, plan: as the kernel gets them.
+        oracle: their exact output.
     """
     eager = attend(q, k, v, plan, dtype=q.dtype)
     rounding = torch.finfo(q.dtype).eps * oracle.abs().max().item()

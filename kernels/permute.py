@@ -12,7 +12,7 @@ from calibatt.kernels.mask import block_count
 
 # of one program: 64 rows of 256 bytes are 16 KiB, of which enough are under way at a time to fill the memory's pipes
 _ROWS = 64
-# tensors that one launch moves at the most: queries, keys and values
+# the most tensors that one launch moves: queries, keys and values
 _MOST = 3
 
 

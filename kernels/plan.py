@@ -169,7 +169,14 @@ class Skip:
 
     @classmethod
     def of(cls, mask: BlockMask, heads: int, *, threshold: float | Sequence[float], leave: bool) -> Skip:
-        """Nothing noted yet; one threshold is that of all heads."""
+        """Nothing noted yet; one threshold is that of all heads.
+
+        Args:
+            mask: blocks among which some may be left out.
+            heads: how many there are.
+            threshold: in powers of two, of all heads or of each.
+            leave: whether the kernel leaves low blocks out, or only notes them.
+        """
         thresholds = (threshold,) * heads if isinstance(threshold, (int, float)) else tuple(threshold)
         bits = torch.zeros((heads, *mask.bits.shape[1:]), dtype=torch.uint8, device=mask.bits.device)
         return cls(thresholds=thresholds, leave=leave, low=replace(mask, bits=bits))
@@ -251,7 +258,15 @@ class Plan:
         skip: Skip | None = None,
         scored: BlockMask | None = None,
     ) -> Plan:
-        """Every head computes the blocks of the mask, which may hold the tokens in another order."""
+        """Every head computes the blocks of the mask, which may hold the tokens in another order.
+
+        Args:
+            mask: the blocks to compute.
+            heads: how many there are.
+            order: of the tokens; None for the sequence's own.
+            skip: what the kernel may leave out by itself; None for nothing.
+            scored: blocks whose scores the method computes to find the mask; None for none.
+        """
         kinds = _alike("masked", heads)
         return cls(tokens=mask.tokens, kinds=kinds, mask=mask, order=order, skip=skip, scored=scored)
 
@@ -300,7 +315,7 @@ class Plan:
         if self.mask is None or set(self.kinds) == {"masked"}:
             return self.mask
         mask = self.mask.each(lambda part: part.expand(len(self.kinds), *part.shape[1:]).clone())
-        # the bits behind the last block, which nothing reads, are set too
+        # the bits after the last block, which nothing reads, are set too
         mask.bits[self.heads_of("dense")] = 255
         mask.bits[self.heads_of("reused")] = 0
         return mask

@@ -39,7 +39,12 @@ def has_tma(*tensors: Tensor) -> bool:
 
 
 def descriptor(x: Tensor, rows: int, columns: int) -> Any:
-    """What the tensor memory accelerator copies tiles by, of the last two dimensions."""
+    """What the tensor memory accelerator copies tiles by, of the last two dimensions.
+
+    Args:
+        x: the tensor.
+        rows, columns: of a tile.
+    """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1] * (x.ndim - 2) + [rows, columns])

@@ -16,7 +16,7 @@ from calibatt.kernels.mask import VariableBlockMask, block_count
 from calibatt.kernels.plan import Plan
 from calibatt.kernels.tiles import compute_capability, descriptor, has_tma, interpreted, tile_of
 
-# queries of a tile at the most: more do not fit the registers
+# the most queries of a tile: more do not fit the registers
 _MOST_QUERIES = 128
 # tokens of a block that may be left out, which is one tile
 _MOST_SKIPPED = 128
@@ -38,7 +38,7 @@ class Triton(FusedKernel):
     def refusal(self, task: Task) -> Unsupported | None:
         """Why this kernel cannot do the task on this machine, or None when it can."""
         if importlib.util.find_spec("triton") is None:
-            return Unsupported("the Triton kernel needs Triton, which is there for Linux: pip install triton")
+            return Unsupported("the Triton kernel needs Triton, which exists for Linux only: pip install triton")
         if task.device.type != "cuda" and not interpreted():
             return Unsupported(f"the Triton kernel needs a CUDA GPU, not {task.device.type}")
         halves = (torch.bfloat16, torch.float16)
@@ -49,7 +49,7 @@ class Triton(FusedKernel):
                 f"the Triton kernel computes {' and '.join(map(dtype_name, known))}, not {dtype_name(task.dtype)}"
             )
         if task.head_dim not in (64, 128):
-            return Unsupported(f"the Triton kernel has head dims 64 and 128, not {task.head_dim}")
+            return Unsupported(f"the Triton kernel supports head dims 64 and 128, not {task.head_dim}")
         if task.block is not None and any(size % _LEAST_TILE for size in task.block):
             return Unsupported(f"the Triton kernel needs blocks that are multiples of {_LEAST_TILE}: got {task.block}")
         if task.skips and task.block is not None and any(tile_of(size, _MOST_SKIPPED) != size for size in task.block):

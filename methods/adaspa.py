@@ -68,7 +68,7 @@ class _Search:
 
 
 class AdaSpa(Method):
-    """Weighs every block exactly at the search steps, and keeps the heaviest of each row until the next of them.
+    """Weighs every block exactly at the search steps, and keeps the heaviest of each row until the next search.
 
     Searches after the first divide by the softmax sums (log-sum-exp, LSE) of the first, as the paper's do: it halves
     their cost there, and changes the scores slightly: queries whose sums have grown since weigh more in their block.

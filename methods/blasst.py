@@ -167,6 +167,11 @@ def fitted_threshold(
 
     a and b are fitted by least squares in the logarithm, over the thresholds that leave out 10 to 90 % of the blocks in
     the mean of all calls. Where fewer than two thresholds do, there is none.
+
+    Args:
+        left_out: share of the blocks that each threshold leaves out.
+        tokens: of the sequence.
+        sparsity: wanted share of the blocks to leave out.
     """
     shares = left_out.flatten(0, 1).mean(0).double().cpu().numpy()
     fitted = (shares >= _FITTED[0]) & (shares <= _FITTED[1])

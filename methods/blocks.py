@@ -54,7 +54,13 @@ def block_sums(x: Float[Tensor, "rows tokens"], block: int) -> Float[Tensor, "ro
 def block_ends(
     tokens: int, block: int, device: torch.device | str = "cpu"
 ) -> tuple[Int[Tensor, "blocks"], Int[Tensor, "blocks"]]:
-    """First and last token of each block."""
+    """First and last token of each block.
+
+    Args:
+        tokens: of the sequence.
+        block: tokens of a block.
+        device: of the result.
+    """
     first = torch.arange(0, tokens, block, device=device)
     return first, first + block_sizes(tokens, block, device) - 1
 

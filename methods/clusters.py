@@ -77,7 +77,12 @@ def cluster_plan(
 def cluster_order(
     geometry: Geometry, q_labels: Int[Tensor, "heads video_tokens"], k_labels: Int[Tensor, "heads video_tokens"]
 ) -> TokenOrder:
-    """The video's tokens cluster by cluster, within a cluster as in the sequence, and the text where it is."""
+    """The video's tokens cluster by cluster, within a cluster as in the sequence, and the text where it is.
+
+    Args:
+        geometry: layout of the tokens.
+        q_labels, k_labels: cluster of each token of the video.
+    """
     queries, keys = (with_text(geometry, by_cluster(labels)) for labels in (q_labels, k_labels))
     return TokenOrder(queries=queries, keys=keys)
 
@@ -107,7 +112,13 @@ def cluster_counts(geometry: Geometry, clusters: tuple[int, int]) -> tuple[int, 
 def random_tokens(
     x: Float[Tensor, "heads tokens head_dim"], count: int, generator: torch.Generator
 ) -> Float[Tensor, "heads {count} head_dim"]:
-    """Centroids to begin with: random tokens of each head, none twice, in fp32."""
+    """Centroids to begin with: random tokens of each head, none twice, in fp32.
+
+    Args:
+        x: queries or keys.
+        count: how many of each head.
+        generator: draws them.
+    """
     draws = torch.rand(x.shape[:2], generator=generator, device=x.device)
     return x.take_along_dim(draws.topk(count).indices[:, :, None], 1).float()
 

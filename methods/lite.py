@@ -52,7 +52,7 @@ class LiteConfig:
 
 
 class Lite(Method):
-    """Starts a video with every block; each step leaves out what was low at one of the steps before."""
+    """Starts a video with every block; each step leaves out what was low at an earlier step."""
 
     name: ClassVar[str] = "lite"
     label: ClassVar[str] = "LiteAttention"

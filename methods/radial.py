@@ -109,6 +109,11 @@ def radial_mask(geometry: Geometry, config: RadialConfig, device: torch.device |
     block, only every ⌊block / w⌋-th distance is kept. With a sink, all pairs of the first frame's keys.
 
     A block is kept where any pair of frames by itself sets enough of it; blocks that hold text are, in both directions.
+
+    Args:
+        geometry: layout of the tokens.
+        config: decay, sink and block.
+        device: of the mask.
     """
     block_q, block_k = config.block
     text = text_blocks(geometry, config.block, device)

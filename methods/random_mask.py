@@ -46,8 +46,7 @@ class RandomMask(Method):
     needs: ClassVar[str | None] = "calibatt"
 
     def __init__(self, config: RandomMaskConfig, learnt: Learnt) -> None:
-        self.config = config
-        self.learnt = learnt
+        super().__init__(config, learnt)
         self._model = CalibAtt(CalibAttConfig(), learnt)
 
     def plan(

@@ -81,7 +81,7 @@ class Scaling(Method):
         {
             # the paper's comparison at 45 % density; no step is dense
             "default": ScalingConfig(density=0.45, granularity="site", dense_steps=0.0),
-            # by head, as the abstract has it
+            # by head, as in the abstract
             "head-wise": ScalingConfig(density=0.45, granularity="head", dense_steps=0.0),
             # what the paper compares with: one density for all, after 30 % of the steps
             "uniform": ScalingConfig(density=0.45, granularity="all", dense_steps=0.3),

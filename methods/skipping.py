@@ -28,6 +28,10 @@ def score_gaps(
     Of each query: its largest score in the block, less the largest in the kept blocks up to there, that one included.
     Of the block: the largest of its queries. A block is low at a threshold (`plan.Skip`) where this is not above it. A
     block that is not kept has none, -inf.
+
+    Args:
+        q, k: what attention sees.
+        mask: the blocks that a kernel would compute.
     """
     heads, tokens, channels = q.shape
     keep = mask.keep().expand(heads, -1, -1)
@@ -76,7 +80,13 @@ def without_low(
 
 
 def all_blocks(tokens: int, block: tuple[int, int], device: torch.device) -> BlockMask:
-    """Every block, shared by all heads."""
+    """Every block, shared by all heads.
+
+    Args:
+        tokens: of the sequence.
+        block: tokens of a query and of a key block.
+        device: of the mask.
+    """
     rows, columns = (block_count(tokens, size) for size in block)
     keep = torch.ones((1, rows, columns), dtype=torch.bool, device=device)
     return BlockMask.from_keep(keep, tokens=tokens, block_q=block[0], block_k=block[1])

@@ -189,7 +189,12 @@ class Pooled:
         k: Float[Tensor, "heads tokens head_dim"],
         block: tuple[int, int],
     ) -> Pooled:
-        """From what attention sees."""
+        """From what attention sees.
+
+        Args:
+            q, k: what attention sees.
+            block: tokens of a query and of a key block.
+        """
         # what all keys have in common moves no score against another
         pooled_q, similarity_q = self_similarity(q, block[0], torch.zeros_like(q[:, 0], dtype=torch.float32))
         pooled_k, similarity_k = self_similarity(k, block[1], k.mean(1, dtype=torch.float32))
@@ -207,7 +212,13 @@ class Pooled:
         topk: float | None = None,
         cdf: float | Float[Tensor, "heads 1 1"] | None = None,
     ) -> Bool[Tensor, "heads q_blocks k_blocks"]:
-        """The blocks that are chosen, by topk or by cdf."""
+        """The blocks that are chosen, by topk or by cdf.
+
+        Args:
+            similarity: self-similarity above which a block is trusted.
+            topk: share of the key blocks to keep in each row; None to choose by cdf.
+            cdf: share of the pooled attention to keep; None to choose by topk.
+        """
         trusted_q, trusted_k = self.similarity_q > similarity, self.similarity_k > similarity
         scores = self.scores.masked_fill(~trusted_k[:, None], -math.inf)
         # a head without any trusted key block keeps them all below, whatever its scores

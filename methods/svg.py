@@ -98,7 +98,7 @@ _NO_WARMUP = replace(_WAN, dense_steps=0.0, dense_layers=0.0)
 
 
 class SparseVideoGen(Method):
-    """One band for all heads; each has its tokens in the order in which the band changes less.
+    """One band for all heads; each head has its tokens in the order that changes its output less.
 
     The draw is that of the site: the same for both branches and all samples. Nothing is kept between calls.
     """
@@ -179,7 +179,7 @@ class OutputErrors:
 
     @classmethod
     def of(cls, config: SparseVideoGenConfig) -> OutputErrors:
-        """As a config has it."""
+        """The learner that a config asks for."""
         return cls(
             samples=config.samples, sampled_from=config.sampled_from, seed=config.seed,
             sampled_band=config.sampled_band, sink=config.sink, block_k=config.block[1],
@@ -271,6 +271,11 @@ def band_mask(geometry: Geometry, config: SparseVideoGenConfig, device: torch.de
     Blocks are kept that hold a pair of tokens at most the band's width apart, the text's, and with a sink those that
     hold one of the video's first keys. HunyuanVideo's pairs are less than the width apart, which is the same in square
     blocks, but for a width of 0: that would keep nothing.
+
+    Args:
+        geometry: layout of the tokens.
+        config: density, sink, rounding and block.
+        device: of the mask.
     """
     tokens, (block_q, block_k) = geometry.tokens, config.block
     first_q, last_q = block_ends(tokens, block_q, device)

@@ -113,7 +113,7 @@ class _Coclusters:
 
 
 class Svoo(Method):
-    """Co-clusters at every so many steps, and at each step keeps the clusters that weigh most, as its table has it."""
+    """Co-clusters at every so many steps, and at each step keeps the heaviest clusters, as many as its table says."""
 
     name: ClassVar[str] = "svoo"
     label: ClassVar[str] = "SVOO"

@@ -239,7 +239,14 @@ class _Run:
 
     @contextmanager
     def announced(self, transformer: Any, cache_context: Any, name: str, **progress: Any) -> Iterator[None]:
-        """Around the transformer's own `cache_context`, by which the pipeline says which pass begins."""
+        """Around the transformer's own `cache_context`, by which the pipeline says which pass begins.
+
+        Args:
+            transformer: that is called.
+            cache_context: its own method.
+            name: of the pass.
+            progress: further keywords of that method.
+        """
         for module in self._family.attentions(transformer):
             if getattr(module.processor, "owner", None) is not self:
                 raise ValueError(

@@ -204,7 +204,7 @@ class ModelEntry:
         return self.family
 
     def _attention_only(self) -> str:
-        return f"{self.name} cannot generate here: its attention alone is measured, by pytest bench -k kernel"
+        return f"{self.name} cannot generate videos here: only its attention is measured, by pytest bench -k kernel"
 
     def load(self, *, resolution: str, device: torch.device, dtype: torch.dtype, weights: Path | None = None) -> Any:
         """The Diffusers pipeline, on the device, with the resolution's schedule.

@@ -133,5 +133,5 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     """
     prompts = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     if not prompts:
-        raise ValueError(f"{path}: the list of prompts is empty; write one prompt a line")
+        raise ValueError(f"{path}: the list of prompts is empty; write one prompt per line")
     return prompts

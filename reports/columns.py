@@ -31,7 +31,7 @@ _LEAST_PHASE_S = 5e-5
 
 
 def seconds(value: float) -> str:
-    """A time of three digits, with its unit."""
+    """A time to three digits, with its unit."""
     scale, unit = next(((scale, unit) for scale, unit in ((1.0, "s"), (1e-3, "ms")) if value >= scale), (1e-6, "µs"))
     shown = value / scale
     return f"{shown:.{2 if shown < 10 else 1 if shown < 100 else 0}f} {unit}"
@@ -121,7 +121,7 @@ COLUMNS: Sequence[Column] = (
     Column("time", "median of the rounds", _time, brief=True),
     Column(
         "PSNR dB",
-        "median (least–most) over the videos",
+        "median (lowest–highest) over the videos",
         lambda row: _median(row.record.psnr_db, "{:.1f}", spread=True),
         brief=True,
     ),
@@ -135,10 +135,10 @@ COLUMNS: Sequence[Column] = (
         lambda row: _number(row.record.method_error, "{:.2f}"),
         brief=True,
     ),
-    Column("estimate", "what the method itself takes, of the time", lambda row: _phases(row, "plan"), brief=True),
+    Column("estimate", "time that choosing the blocks takes", lambda row: _phases(row, "plan"), brief=True),
     Column(
         "moves",
-        "into the method's order of tokens and back",
+        "time to reorder tokens and back",
         lambda row: _phases(row, "permute", "unpermute"),
         brief=True,
     ),
@@ -149,7 +149,7 @@ COLUMNS: Sequence[Column] = (
         lambda row: (row.record.mode or "").replace("_", " "),
     ),
     Column("kernel", "what computes the chosen blocks", lambda row: row.record.computed_by, brief=True),
-    Column("kernel error", "largest, against fp64, of what is allowed", _kernel_error),
+    Column("kernel error", "largest, against fp64; and its budget", _kernel_error),
     Column("of the ideal", "speedup against 1 / density", lambda row: _percent(row.record.of_ideal), brief=True),
     Column("TFLOP/s", "of the blocks kept", lambda row: _number(row.record.tflops, "{:.3g}")),
     Column("of a GEMM", "that rate against a large matrix product's", lambda row: _percent(_of_gemm(row.record))),
@@ -157,15 +157,13 @@ COLUMNS: Sequence[Column] = (
     Column("plan memory", "of one plan, or of the calibration", lambda row: _size(row.record.plan_memory_bytes)),
     Column("energy J", "median a video", lambda row: _median(row.record.energy_j, "{:.0f}")),
     Column("clock MHz", "median", lambda row: _median(row.record.clocks_mhz, "{:.0f}")),
+    Column("prepared in", "time of the offline part", lambda row: _preparation(row.record.preparation_s), brief=True),
     Column(
-        "prepared in", "what the method learns offline", lambda row: _preparation(row.record.preparation_s), brief=True
-    ),
-    Column(
-        "pays after", "videos, until that is saved", lambda row: _number(row.record.pays_after, "{:.1f}"), brief=True
+        "pays after", "videos until that is saved", lambda row: _number(row.record.pays_after, "{:.1f}"), brief=True
     ),
     Column(
         "calibration cost", "times dense generation", lambda row: _number(row.record.calibration_cost_ratio, "{:.2f}×")
     ),
     Column("mask agreement", "overlap between prompts", lambda row: _percent(row.record.mask_agreement)),
-    Column("outcome", "and why an arm was not timed", outcome),
+    Column("outcome", "and why an arm has no times", outcome),
 )

@@ -25,7 +25,7 @@ def findings(rows: Sequence[Row]) -> list[str]:
         said.append(f"Heat or power held the GPU's clock down during {_listed(throttled)}: the times are doubtful.")
     missing = [row.label for row in rows if row.record.outcome != "ok"]
     if missing:
-        said.append(f"Not timed: {_listed(missing)}; the reasons stand below.")
+        said.append(f"Not timed: {_listed(missing)}; the reasons are below.")
     return said
 
 
@@ -47,7 +47,7 @@ def _speed(row: Row) -> str:
         if interval.low > 1:
             verdict = f"is faster than dense: {figures}"
         elif interval.high < 1:
-            verdict = f"is not faster but slower than dense: {figures}"
+            verdict = f"is slower than dense: {figures}"
         else:
             verdict = f"is not measurably faster than dense: {figures}"
     facts = []

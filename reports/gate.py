@@ -10,6 +10,7 @@ from typing import Any
 
 from calibatt.bench.record import Record, Run, UnusableFile, plain
 from calibatt.bench.statistics import Interval
+from calibatt.reports.facts import title
 
 # runs of one build on one machine differ by up to some percent (clock, memory layout): less is no one's fault
 TOLERANCE = 0.05
@@ -20,11 +21,10 @@ _LONGEST_LINE = 600
 
 
 class ExitCode(IntEnum):
-    """How the gate ends; `unusable` is for files that cannot be judged at all."""
+    """How the gate ends; 2 is the command line's, for files that cannot be judged at all."""
 
     PASS = 0
     REGRESSION = 1
-    UNUSABLE = 2
     INCONCLUSIVE = 3
 
 
@@ -93,7 +93,7 @@ def judge(current: Run, baseline: Run, *, tolerance: float = TOLERANCE) -> Verdi
         code, reason = _compare(new, old, tolerance, elsewhere)
         shown = new or old
         assert shown is not None
-        judgements.append(Judgement(workload=_workload(shown), arm=_arm(shown), code=code, reason=reason))
+        judgements.append(Judgement(workload=title(shown), arm=_arm(shown), code=code, reason=reason))
     return Verdict(judgements=tuple(judgements))
 
 
@@ -152,7 +152,7 @@ def _by_key(run: Run) -> dict[tuple[Any, ...], Record]:
     found: dict[tuple[Any, ...], Record] = {}
     for record in run.records:
         if found.setdefault(record.key, record) is not record:
-            raise UnusableFile(f"{run.path}: has {_workload(record)} {_arm(record)} twice; run again into a new file")
+            raise UnusableFile(f"{run.path}: has {title(record)} {_arm(record)} twice; run again into a new file")
     return found
 
 
@@ -173,17 +173,9 @@ _MACHINE: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 }
 
 
-def _workload(record: Record) -> str:
-    parts = (
-        record.suite, record.model, record.inputs, record.resolution, record.steps and f"{record.steps} steps",
-        record.dtype,
-    )  # fmt: skip
-    return " ".join(str(part) for part in parts if part)
-
-
 def _arm(record: Record) -> str:
     block = record.block and "×".join(map(str, record.block))
-    details = (record.kernel, *((block, record.mask) if record.suite == "kernel" else ()))
+    details = (record.kernel, *((block, record.mask) if record.suite in ("kernel", "forward") else ()))
     return f"{record.arm} ({', '.join(detail for detail in details if detail)})"
 
 

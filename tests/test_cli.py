@@ -49,7 +49,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--steps", "0"], "whole number from 1 up"),
         (["--device", "tpu"], "this machine has"),
         (["--out", "video.avi"], "ends in .mp4 or .gif"),
-        (["--out", "folder.gif"], "folder.gif is no file that can be replaced"),
+        (["--out", "folder.gif"], "folder.gif is not a regular file"),
         (["--weights", "nowhere"], "nowhere has no config.json"),
         (["--method", "random"], "make one by `calibatt calibrate --model shapes"),
     ],
@@ -73,7 +73,7 @@ def test_calibrate_refuses_what_has_nothing_to_learn_in_one_line(
     out = tmp_path / "x.safetensors"
     assert "sparge/default learns nothing" in _refused(capsys, "calibrate", "-o", str(out), "--method", "sparge")
     assert "did you mean sparge" in _refused(capsys, "calibrate", "-o", str(out), "--method", "sparg")
-    assert "it takes what calibatt learns" in _refused(capsys, "calibrate", "-o", str(out), "--method", "random")
+    assert "it uses what calibatt learns" in _refused(capsys, "calibrate", "-o", str(out), "--method", "random")
     assert "did you mean masks-only" in _refused(capsys, "calibrate", "-o", str(out), "--preset", "mask-only")
     learns = ("--method", "scaling", "--levels")
     assert "scaling has no setting levels" in _refused(capsys, "calibrate", "-o", str(out), *learns)
@@ -107,8 +107,8 @@ def test_calibrate_looks_at_prompts_and_output_before_the_model_is_loaded(
     tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     calibrate = ("calibrate", "--model", "tiny", "-o")
-    assert "is no file that can be replaced" in _refused(capsys, *calibrate, str(tmp_path))
-    assert "is no file that can be replaced" in _refused(capsys, *calibrate, "/dev/null")
+    assert "is not a regular file" in _refused(capsys, *calibrate, str(tmp_path))
+    assert "is not a regular file" in _refused(capsys, *calibrate, "/dev/null")
     assert "nowhere.txt" in _refused(capsys, *calibrate, str(tmp_path / "c"), "--prompts", "nowhere.txt")
     assert tiny == []
     assert list(tmp_path.iterdir()) == []
@@ -138,8 +138,8 @@ def test_a_stopped_calibration_says_how_to_go_on_and_comes_to_the_same_file(
     assert main(arguments("parts")) == 130
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said == (
-        f"calibatt calibrate: stopped with 1 of 3 videos noted in {tmp_path / 'parts.units'}: "
-        "run the same command again to go on"
+        f"calibatt calibrate: stopped with 1 of 3 videos done, kept in {tmp_path / 'parts.units'}: "
+        "run the same command again to resume"
     )
     assert main(arguments("parts")) == 0
     assert "overlap the common one by" in capsys.readouterr().out

@@ -54,7 +54,7 @@ def one(context: Context, arm: Arm) -> Record:
     if isinstance(prepared, Failure):
         return failed(context, NAME, arm, prepared)
     if prepared is None or prepared.seconds is None:
-        reason = "it learns nothing" if prepared is None else "--calibration gave one that was made before"
+        reason = "it learns nothing" if prepared is None else "--calibration gave a calibration that was made earlier"
         return failed(context, NAME, arm, Failure("unsupported", reason))
     made = guarded(partial(_measured, context, arm, prepared, prepared.seconds))
     return failed(context, NAME, arm, made) if isinstance(made, Failure) else made

@@ -126,7 +126,7 @@ class _Bench:
         maps = [block_energy(probe.q[0], probe.k[0], block_q=block_q, block_k=block_k) for probe in probes]
         return torch.cat(maps).float().cpu()
 
-    def moves(self, arms: Sequence[PermutationArm]) -> dict[PermutationArm, Record]:
+    def permutations(self, arms: Sequence[PermutationArm]) -> dict[PermutationArm, Record]:
         """Time permutations."""
         # they are Triton's wherever they run
         task = Task(device=self.workload.device, dtype=self.workload.dtype, head_dim=self.geometry.head_dim)
@@ -186,7 +186,7 @@ def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]
     """Time kernels in turns with the fastest dense one, and permutations with a copy."""
     bench = _Bench(job.workload, job.console)
     if moved := [arm for arm in arms if isinstance(arm, PermutationArm)]:
-        yield from bench.moves(moved).items()
+        yield from bench.permutations(moved).items()
     attending = [arm for arm in arms if not isinstance(arm, PermutationArm)]
     courses: dict[Arm | BlockArm, _Course] = {}
     for arm in dict.fromkeys((DENSE, *attending)):
@@ -209,7 +209,7 @@ def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]
 def _turn(bench: _Bench, course: _Course, timer: PhaseTimer, round_: int) -> None:
     """Time one call; lists that a kernel makes of a mask's bits are a part of it, and taken again by themselves."""
     one, device = course.one, bench.workload.device
-    # of an arm that failed meanwhile
+    # what an arm that failed left in the timer
     timer.collect_s()
     timer.lead()
     start = time.perf_counter()

@@ -20,7 +20,7 @@ MOST_LOSS = ((MOST_LEVEL - 1) / _STEPS) ** 2
 def loss_levels(
     energy: Float[Tensor, "heads q_blocks k_blocks"], mass: float
 ) -> UInt8[Tensor, "heads q_blocks k_blocks"]:
-    """For each block, the largest step of loss at which the smallest set that reaches the remaining mass has it.
+    """For each block, the largest step of loss at which the smallest set that reaches the remaining mass contains it.
 
     Args:
         energy: attention mass of each block.

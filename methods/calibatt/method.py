@@ -83,8 +83,7 @@ class CalibAtt(Method):
     knob: ClassVar[Knob | None] = Knob(field="loss", low=0.0, high=15.0, learnt_with=MappingProxyType({"levels": True}))
 
     def __init__(self, config: CalibAttConfig, learnt: Learnt) -> None:
-        super().__init__(config)
-        self.learnt = learnt
+        super().__init__(config, learnt)
         self.plans = Plans(learnt=learnt, gamma=config.gamma, loss=config.loss, repetition=config.repetition)
 
     @classmethod

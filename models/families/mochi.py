@@ -1,4 +1,4 @@
-"""Mochi 1: text behind the video in one sequence, without its padding; both branches of guidance in one batch."""
+"""Mochi 1: text after the video in one sequence, without its padding; both branches of guidance in one batch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class MochiSelfAttention(AttentionProcessor):
         )
         text_q, text_k = attn.norm_added_q(text_q), attn.norm_added_k(text_k)
         if image_rotary_emb is not None:
-            # in fp32, as Mochi has it
+            # in fp32, as in Diffusers' processor
             q, k = (rotated(x.float(), *image_rotary_emb).type_as(x) for x in (q, k))
         q, k, v = (torch.cat(parts, dim=1) for parts in ((q, text_q), (k, text_k), (v, text_v)))
         out = self.attend(q, k, v, attention_mask.bool()).flatten(2)

@@ -87,7 +87,7 @@ def load_pipeline(*, device: torch.device, dtype: torch.dtype, weights: Path | N
     Args:
         device, dtype: of the transformer.
         weights: a folder with config.json and safetensors of another training, or with such a folder `transformer`, as
-            the hub has it; the shipped weights where None.
+            on the hub; the shipped weights where None.
 
     Raises:
         OSError: the folder holds no weights, or others than this model's.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 TITLE = "Speedup"
 CAPTION = (
     "How many times faster each arm is than dense attention in the same rounds. Faint dots are rounds, the marker "
-    "their median, the bar its 95 % interval. A bar that touches the dashed line is no proof of a difference. A "
+    "their median, the bar its 95 % interval. A bar that touches the dashed line is no evidence of a difference. A "
     "hollow marker has too few rounds for an interval."
 )
 

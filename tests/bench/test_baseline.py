@@ -66,12 +66,12 @@ def test_the_fastest_dense_kernel_that_is_right_is_chosen(monkeypatch: pytest.Mo
         Stub("absent"),
     )
     assert name == "right"
-    assert "wrong is no baseline: its largest error against fp64 is 0.1" in said
-    assert "broken is no baseline: RuntimeError: illegal memory access" in said
+    assert "wrong is left out as a baseline: its largest error against fp64 is 0.1" in said
+    assert "broken is left out as a baseline: RuntimeError: illegal memory access" in said
 
 
 def test_without_a_right_dense_kernel_there_is_no_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match="no dense kernel is right"):
+    with pytest.raises(RuntimeError, match="no dense kernel gives correct results"):
         _choose(monkeypatch, Stub("wrong", off=0.1))
 
 

@@ -133,7 +133,7 @@ def test_without_a_file_nothing_is_kept_and_the_run_says_so() -> None:
     console = Quiet()
     running = session(FakeSuite(), None, console)
     running.announce()
-    assert "a run that is stopped leaves nothing" in console.lines[0]
+    assert "a stopped run cannot be resumed" in console.lines[0]
     assert len(ask(running)) == 4
 
 

@@ -211,7 +211,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     check_output(there)
     assert there.read_text() == "{}"
     for path in (tmp_path, Path(os.devnull)):
-        with pytest.raises(ValueError, match="this is no file"):
+        with pytest.raises(ValueError, match="is not a regular file"):
             check_output(path)
     with pytest.raises(ValueError, match="cannot be written"):
         check_output(there / "bench.json")

@@ -89,7 +89,7 @@ def test_preparing_pays_after_as_many_videos_as_save_what_it_took() -> None:
     [
         ({"samples_s": None, "baseline_samples_s": None}, "has samples"),
         ({"outcome": "wrong", "reason": "x"}, "has samples"),
-        ({"reason": "x"}, "says why"),
+        ({"reason": "x"}, "has a reason"),
         ({"baseline_samples_s": (1.0,)}, "not pairs"),
         ({"density": float("nan")}, "density is nan"),
         ({"psnr_db": (float("inf"), 1.0)}, "psnr_db is inf"),

@@ -86,13 +86,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     check_output(tmp_path / "file")
     os.mkfifo(tmp_path / "pipe")
     for wrong in (tmp_path, tmp_path / "pipe", Path("/dev/null")):
-        with pytest.raises(ValueError, match="is no file that can be replaced"):
+        with pytest.raises(ValueError, match="is not a regular file"):
             check_output(wrong)
-    with pytest.raises(ValueError, match="file is no folder that you may write to"):
+    with pytest.raises(ValueError, match="file is not a folder that you can write to"):
         check_output(tmp_path / "file" / "x")
     # root may write anywhere, so who may not is asked for by hand
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(ValueError, match="is no folder that you may write to"):
+    with pytest.raises(ValueError, match="is not a folder that you can write to"):
         check_output(tmp_path / "x")
     assert {path.name for path in tmp_path.iterdir()} == {"file", "pipe"}
 

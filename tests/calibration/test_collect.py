@@ -112,7 +112,7 @@ def test_prompts_of_any_length_make_one_calibration(hand_made: Made, run: Made, 
 @pytest.mark.parametrize(
     ("prompts", "says"),
     [
-        ("cats", "prompts is one text: give a list"),
+        ("cats", "prompts is a single string: give a list"),
         ([], "give at least one prompt .* no empty ones"),
         (["a circle", " "], "give at least one prompt .* no empty ones"),
     ],
@@ -177,7 +177,7 @@ def test_a_pipeline_of_another_model_is_refused(hand_made: Made, run: Made, othe
     ("how", "says"),
     [
         ({"method": "sparge"}, "sparge/default learns nothing of its own: it can be used as it is"),
-        ({"method": "random"}, "random/default learns nothing of its own: it takes what calibatt learns"),
+        ({"method": "random"}, "random/default learns nothing of its own: it uses what calibatt learns"),
         ({"preset": "defalt"}, "did you mean default"),
         ({"rho": 1.5}, "rho is a share"),
         ({"mass": 0.5}, "calibatt has no setting mass"),

@@ -55,7 +55,7 @@ def test_two_ranks_come_to_the_bits_of_one(hand_made: Made, run: Made, same: Mad
     units = shared.units(tmp_path)
     shared.note(units, kernel=SDPA, rank=1, world=2)
     assert videos.shown == [("two", 8), ("four", 10)]
-    with pytest.raises(UnusableCalibration, match="prompt 0 of 4 is not noted yet"):
+    with pytest.raises(UnusableCalibration, match="prompt 0 of 4 has no notes yet"):
         shared.merge(units)
     shared.note(shared.units(tmp_path), kernel=SDPA, rank=0, world=2)
     assert same(shared.merge(units), run(prompts=["one", "two", "three", "four"]))
@@ -114,7 +114,7 @@ def test_units_of_another_run_are_refused_in_one_line_that_names_what_differs(
 ) -> None:
     run(folder=tmp_path)
     videos = hand_made(**other.pop("videos", {}))
-    with pytest.raises(UnusableCalibration, match=f"was noted with another {field}: remove it") as error:
+    with pytest.raises(UnusableCalibration, match=f"notes of a run with another {field}: delete it") as error:
         run(videos, folder=tmp_path, **other)
     assert "\n" not in str(error.value)
     assert videos.shown == []
@@ -124,11 +124,11 @@ def test_a_unit_of_another_run_beside_the_right_manifest_is_refused(run: Made, t
     run(folder=tmp_path / "one")
     run(folder=tmp_path / "other", seed=8)
     (tmp_path / "other" / UNITS[1]).replace(tmp_path / "one" / UNITS[1])
-    with pytest.raises(UnusableCalibration, match="notes of another run or prompt: remove it"):
+    with pytest.raises(UnusableCalibration, match="notes of another run or prompt: delete it"):
         run(folder=tmp_path / "one")
     (tmp_path / "one" / UNITS[0]).replace(tmp_path / "one" / UNITS[1])
     (tmp_path / "one" / UNITS[0]).write_bytes((tmp_path / "one" / UNITS[1]).read_bytes())
-    with pytest.raises(UnusableCalibration, match="notes of another run or prompt: remove it"):
+    with pytest.raises(UnusableCalibration, match="notes of another run or prompt: delete it"):
         run(folder=tmp_path / "one")
 
 
@@ -139,7 +139,7 @@ def test_a_damaged_unit_is_refused_by_name(run: Made, tmp_path: Path, place: int
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UnusableCalibration, match=f"{UNITS[2]} was changed or damaged .* remove it and run again"):
+    with pytest.raises(UnusableCalibration, match=f"{UNITS[2]} was changed or damaged .* delete it and run again"):
         run(folder=tmp_path)
 
 
@@ -221,5 +221,5 @@ def test_notes_that_differ_in_shape_between_sites_are_refused(tmp_path: Path) ->
     units = Units(tmp_path, {"prompts": ["a"], "steps": 1, "layers": 2})
     with units.writing(0) as unit:
         unit.put(0, {"x": torch.zeros(3)})
-        with pytest.raises(ValueError, match="alike at every site"):
+        with pytest.raises(ValueError, match="the same at every site"):
             unit.put(1, {"x": torch.zeros(4)})

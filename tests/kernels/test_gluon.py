@@ -68,7 +68,7 @@ def test_another_gpu_or_an_older_triton_is_refused(
     request.addfinalizer(gluon_hopper._triton_version.cache_clear)
     gluon_hopper._triton_version.cache_clear()
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.5.1")
-    assert "3.6 or newer, here is 3.5" in str(Gluon().refusal(task))
+    assert "3.6 or newer, found 3.5" in str(Gluon().refusal(task))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert "for sm90, not sm100" in str(Gluon().refusal(task))
 

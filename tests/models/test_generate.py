@@ -92,7 +92,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_an_empty_list_of_prompts_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("\n  \n")
-    with pytest.raises(ValueError, match="empty; write one prompt a line"):
+    with pytest.raises(ValueError, match="empty; write one prompt per line"):
         read_prompts(path)
 
 
@@ -178,5 +178,5 @@ def test_a_model_whose_attention_alone_is_measured_has_its_geometry(
     entry = MODELS[model]
     geometry = entry.geometry(resolution)
     assert (geometry.grid, geometry.tokens) == (grid, tokens)
-    with pytest.raises(ValueError, match=f"{model} cannot generate here"):
+    with pytest.raises(ValueError, match=f"{model} cannot generate videos here"):
         entry.load(resolution=resolution, device=torch.device("cpu"), dtype=torch.float32)

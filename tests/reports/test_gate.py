@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from calibatt.bench.record import Record, Run, UnusableFile
+from calibatt.bench.record import Record, Run, UnusableFile, load_run
 from calibatt.reports.gate import ExitCode, Verdict, judge
 
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
 MACHINE = {"gpu": None, "cpu": {"brand_raw": "Test data CPU"}, "threads": 2}
 
 
@@ -33,6 +34,17 @@ def _code(verdict: Verdict) -> ExitCode:
 def test_a_run_passes_against_itself(make: SimpleNamespace) -> None:
     run = _run(make.dense_arm(), make.arm("calibatt"), make.broken("sta"))
     assert _code(judge(run, run)) == ExitCode.PASS == 0
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.json")), ids=lambda path: path.name)
+def test_a_committed_run_can_be_judged_and_passes_against_itself(path: Path) -> None:
+    run = load_run(path)
+    assert _code(judge(run, run)) == ExitCode.PASS
+
+
+def test_dense_is_the_same_arm_on_whichever_kernel_is_fastest(make: SimpleNamespace) -> None:
+    one, other = (_run(make.dense_arm(suite="kernel", mode=None, kernel=kernel)) for kernel in ("fa3", "sdpa-cudnn"))
+    assert _code(judge(one, other)) == ExitCode.PASS
 
 
 @pytest.mark.parametrize(("ratio", "code"), [(1.5, ExitCode.PASS), (1.28, ExitCode.PASS), (1.2, ExitCode.REGRESSION)])
