@@ -46,9 +46,15 @@ _PATTERNS = ("random", "even", "banded")
 
 
 def cells(options: Options) -> list[Cell]:
-    """Every mask on every kernel, eager and compiled, at every model and resolution; nothing without `--layers`."""
+    """Every mask on every kernel, eager and compiled, at every model and resolution; nothing without `--layers`.
+
+    Raises:
+        ValueError: an option makes no sense here.
+    """
     if options.layers is None or options.resampled:
         return []
+    if unfit := [pattern for pattern in options.masks if pattern not in _PATTERNS]:
+        raise ValueError(f"--masks {unfit[0]}: a forward pass (--layers) takes {', '.join(_PATTERNS)}")
     found = []
     for workload in dict.fromkeys(replace(one, steps=0, layers=options.layers) for one in options.workloads()):
         if workload.entry.untrained is None:
@@ -61,7 +67,7 @@ def cells(options: Options) -> list[Cell]:
             for density in options.densities
             for block in blocks
             for reused in options.reused_heads
-            if density < 1 and pattern in _PATTERNS
+            if density < 1
         ]
         for how in options.compile:
             at = replace(workload, compiled=how != "no")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
+from argparse import Namespace
+from dataclasses import fields, replace
 from types import MappingProxyType
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from calibatt.bench import cells as cells_module
 from calibatt.bench.cells import DENSE, BlockArm, Workload
+from calibatt.bench.options import Options
 from calibatt.bench.suites import forward
 from calibatt.bench.suites.suite import Job
 from calibatt.models.entry import Resolution
@@ -30,6 +32,12 @@ class Quiet:
 
     def open(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+
+def options(**given: str) -> Options:
+    """What the command line gives, with these options."""
+    defaults = {one.name: one.metadata["default"] for one in fields(Options)}
+    return Options.read(Namespace(**{**defaults, **given}))
 
 
 @pytest.fixture
@@ -55,6 +63,19 @@ def test_every_arm_is_paired_with_dense_round_by_round(job: Job) -> None:
     # half of the heads keep half of the blocks, half compute one of four rows, or two: five do not fit
     assert records[ARM].density == pytest.approx(0.5, abs=0.2)
     assert records[reused].density != records[ARM].density
+
+
+def test_there_is_no_forward_pass_unless_layers_are_asked_for() -> None:
+    assert forward.cells(options()) == []
+    cells = forward.cells(options(layers="2", masks="even", reused_heads="0,0.5", compile="no,blocks"))
+    # dense and two arms, eager and compiled
+    assert len(cells) == 6
+    assert {(cell.workload.layers, cell.workload.compiled) for cell in cells} == {(2, False), (2, True)}
+
+
+def test_a_mask_that_takes_a_video_is_refused_in_one_line() -> None:
+    with pytest.raises(ValueError, match="--masks captured: a forward pass"):
+        forward.cells(options(layers="2", masks="captured"))
 
 
 def test_a_kernel_that_cannot_is_a_record_and_the_others_go_on(job: Job) -> None:
