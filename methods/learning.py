@@ -79,7 +79,7 @@ class Provenance:
 
     Args:
         origin: the pipeline.
-        geometry: layout of the tokens; where the prompt's length varies, with the most text tokens that were seen.
+        geometry: layout of the tokens; where the prompt's length varies, with the most text tokens a prompt may have.
         steps, layers: of the videos; layers of a pipeline with two transformers are those of one.
         guidance: classifier-free guidance scale of the videos.
         prompts: in order; prompt i started from noise of seed + i.
