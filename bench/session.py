@@ -177,16 +177,16 @@ def prompts_for(workload: Workload, settings: Settings) -> Prompts:
     """Prompts to calibrate on, then one a round: all different, none that the model was trained on.
 
     Raises:
-        ValueError: there are too few.
+        ValueError: there are too few, or the model cannot read one.
     """
     count = settings.calibration_prompts
     needed = count + settings.rounds
-    # the captions of the model whose videos are made
-    captions = SHAPES.captions if workload.resampled else workload.entry.captions
+    # the model whose videos are made
+    entry = SHAPES if workload.resampled else workload.entry
     if settings.prompts is not None:
         prompts = list(settings.prompts)
-    elif captions is not None:
-        prompts = captions(needed, 0)
+    elif entry.captions is not None:
+        prompts = entry.captions(needed, 0)
     else:
         raise ValueError(
             f"{workload.model} has no prompts of its own: give a file of them, one per line, with --prompts"
@@ -196,4 +196,6 @@ def prompts_for(workload: Workload, settings: Settings) -> Prompts:
             f"{count} prompts to calibrate on and {settings.rounds} rounds need {needed} prompts: "
             f"--prompts has {len(prompts)}"
         )
+    for prompt in prompts[:needed]:
+        entry.check_prompt(prompt)
     return Prompts(calibration=tuple(prompts[:count]), rounds=tuple(prompts[count:needed]))

@@ -165,6 +165,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     check_output(arguments.out)
     entry, resolution, device = _model(arguments)
     entry.checked_loader()
+    entry.check_prompt(arguments.prompt)
     steps = arguments.steps or entry.steps_at(resolution)
     kernel = look_up(KERNELS, arguments.kernel, "kernel")
     method = _method(arguments, entry, resolution, steps, device)
@@ -319,7 +320,10 @@ def _prompts(arguments: argparse.Namespace, entry: Any) -> Sequence[str]:
         prompts = read_prompts(arguments.prompts)
         if arguments.count is not None and len(prompts) < arguments.count:
             raise ValueError(f"{arguments.prompts} has {len(prompts)} prompts, --count asks for {arguments.count}")
-        return prompts[: arguments.count]
+        chosen = prompts[: arguments.count]
+        for prompt in chosen:
+            entry.check_prompt(prompt)
+        return chosen
     if entry.captions is None:
         raise ValueError(f"{entry.name} has no prompts of its own: give a file of them, one per line, with --prompts")
     # 16 calibration prompts are nearly as good as 64: the paper's ablation

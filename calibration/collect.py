@@ -69,6 +69,10 @@ def calibrate(
             setting does not exist or is out of range; attention is not finite; a call is missing or comes twice.
         OSError: notes cannot be written.
     """
+    _check_prompts(prompts)
+    # all of them before the first video: the last may be the one that the model cannot read
+    for prompt in prompts:
+        entry.check_prompt(prompt)
     videos = DenseVideos(entry, pipe, resolution=resolution, steps=steps, guidance=guidance)
     return calibrate_on(
         videos, method=method, preset=preset, prompts=prompts, seed=seed, kernel=kernel, block=block or entry.block,
@@ -158,10 +162,7 @@ class Run:
             ValueError: there is no prompt, or an empty one; the preset learns nothing; a setting does not exist or is
                 out of range.
         """
-        if isinstance(prompts, str):
-            raise ValueError("prompts is a single string: give a list of strings, one per video")
-        if not prompts or not all(map(str.strip, prompts)):
-            raise ValueError("give at least one prompt to calibrate on, and no empty ones")
+        _check_prompts(prompts)
         learner = learner_for(method, preset=preset, block=block, **settings)
         # before any video, so that a pipeline that cannot be told from others costs no work
         origin = videos.origin()
@@ -363,6 +364,19 @@ class _Watcher:
                 f"calibrating {own.steps} steps, but the pipeline runs {site.steps}: take a scheduler that calls the "
                 "model once a step"
             )
+
+
+def _check_prompts(prompts: Any) -> None:
+    """Refuse what is no list of texts.
+
+    Raises:
+        ValueError: it is one text, or empty, or something in it is no text or an empty one.
+    """
+    if isinstance(prompts, str):
+        raise ValueError("prompts is a single string: give a list of strings, one per video")
+    # callers without a type checker pass other things
+    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise ValueError("give at least one prompt to calibrate on, and no empty ones; each is a text")
 
 
 @contextmanager

@@ -131,6 +131,7 @@ class ModelEntry:
         text_tokens, text_side: of the prompt in the sequence of self-attention, where it is there.
         alignment: score of text alignment, where the model has one.
         captions: the model's own prompts (`held_out` of them were never trained on), where it has a grammar for them.
+        read: raises a ValueError for a prompt that is not in the model's language; None where any text is.
     """
 
     name: str
@@ -153,6 +154,19 @@ class ModelEntry:
     negative_prompt: str = ""
     alignment: Alignment | None = None
     captions: Callable[[int, int], list[str]] | None = None
+    read: Callable[[str], object] | None = None
+
+    def check_prompt(self, prompt: object) -> None:
+        """Refuse, before any work is done, a prompt of which no video can be made.
+
+        Raises:
+            ValueError: it is empty or not in the model's language; one line.
+        """
+        # callers without a type checker pass lists, and None
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"a prompt is a text that says what the video should show: got {prompt!r}")
+        if self.read is not None:
+            self.read(prompt)
 
     def resolution(self, name: str) -> Resolution:
         """The resolution of that name.

@@ -51,9 +51,7 @@ def generate(
         ValueError: the prompt is empty or not in the model's language, there is less than one step, guidance is no
             finite number, or the model cannot generate.
     """
-    # callers without a type checker pass lists, and None
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"a prompt is a text that says what the video should show: got {prompt!r}")
+    entry.check_prompt(prompt)
     steps = entry.steps_at(resolution) if steps is None else steps
     if steps < 1:
         raise ValueError(f"a generation needs at least one step: got {steps}")
@@ -128,10 +126,14 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     """Prompts of a text file, one a line; empty lines do not count.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the file is no text.
         OSError: the file cannot be read.
     """
-    prompts = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: this is no text in UTF-8; write one prompt a line") from None
+    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not prompts:
         raise ValueError(f"{path}: the list of prompts is empty; write one prompt per line")
     return prompts

@@ -114,6 +114,20 @@ def test_calibrate_looks_at_prompts_and_output_before_the_model_is_loaded(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_prompt_that_cannot_be_read_is_found_before_the_model_is_loaded(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle moving left over stripes\na purple cow\n")
+    out = str(tmp_path / "video.gif")
+    calibrate = ("calibrate", "--model", "tiny", "-o", str(tmp_path / "c"), "--prompts", str(prompts))
+    assert "unknown word 'purple'" in _refused(capsys, *calibrate)
+    generate = ("generate", "a purple cow", "--model", "tiny", "--method", "dense", "-o", out)
+    assert "unknown word 'purple'" in _refused(capsys, *generate)
+    assert tiny == []
+    assert list(tmp_path.iterdir()) == [prompts]
+
+
 def test_a_stopped_calibration_says_how_to_go_on_and_comes_to_the_same_file(
     tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

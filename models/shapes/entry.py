@@ -33,6 +33,12 @@ def _align(video: Float[Tensor, "3 frames height width"], caption: str) -> float
     return alignment(video, caption)
 
 
+def _read(prompt: str) -> None:
+    from calibatt.models.shapes.scenes import parse_caption
+
+    parse_caption(prompt)
+
+
 def _captions(count: int, seed: int) -> list[str]:
     from calibatt.models.shapes.scenes import held_out_captions
 
@@ -62,4 +68,5 @@ SHAPES = ModelEntry(
     loader=_load,
     alignment=_align,
     captions=_captions,
+    read=_read,
 )

@@ -54,9 +54,12 @@ def test_k_and_the_name_of_a_suite_selects_that_suite(bench: Bench) -> None:
 
 
 def test_a_wrong_option_is_one_line_before_anything_runs(tmp_path: Path, bench: Bench) -> None:
+    unreadable = tmp_path / "prompts.txt"
+    unreadable.write_text("a red circle moving left over stripes\na purple cow\n")
     for arguments, message in (
         (["--models", "shape"], "--models shape: unknown model 'shape': did you mean shapes"),
         (["--models", "wan2.1-1.3b"], "--prompts"),
+        (["--prompts", str(unreadable), "--rounds", "1", "--calibration-prompts", "1"], "unknown word 'purple'"),
         ([f"--benchmark-json={tmp_path}", "--benchmark-disable"], "--benchmark-disable: nothing would be measured"),
     ):
         done = bench(*arguments)

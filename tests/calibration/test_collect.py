@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,10 +14,12 @@ import torch
 
 from calibatt.calibration import collect
 from calibatt.calibration.artifact import Calibration
+from calibatt.calibration.collect import calibrate
 from calibatt.kernels.mask import unpacked
 from calibatt.methods.calibatt.learner import CalibAttLearner
 from calibatt.methods.learning import Learner, Origin
 from calibatt.methods.site import Site
+from calibatt.models.catalogue import MODELS
 
 Made = Callable[..., Any]
 
@@ -124,6 +127,21 @@ def test_what_is_no_list_of_prompts_is_refused_before_any_work(
     with pytest.raises(ValueError, match=says):
         run(videos, prompts=prompts)
     assert videos.asked == []
+
+
+@pytest.mark.parametrize("prompts", [[None], [["a circle"]]])
+def test_a_list_of_other_things_than_texts_is_refused(prompts: Any) -> None:
+    # as callers without a type checker meet it
+    unchecked = inspect.unwrap(calibrate)
+    with pytest.raises(ValueError, match="no empty ones; each is a text"):
+        unchecked(MODELS["shapes"], None, resolution="quick", prompts=prompts, seed=0)
+
+
+def test_a_prompt_that_the_model_cannot_read_is_found_before_any_work() -> None:
+    prompts = ["a red circle moving left over stripes", "a purple cow"]
+    # there is not even a pipeline to work with
+    with pytest.raises(ValueError, match="unknown word 'purple'"):
+        calibrate(MODELS["shapes"], None, resolution="quick", prompts=prompts, seed=0)
 
 
 @pytest.mark.parametrize(

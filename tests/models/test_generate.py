@@ -96,6 +96,13 @@ def test_an_empty_list_of_prompts_is_refused(tmp_path: Path) -> None:
         read_prompts(path)
 
 
+def test_a_list_of_prompts_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ValueError, match=r"prompts\.txt: this is no text in UTF-8"):
+        read_prompts(path)
+
+
 def test_a_stop_that_somebody_else_asks_for_is_kept(pipe: Any) -> None:
     done: list[int] = []
 
