@@ -30,6 +30,7 @@ from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.default import ran_on
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import HeadKind, Plan, RowReuse, anchor_rows
+from calibatt.methods.base import Planner
 from calibatt.methods.catalogue import build
 from calibatt.methods.site import Site
 from calibatt.models.adapter import restore, sparsify
@@ -71,7 +72,8 @@ def cells(options: Options) -> list[Cell]:
         ]
         for how in options.compile:
             at = replace(workload, compiled=how != "no")
-            found += [Cell(workload=at, arm=arm) for arm in (DENSE, *arms)]
+            every: list[AnyArm] = [DENSE, *arms]
+            found += [Cell(workload=at, arm=arm) for arm in every]
     return found
 
 
@@ -88,7 +90,7 @@ class Drawn:
         assert arm.mask is not None
         drawn = make_plan(arm.mask, arm.density, geometry, arm.block, _no_energy)
         count = round(arm.reused * geometry.heads)
-        kinds: tuple[HeadKind, ...] = ("reused",) * count + ("masked",) * (geometry.heads - count)
+        kinds: tuple[HeadKind, ...] = tuple("reused" if head < count else "masked" for head in range(geometry.heads))
         rows = geometry.grid[1]
         reuse = RowReuse.of_anchor_rows(geometry, anchor_rows(rows, min(_ANCHORS, rows - 1))) if count else None
         # one mask for all layers: what is random in one is random in the next
@@ -110,7 +112,7 @@ def _no_energy() -> Any:
 class _Course:
     """An arm that was checked, and what it has done so far."""
 
-    planner: Any
+    planner: Planner
     kernel: Kernel
     plan: Plan
     error: float
@@ -127,7 +129,7 @@ class _Model:
         workload = job.workload
         assert workload.entry.untrained is not None
         self.workload = workload
-        self.log = lambda line: job.console.line(f"{workload}: {line}")
+        self._console = job.console
         self.geometry = workload.entry.geometry(workload.resolution)
         self.log(f"making {workload.layers} layers with random weights")
         self.one: ForwardPass = workload.entry.untrained(
@@ -144,14 +146,19 @@ class _Model:
         )
         self.dense = fastest_dense(self.q, self.k, self.v, self.geometry, log=self.log)
 
+    def log(self, line: str) -> None:
+        """Show a line."""
+        self._console.line(f"{self.workload}: {line}")
+
     def ready(self, arm: Arm | BlockArm) -> _Course | Failure:
         """Draw an arm's plans, check its kernel on one call, and run it once, which compiles what there is."""
         device = self.workload.device
         if isinstance(arm, Arm):
-            planner, kernel, plan = build("dense"), self.dense, Plan.dense(self.geometry)
+            planner: Planner = build("dense")
+            kernel, plan = self.dense, Plan.dense(self.geometry)
         else:
-            planner, kernel = Drawn(arm, self.geometry, self.workload.layers, device), KERNELS[arm.kernel]
-            plan = planner.plans[0]
+            drawn = Drawn(arm, self.geometry, self.workload.layers, device)
+            planner, kernel, plan = drawn, KERNELS[arm.kernel], drawn.plans[0]
         refusal = kernel.refusal(Task.of(self.q, plan))
         if refusal is not None:
             return Failure("unsupported", refusal.reason)
@@ -188,7 +195,8 @@ def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]
     model = _Model(job)
     courses: dict[Arm | BlockArm, _Course] = {}
     # the baseline is measured even where nobody asked to see it
-    for arm in dict.fromkeys([DENSE, *(one for one in arms if isinstance(one, BlockArm))]):
+    wanted: list[Arm | BlockArm] = [DENSE, *(one for one in arms if isinstance(one, BlockArm))]
+    for arm in dict.fromkeys(wanted):
         model.log(f"checking {arm} on {arm.kernel}")
         one = guarded(partial(model.ready, arm))
         if isinstance(one, Failure):

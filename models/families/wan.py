@@ -105,7 +105,7 @@ def untrained(
     try:
         with torch.device(device):
             torch.manual_seed(0)
-            transformer = WanTransformer3DModel(
+            transformer: Any = WanTransformer3DModel(
                 num_layers=layers, num_attention_heads=geometry.heads, attention_head_dim=geometry.head_dim, **sizes
             )
             config = transformer.config
