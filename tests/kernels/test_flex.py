@@ -15,7 +15,9 @@ CPU = Task(device=torch.device("cpu"), dtype=torch.float32, head_dim=64)
 
 
 @pytest.mark.parametrize(("tokens", "shares"), [(128, 2), (1000, 1), (96, 1)])
-def test_queries_are_shared_out_where_they_divide_and_the_output_is_the_same(tokens: int, shares: int) -> None:
+def test_queries_are_shared_out_where_they_divide_and_the_output_is_the_same(
+    tokens: int, shares: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if (refusal := Flex().refusal(CPU)) is not None:
         pytest.skip(refusal.reason)
     generator = torch.Generator().manual_seed(0)
@@ -25,6 +27,7 @@ def test_queries_are_shared_out_where_they_divide_and_the_output_is_the_same(tok
     keep[0], keep[2] = True, False
     mask = BlockMask.from_keep(keep, tokens=tokens, block_q=32, block_k=16)
     plan = Plan.masked(mask, 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert flex._shares(q, mask) == shares
     with torch.no_grad():
         out = Flex().attend(q, k, v, plan)
