@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from calibatt.kernels.plan import Plan
 from calibatt.methods.site import Site
 from calibatt.models.adapter import attached, restore, sparsify
 from calibatt.models.catalogue import MODELS
+from calibatt.models.entry import Resolution
 
 SDPA = KERNELS["sdpa-flash"]
 # five words and eleven; each has an end
@@ -106,3 +109,21 @@ def test_a_compiled_block_computes_the_same(pipe: Any) -> None:
         torch.testing.assert_close(run(pipe, steps=2), own, atol=1e-5, rtol=1e-4)
         for block in pipe.transformer.transformer_blocks:
             block._compiled_call_impl = None
+
+
+@pytest.mark.slow
+def test_it_is_calibrated_run_and_restored_whatever_the_prompts_lengths(pipe: Any) -> None:
+    from calibatt.calibration.collect import calibrate
+
+    entry = replace(
+        MODELS["mochi-1"], layers=2, heads=2, head_dim=64, block=(16, 16), prompt_tokens=32, text_tokens=32, steps=3,
+        resolutions=MappingProxyType({"tiny": Resolution(height=64, width=96, frames=13)}),
+    )  # fmt: skip
+    own = run(pipe)
+    learnt = calibrate(entry, pipe, resolution="tiny", prompts=PROMPTS, seed=0, anchors=2)
+    sparsify(pipe, "calibatt", calibration=learnt)
+    sparse = run(pipe)
+    restore(pipe)
+    assert sparse.isfinite().all()
+    assert not torch.equal(sparse, own)
+    assert torch.equal(run(pipe), own)
