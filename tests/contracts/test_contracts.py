@@ -439,10 +439,8 @@ def test_an_arm_computes_its_plan_and_only_what_is_left_out_or_rounded_changes_t
 ) -> None:
     geometry = GEOMETRIES[where]
     interpreted = place[0] == "cpu" and kernel.name == "triton"
-    # Triton's interpreter takes as long for a small block as for a large one: of so many tokens, ten seconds a preset;
-    # and to a kernel, text is tokens like others
-    coarse = geometry is not SMALL and (preset != "default" or geometry.text_tokens > 0)
-    block = COARSE if interpreted and coarse else BLOCK
+    # Triton's interpreter takes as long for a small block as for a large one: of so many tokens, seconds a preset
+    block = COARSE if interpreted and geometry is not SMALL and preset != "default" else BLOCK
     q, k, v = inputs(geometry, place)
     plan = made(name, preset, geometry, place[0], block).plan(q[0], k[0], v[0], site(geometry))
     out = run(kernel, q, k, v, plan)
