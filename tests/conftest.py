@@ -7,7 +7,6 @@ plugin that loads earlier.
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -17,15 +16,17 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+_ROOT = Path(__file__).resolve().parents[1]
+
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter, which it looks for when they are imported
     os.environ["TRITON_INTERPRET"] = "1"
 if already := sorted(name for name in sys.modules if name.split(".")[0] == "calibatt"):
     raise RuntimeError(f"imported before its shapes could be checked: {', '.join(already)}")
-# these are imported before the check, and so go without it: a record checks its own fields, since it is also read
-# from files, and its tests give it wrong ones; beartype takes numpy's str_ for strings of length 0; what torch.compile
-# traces would be traced with the checks; and device code is no Python
-for name in (
+# what goes unchecked: a record checks its own fields, since it is also read from files, and its tests give it wrong
+# ones; beartype takes numpy's str_ for strings of length 0; what torch.compile traces would be traced with the checks;
+# and device code is no Python
+_UNCHECKED = {
     "bench.record",
     "reports.artifact",
     "models.adapter",
@@ -33,11 +34,22 @@ for name in (
     "models.families.mochi",
     "models.processor",
     *(f"kernels.{name}_code" for name in ("estimate", "gluon", "triton")),
-):
-    importlib.import_module(f"calibatt.{name}")
+}
+# by name, since a name stands for what lies under it too, and an unchecked module imports checked ones
+_CHECKED = {
+    ".".join(path.relative_to(_ROOT).with_suffix("").parts)
+    for room in ("bench", "calibration", "kernels", "methods", "models", "reports")
+    for path in (_ROOT / room).rglob("*.py")
+    if path.stem != "__init__"
+}
+if strange := sorted(_UNCHECKED - _CHECKED):
+    raise RuntimeError(f"not a module, so nothing to leave unchecked: {', '.join(strange)}")
 # every other annotation of the library is enforced: shapes by jaxtyping, other types by beartype; an int is a float, as
 # everywhere in Python's typing
-install_import_hook("calibatt", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+install_import_hook(
+    ["calibatt.cli", *(f"calibatt.{name}" for name in sorted(_CHECKED - _UNCHECKED))],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 
 def pytest_configure() -> None:
