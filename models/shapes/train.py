@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from calibatt.models.shapes.evaluate import draw_curve, evaluate_weights
@@ -137,15 +138,21 @@ class Muon(torch.optim.Optimizer):
         return x.mT if tall else x
 
 
+@functools.cache
+def _trained() -> tuple[Int[Tensor, "scenes 7"], Int[Tensor, "scenes length"], int]:
+    """All scenes that are not held out, as numbers; their captions as tokens; how many, the first, have one object."""
+    told = [(scene, text) for scene in every_scene() if not held_out(text := caption(scene))]
+    scenes, texts = zip(*told, strict=True)
+    return encode(scenes), SceneTokenizer()(list(texts)).input_ids, sum(len(scene.things) == 1 for scene in scenes)
+
+
 class Corpus:
     """Every scene that is not held out, ready to be drawn on a device."""
 
     def __init__(self, device: torch.device) -> None:
-        scenes = [scene for scene in every_scene() if not held_out(caption(scene))]
-        self._codes = encode(scenes).to(device)
-        self._ids = SceneTokenizer()([caption(scene) for scene in scenes]).input_ids.to(device)
+        codes, ids, self._single = _trained()
+        self._codes, self._ids = codes.to(device), ids.to(device)
         self._encoder = SceneTextEncoder().to(device)
-        self._single = sum(len(scene.things) == 1 for scene in scenes)
 
     def batch(
         self, size: int, *, frames: int, blank: float, generator: torch.Generator
