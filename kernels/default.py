@@ -79,4 +79,6 @@ def _order(task: Task) -> Sequence[str]:
         return ("fa4", "triton", "flex")
     # rows that reuse others in the same launch, or loads that FlashAttention-4 does not hide
     small = task.head_dim == 64 or (task.block is not None and task.block[0] % 128 != 0)
-    return ("gluon", "fa4", "triton", "flex") if task.reuses or small else ("fa4", "gluon", "triton", "flex")
+    if small:
+        return ("gluon", "fa4", "triton", "flex")
+    return ("fa4+gluon", "gluon", "fa4", "triton", "flex") if task.reuses else ("fa4", "gluon", "triton", "flex")
