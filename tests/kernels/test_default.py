@@ -48,9 +48,7 @@ def chosen(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, **what:
         ((9, 0), {"block": (128, 128)}, "fa4"),
         ((9, 0), {"block": (64, 64)}, "gluon"),
         ((9, 0), {"block": (128, 128), "head_dim": 64}, "gluon"),
-        ((9, 0), {"block": (128, 128), "reuses": True}, "fa4+gluon"),
-        ((9, 0), {"reuses": True}, "gluon"),
-        ((9, 0), {"block": (64, 64), "reuses": True}, "gluon"),
+        ((9, 0), {"block": (128, 128), "reuses": True}, "gluon"),
         # what only one of them has
         ((9, 0), {"block": (128, 48)}, "fa4"),
         ((9, 0), {"variable": True}, "triton"),
