@@ -199,7 +199,7 @@ def _work(
     tiles: int,
     tiles_a_block: int,
     reused_tiles: int,
-    only: HeadKind | None,
+    only: HeadKind | None = None,
 ) -> Int32[Tensor, "items"]:
     """Every tile of queries that is to be computed, of one kind of head or of all.
 

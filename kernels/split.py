@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.base import Task, Unsupported, check, check_accepted
+from calibatt.kernels.base import Task, Unsupported, check, check_accepted, variable_refusal
 from calibatt.kernels.flash import Flash4, fa4_blocks
 from calibatt.kernels.gluon_hopper import Gluon
 from calibatt.kernels.plan import Plan
@@ -24,6 +24,8 @@ class Split:
 
     def refusal(self, task: Task) -> Unsupported | None:
         """Why it cannot do the task on this machine, or None when it can."""
+        if task.variable:
+            return variable_refusal(self.name)
         if task.block is None or not task.reuses:
             return Unsupported(
                 "fa4+gluon is for plans that have both masked heads and heads that reuse rows: name one of the two"

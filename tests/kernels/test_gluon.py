@@ -101,6 +101,9 @@ def test_reused_heads_have_the_tiles_of_their_computed_rows_only() -> None:
     work = gluon_hopper._work(plan, counts, batch=1, tiles=4, tiles_a_block=1, reused_tiles=2)
     # masked heads come last, to end with short lists
     assert work.tolist() == [0, 1, 8, 9, 10, 11, 7, 5, 4, 6]
+    # and stand by themselves where another kernel has the masked ones
+    work = gluon_hopper._work(plan, counts, batch=1, tiles=4, tiles_a_block=1, reused_tiles=2, only="reused")
+    assert work.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
