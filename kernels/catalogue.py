@@ -11,13 +11,17 @@ from calibatt.kernels.dense import SDPA_CUDNN, SDPA_FLASH, SDPA_MATH
 from calibatt.kernels.flash import FA3, Flash4
 from calibatt.kernels.flex import FLEX_DENSE, Flex
 from calibatt.kernels.gluon_hopper import Gluon
+from calibatt.kernels.split import Split
 from calibatt.kernels.triton_sparse import Triton
 
+_FA4, _GLUON = Flash4(), Gluon()
 _EACH: Mapping[str, Kernel] = MappingProxyType(
     {
         kernel.name: kernel
-        for kernel in (SDPA_FLASH, SDPA_CUDNN, SDPA_MATH, FA3, Flash4(), FLEX_DENSE, Flex(), Gluon(), Triton())
+        for kernel in (
+            SDPA_FLASH, SDPA_CUDNN, SDPA_MATH, FA3, _FA4, FLEX_DENSE, Flex(), _GLUON, Split(_FA4, _GLUON), Triton()
+        )
     }
-)
+)  # fmt: skip
 DEFAULT = Default(_EACH)
 KERNELS: Mapping[str, Kernel] = MappingProxyType({DEFAULT.name: DEFAULT, **_EACH})

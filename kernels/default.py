@@ -77,6 +77,7 @@ def _order(task: Task) -> Sequence[str]:
         return ("fa3", "fa4", "sdpa-cudnn", "sdpa-flash", "flex")
     if torch.cuda.get_device_capability(task.device) != (9, 0):
         return ("fa4", "triton", "flex")
-    # rows that reuse others in the same launch, or loads that FlashAttention-4 does not hide
+    # Rows that reuse others in the same launch (with FlashAttention-4 for masked heads it is faster where rows keep as
+    # many blocks, as a model's masks do not: docs/kernels.md), or loads that FlashAttention-4 does not hide
     small = task.head_dim == 64 or (task.block is not None and task.block[0] % 128 != 0)
     return ("gluon", "fa4", "triton", "flex") if task.reuses or small else ("fa4", "gluon", "triton", "flex")

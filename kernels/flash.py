@@ -118,7 +118,7 @@ class Flash4:
         """
         check(q, k, v, plan)
         check_accepted(self, q, plan)
-        return attend_per_head(q, k, v, plan, masked=_fa4_masked, dense=_fa4_dense)
+        return attend_per_head(q, k, v, plan, masked=fa4_blocks, dense=_fa4_dense)
 
 
 def _block_objection(capability: tuple[int, int], block: tuple[int, int]) -> str | None:
@@ -139,7 +139,13 @@ def _fa4_dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _operators()[0](q, k, v)
 
 
-def _fa4_masked(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+def fa4_blocks(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+    """Masked and dense heads of a plan with a mask, by FlashAttention-4; what it gives for reused heads means nothing.
+
+    Args:
+        q, k, v: [batch, heads, tokens, head_dim], that the plan is for.
+        plan: with blocks of one size.
+    """
     assert isinstance(plan.mask, BlockMask)
     indices, counts = block_lists(plan, every_head=True)
     return _operators()[1](q, k, v, indices, counts, plan.mask.block_q, plan.mask.block_k)

@@ -61,7 +61,27 @@ class Gluon(FusedKernel):
             return variable_refusal("the Gluon kernel")
         return triton_only("the Gluon kernel", task)
 
-    def _launch(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, plan: Plan) -> None:
+    def add_reused(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, out: Tensor) -> None:
+        """Write the reused heads of a plan into an output, and leave its other heads as they are.
+
+        Args:
+            q, k, v, out: [batch, heads, tokens, head_dim].
+            plan: that they belong to.
+        """
+        kinds: tuple[HeadKind, ...] = tuple("reused" if kind == "reused" else "dense" for kind in plan.kinds)
+        self._launch(q, k, v, out, None, Plan(tokens=plan.tokens, kinds=kinds, reuse=plan.reuse), only="reused")
+
+    def _launch(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor | None,
+        plan: Plan,
+        *,
+        only: HeadKind | None = None,
+    ) -> None:
         from calibatt.kernels import gluon_code, triton_code
 
         q, k, v = (x if tensor_map_fits(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -71,7 +91,7 @@ class Gluon(FusedKernel):
         tile_q = shape.warpgroups * _ROWS
         tiles = block_count(tokens, tile_q)
         reused_tiles = block_count(len(given.computed), tile_q)
-        work = _work(plan, given.counts, batch, tiles, given.block_q // tile_q, reused_tiles)
+        work = _work(plan, given.counts, batch, tiles, given.block_q // tile_q, reused_tiles, only)
         tensors = (
             _descriptor(q, _ROWS), _descriptor(k, shape.tile_k), _descriptor(v, shape.tile_k), _descriptor(out, _ROWS),
             q if lse is None else lse, given.indices, given.counts, given.kinds, given.computed, given.served, work,
@@ -173,14 +193,22 @@ def shared_out(items: int, places: int, key_tiles: int) -> tuple[int, int]:
 
 
 def _work(
-    plan: Plan, counts: Tensor, batch: int, tiles: int, tiles_a_block: int, reused_tiles: int
+    plan: Plan,
+    counts: Tensor,
+    batch: int,
+    tiles: int,
+    tiles_a_block: int,
+    reused_tiles: int,
+    only: HeadKind | None,
 ) -> Int32[Tensor, "items"]:
-    """Every tile of queries that is to be computed: head by head, and of a head those with the longest lists first.
+    """Every tile of queries that is to be computed, of one kind of head or of all.
+
+    Head by head, and of a head those with the longest lists first.
 
     One head after the other, so that those under way at a time share its keys in the cache. Masked heads come last, and
     the last one's shortest lists end the launch, so no tile is waited for long.
     """
-    items = _items(plan.kinds, tiles, reused_tiles, counts.device)
+    items = _items(plan.kinds, tiles, reused_tiles, only, counts.device)
     if plan.mask is not None:
         heads = len(plan.kinds)
         tile = torch.arange(tiles, device=counts.device)
@@ -197,9 +225,12 @@ def _work(
 
 
 @functools.lru_cache(maxsize=256)
-def _items(kinds: Sequence[HeadKind], tiles: int, reused_tiles: int, device: torch.device) -> Int[Tensor, "items"]:
+def _items(
+    kinds: Sequence[HeadKind], tiles: int, reused_tiles: int, only: HeadKind | None, device: torch.device
+) -> Int[Tensor, "items"]:
     """What there is to compute, by number (head × tiles + tile): reused heads have fewer tiles than the others."""
-    heads = sorted(range(len(kinds)), key=lambda head: kinds[head] == "masked")
+    wanted = [head for head, kind in enumerate(kinds) if only in (None, kind)]
+    heads = sorted(wanted, key=lambda head: kinds[head] == "masked")
     counts = [reused_tiles if kinds[head] == "reused" else tiles for head in heads]
     return torch.cat([head * tiles + torch.arange(count) for head, count in zip(heads, counts, strict=True)]).to(device)
 
