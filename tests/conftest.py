@@ -35,19 +35,19 @@ _UNCHECKED = {
     "models.processor",
     *(f"kernels.{name}_code" for name in ("estimate", "gluon", "triton")),
 }
-# by name, since a name stands for what lies under it too, and an unchecked module imports checked ones
-_CHECKED = {
+# one by one: a package's name would stand for all that lies under it
+_MODULES = {
     ".".join(path.relative_to(_ROOT).with_suffix("").parts)
     for room in ("bench", "calibration", "kernels", "methods", "models", "reports")
     for path in (_ROOT / room).rglob("*.py")
     if path.stem != "__init__"
 }
-if strange := sorted(_UNCHECKED - _CHECKED):
+if strange := sorted(_UNCHECKED - _MODULES):
     raise RuntimeError(f"not a module, so nothing to leave unchecked: {', '.join(strange)}")
 # every other annotation of the library is enforced: shapes by jaxtyping, other types by beartype; an int is a float, as
 # everywhere in Python's typing
 install_import_hook(
-    ["calibatt.cli", *(f"calibatt.{name}" for name in sorted(_CHECKED - _UNCHECKED))],
+    ["calibatt.cli", *(f"calibatt.{name}" for name in sorted(_MODULES - _UNCHECKED))],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 

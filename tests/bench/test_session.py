@@ -72,7 +72,7 @@ def test_a_wrong_option_is_one_line_before_anything_runs(tmp_path: Path, bench: 
 def test_a_wanted_fidelity_is_solved_for_under_the_runs_own_dense_schedule(tmp_path: Path, bench: Bench) -> None:
     path = tmp_path / "bench.json"
     done = bench(
-        "-k", "denoise", "--methods", "dense,scaling=50dB,sparge/cdf=50dB,lite=0.5",
+        "-k", "denoise", "--methods", "dense,scaling=50dB,sparge/cdf=50dB,lite=0.5,calibatt/masks-only=0.6",
         "--steps", "2", "--rounds", "1", "--calibration-prompts", "1", "--dense-steps", "0.5",
         f"--benchmark-json={path}",
     )  # fmt: skip
@@ -88,6 +88,13 @@ def test_a_wanted_fidelity_is_solved_for_under_the_runs_own_dense_schedule(tmp_p
     assert 40 < near.psnr_db[0] < 65
     assert "cannot be turned" in (found["sparge"].reason or "")
     assert "leaves no blocks out by itself" in (found["lite"].reason or "")
+    # CalibAtt's knob needs levels, which the run asks for by itself
+    sparse = found["calibatt"]
+    assert (sparse.mode, sparse.target_density) == ("equal_density", 0.6)
+    assert sparse.preparation_s is not None
+    assert sparse.density is not None
+    # solved on four calls of another video
+    assert sparse.density == pytest.approx(0.6, abs=0.03)
 
 
 @pytest.mark.slow
@@ -133,7 +140,7 @@ def test_a_run_leaves_records_of_what_was_and_of_what_could_not_be_timed(tmp_pat
     # in a folder that is not there yet
     path = tmp_path / "out" / "bench.json"
     done = bench(
-        "--methods", "dense,calibatt,calibatt/masks-only=0.6,radial", "--kernels", "flex,sdpa-math",
+        "--methods", "dense,calibatt,calibatt/masks-only=0.6,radial,svg/learnt", "--kernels", "flex,sdpa-math",
         "--steps", "2", "--rounds", "2", "--calibration-prompts", "1", f"--benchmark-json={path}",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -141,13 +148,13 @@ def test_a_run_leaves_records_of_what_was_and_of_what_could_not_be_timed(tmp_pat
     run = load_run(path)
     timed = {(record.suite, record.method) for record in run.records if record.outcome == "ok"}
     assert timed >= {
-        (suite, method) for suite in ("attention", "denoise") for method in ("dense", "calibatt", "radial")
+        (suite, method) for suite in ("attention", "denoise") for method in ("dense", "calibatt", "radial", "svg")
     }
-    assert ("calibration", "calibatt") in timed
+    assert timed >= {("calibration", "calibatt"), ("calibration", "svg")}
     for record in run.records:
         # what is learnt offline stands beside every figure that it made possible
         if record.outcome == "ok" and record.suite in ("attention", "denoise"):
-            assert (record.preparation_s is not None) == (record.method == "calibatt")
+            assert (record.preparation_s is not None) == (record.method in ("calibatt", "svg"))
     refused = [record for record in run.records if record.outcome == "unsupported"]
     assert {record.kernel for record in refused} == {"sdpa-math"}
     assert all("choose a sparse one" in (record.reason or "") for record in refused)
@@ -165,7 +172,7 @@ def test_a_run_leaves_records_of_what_was_and_of_what_could_not_be_timed(tmp_pat
     assert len(sparse.psnr_db) == len(sparse.samples_s or ()) == len(sparse.baseline_samples_s or ()) == 2
     assert sparse.density is not None
     assert 0 < sparse.density < 1
-    # CalibAtt's knob needs levels, which the run asks for by itself; whole videos have the density that was asked for
+    # whole videos have the density that was asked for: it is known from the calibration
     (solved,) = [r for r in run.records if r.suite == "denoise" and r.target_density == 0.6 and r.outcome == "ok"]
     assert solved.density == pytest.approx(0.6, abs=0.02)
     assert {"torch", "diffusers", "calibatt"} <= set(run.machine["versions"])
