@@ -7,10 +7,12 @@ plugin that loads earlier.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,11 @@ from jaxtyping import install_import_hook
 
 _ROOT = Path(__file__).resolve().parents[1]
 
+# of several processes, each has a core, and so has what they start: two threads that wait for each other on one core
+# take three times as long
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if WORKER:
+    os.environ["OMP_NUM_THREADS"] = "1"
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter, which it looks for when they are imported
     os.environ["TRITON_INTERPRET"] = "1"
@@ -60,8 +67,10 @@ def pytest_configure() -> None:
     # code that torch.compile generates allocates by functions of its own, which do not fill: it looks them up here
     for device in ("cpu", "cuda"):
         setattr(torch._C._dynamo.guards, f"_empty_strided_{device}", functools.partial(_poisoned, device))
-    # other work may go on beside the tests; of several processes, each has a core
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    # other work may go on beside the tests
+    torch.set_num_threads(1 if WORKER else 2)
+    if "TRITON_INTERPRET" in os.environ:
+        _patch_once_a_launch()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,6 +79,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU: torch sees none here"))
+
+
+def _patch_once_a_launch() -> None:
+    """Spare Triton's interpreter a third of its time.
+
+    It puts its own functions in the place of `triton.language`'s for every launch, and again for every function that
+    the kernel calls, each time that it does.
+    """
+    # only now: it asks for the interpreter when it is imported
+    import triton.language
+    from triton.runtime import interpreter
+
+    launch, replace = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    replaced: set[frozenset[str]] = set()
+
+    @functools.cache
+    def seen_by(function: Callable[..., Any]) -> frozenset[str]:
+        """The modules that a replacement for this function is made in."""
+        modules = {found.__name__ for found in function.__globals__.values() if inspect.ismodule(found)}
+        return frozenset(modules & {triton.language.__name__, triton.language.core.__name__})
+
+    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> None:
+        replaced.clear()
+        launch(self, *args, **kwargs)
+
+    def replace_once(function: Callable[..., Any]) -> Any:
+        if seen_by(function) in replaced:
+            return interpreter._LangPatchScope()
+        replaced.add(seen_by(function))
+        return replace(function)
+
+    interpreter.GridExecutor.__call__ = launch_anew
+    interpreter._patch_lang = replace_once
 
 
 def _poisoned(device: str, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

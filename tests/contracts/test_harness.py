@@ -58,4 +58,7 @@ def test_fields_of_facts_are_enforced() -> None:
 
 
 def test_each_process_keeps_to_its_share_of_two_cores() -> None:
-    assert torch.get_num_threads() == (1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    worker = "PYTEST_XDIST_WORKER" in os.environ
+    assert torch.get_num_threads() == (1 if worker else 2)
+    # and what it starts
+    assert os.environ.get("OMP_NUM_THREADS") == "1" or not worker
