@@ -238,6 +238,11 @@ class Workload:
         return MODELS[self.model]
 
     @property
+    def block(self) -> tuple[int, int]:
+        """Tokens of a query and of a key block that the model's masks use at that resolution."""
+        return self.entry.block_at(self.resolution)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Precision of the model on that device."""
         return working_dtype(self.device)

@@ -84,7 +84,7 @@ def open_workload(
     offline = Offline(
         partial(_learn, videos, prompts.calibration, dense, console),
         stored=None if stored is None else partial(_stored, stored, videos),
-        log=log, device=workload.device, block=workload.entry.block, turned=turned,
+        log=log, device=workload.device, block=workload.block, turned=turned,
     )  # fmt: skip
     tuner = Tuner(
         workload, offline=offline, probes=probes, film=film, dense=dense, prompts=prompts.calibration, log=log

@@ -171,7 +171,7 @@ class Tuner:
         prepared = self._offline.prepared(arm, **turned)
         method = build(
             arm.method, preset=arm.preset, calibration=None if prepared is None else prepared.calibration,
-            block=block_of(arm, self._workload.entry.block), **{**settings_of(arm), **turned},
+            block=block_of(arm, self._workload.block), **{**settings_of(arm), **turned},
         )  # fmt: skip
         if arm.dense_steps is None or arm.dense_layers is None:
             return method

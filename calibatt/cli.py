@@ -220,7 +220,7 @@ def _method(arguments: argparse.Namespace, entry: Any, resolution: str, steps: i
             f"{name} needs --calibration: make one by `calibatt calibrate {which}--model {entry.name} "
             f"--resolution {resolution} --steps {steps} -o FILE`"
         )
-    return build(name, preset=preset, calibration=calibration, block=entry.block)
+    return build(name, preset=preset, calibration=calibration, block=entry.block_at(resolution))
 
 
 def _task(method: Any, geometry: Any, steps: int, layers: int, device: Any) -> Any:
@@ -250,7 +250,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
     entry, resolution, device = _model(arguments)
     method = arguments.method
-    how: dict[str, Any] = {"preset": arguments.preset, "block": entry.block}
+    how: dict[str, Any] = {"preset": arguments.preset, "block": entry.block_at(resolution)}
     if arguments.levels:
         how["levels"] = True
     # what can be wrong is looked at before the model is loaded

@@ -75,8 +75,8 @@ def calibrate(
         entry.check_prompt(prompt)
     videos = DenseVideos(entry, pipe, resolution=resolution, steps=steps, guidance=guidance)
     return calibrate_on(
-        videos, method=method, preset=preset, prompts=prompts, seed=seed, kernel=kernel, block=block or entry.block,
-        folder=folder, progress=progress, **settings,
+        videos, method=method, preset=preset, prompts=prompts, seed=seed, kernel=kernel,
+        block=block or entry.block_at(resolution), folder=folder, progress=progress, **settings,
     )  # fmt: skip
 
 

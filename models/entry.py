@@ -101,6 +101,7 @@ class Resolution:
         frames: number of frames.
         flow_shift: shift of the flow-matching schedule at this size; None leaves the scheduler as it was saved.
         steps: denoising steps at this size; None takes the model's.
+        block: tokens of a query and of a key block at this size; None takes the model's.
     """
 
     height: int
@@ -108,6 +109,7 @@ class Resolution:
     frames: int
     flow_shift: float | None = None
     steps: int | None = None
+    block: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +181,10 @@ class ModelEntry:
     def steps_at(self, resolution: str) -> int:
         """Default number of denoising steps at a resolution."""
         return self.resolution(resolution).steps or self.steps
+
+    def block_at(self, resolution: str) -> tuple[int, int]:
+        """Tokens of a query and of a key block that masks use at a resolution."""
+        return self.resolution(resolution).block or self.block
 
     def latent_shape(self, resolution: str) -> tuple[int, int, int, int, int]:
         """Shape of the latents of one video: batch, channels, frames, rows, columns."""

@@ -31,7 +31,7 @@ def cells(options: Options) -> list[Cell]:
     known: list[tuple[Workload, Lesson]] = []
     for cell in method_cells(options):
         assert isinstance(cell.arm, Arm)
-        lesson = lesson_of(cell.arm.untuned, cell.workload.entry.block)
+        lesson = lesson_of(cell.arm.untuned, cell.workload.block)
         # what another method learns has its own place
         if lesson is None or lesson.method != cell.arm.method or (cell.workload, lesson) in known:
             continue

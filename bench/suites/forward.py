@@ -60,7 +60,7 @@ def cells(options: Options) -> list[Cell]:
     for workload in dict.fromkeys(replace(one, steps=0, layers=options.layers) for one in options.workloads()):
         if workload.entry.untrained is None:
             continue
-        blocks = [one for one in options.blocks or () if isinstance(one, tuple)] or [workload.entry.block]
+        blocks = [one for one in options.blocks or () if isinstance(one, tuple)] or [workload.block]
         arms = [
             BlockArm(kernel=kernel, density=density, mask=pattern, block=block, reused=reused)
             for kernel in options.kernels

@@ -165,7 +165,7 @@ def cells(options: Options) -> list[Cell]:
         arms: list[AnyArm] = [DENSE, *(PermutationArm(order=order) for order in options.orders or ())]
         for kernel in options.kernels:
             for density in options.densities:
-                arms += _block_arms(kernel, density, options.masks, given or [workload.entry.block])
+                arms += _block_arms(kernel, density, options.masks, given or [workload.block])
         found += [Cell(workload=workload, arm=arm) for arm in arms]
     return found
 

@@ -58,6 +58,8 @@ SHAPES = ModelEntry(
         {
             "quick": Resolution(height=64, width=96, frames=8, steps=6),
             "standard": Resolution(height=64, width=96, frames=16),
+            # as many tokens as Wan has at 480p, in the same grid
+            "large": Resolution(height=120, width=208, frames=21, block=(128, 128)),
         }
     ),
     steps=20,

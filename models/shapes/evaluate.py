@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +14,46 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from calibatt.models.entry import Resolution
 from calibatt.models.shapes.entry import SHAPES
 from calibatt.models.shapes.pipeline import SHIFT, WEIGHTS, load_pipeline
 from calibatt.models.shapes.reader import attributes
-from calibatt.models.shapes.scenes import HEIGHT, WIDTH, held_out_captions
+from calibatt.models.shapes.scenes import held_out_captions
 
 _CAPTIONS, _SCAN_CAPTIONS = 64, 32
 # guidance and shift
 _SCAN = ((1.0, 5.0), (2.0, 5.0), (3.0, 5.0), (5.0, 5.0), (3.0, 1.0), (3.0, 3.0), (3.0, 8.0))
+# sizes that the scan is made at, and whose videos are drawn
+_PICTURES = {"standard": "samples.png", "large": "samples-large.png"}
 # videos a call; bounds the memory
 _BATCH = 32
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A point of the curve of a training.
+
+    Args:
+        step, minutes: when.
+        size: of the videos, a resolution's name.
+        loss: mean over the steps with videos of that size since the last point.
+    """
+
+    step: int
+    minutes: float
+    size: str
+    loss: float
+
+
 def sample(
-    pipe: Any, captions: Sequence[str], *, frames: int, steps: int, guidance: float, seed: int
+    pipe: Any, captions: Sequence[str], *, size: Resolution, steps: int, guidance: float, seed: int
 ) -> Float[Tensor, "videos 3 frames height width"]:
     """One video for each caption, on the CPU, values in [-1, 1]; the noise is drawn on the CPU.
 
     Args:
         pipe: of `load_pipeline`.
         captions: in the model's grammar.
-        frames: of each video.
+        size: of the videos.
         steps, guidance: of the generation.
         seed: of the first caption's noise; the next one's is one more.
     """
@@ -41,15 +62,18 @@ def sample(
     for start in range(0, len(captions), _BATCH):
         some = list(captions[start : start + _BATCH])
         noise = [
-            torch.randn((3, frames, HEIGHT, WIDTH), generator=torch.Generator().manual_seed(seed + start + number))
+            torch.randn(
+                (3, size.frames, size.height, size.width),
+                generator=torch.Generator().manual_seed(seed + start + number),
+            )
             for number in range(len(some))
         ]
         shown = pipe(
             prompt=some,
             negative_prompt=[""] * len(some),
-            height=HEIGHT,
-            width=WIDTH,
-            num_frames=frames,
+            height=size.height,
+            width=size.width,
+            num_frames=size.frames,
             num_inference_steps=steps,
             guidance_scale=guidance,
             latents=torch.stack(noise).to(pipe.device),
@@ -72,29 +96,30 @@ def score(videos: Float[Tensor, "videos 3 frames height width"], captions: Seque
 
 
 def evaluate_weights(weights: Path, *, out: Path, device: torch.device) -> None:
-    """Write results.json and samples.png: both sizes at the default setting, then a scan of guidance and shift.
+    """Write results.json and pictures: every size at the default setting, then a scan of guidance and shift.
 
     Args:
         weights: folder of the transformer.
-        out: where the files go.
+        out: where the files go: results.json, and samples.png and samples-large.png.
         device: to generate on.
     """
     pipe = load_pipeline(device=device, dtype=torch.bfloat16, weights=weights)
     texts = held_out_captions(_CAPTIONS, seed=0)
     results = {}
     for name, size in SHAPES.resolutions.items():
-        videos = sample(pipe, texts, frames=size.frames, steps=SHAPES.steps, guidance=SHAPES.guidance, seed=0)
+        videos = sample(pipe, texts, size=size, steps=SHAPES.steps, guidance=SHAPES.guidance, seed=0)
         results[name] = score(videos, texts)
         print(name, results[name], flush=True)
-        if name == "standard":
-            draw_samples(videos, texts, out / "samples.png")
+        if name in _PICTURES:
+            draw_samples(videos, texts, out / _PICTURES[name])
     # other captions than those that are reported, so that a choice by the scan is not made on them
-    texts, size = held_out_captions(_SCAN_CAPTIONS, seed=1), SHAPES.resolution("standard")
+    texts = held_out_captions(_SCAN_CAPTIONS, seed=1)
     scan = []
-    for guidance, shift in _SCAN:
+    for name, (guidance, shift) in itertools.product(_PICTURES, _SCAN):
         pipe.scheduler = type(pipe.scheduler)(shift=shift)
-        videos = sample(pipe, texts, frames=size.frames, steps=SHAPES.steps, guidance=guidance, seed=1000)
-        scan.append({"guidance": guidance, "shift": shift, **score(videos, texts)})
+        size = SHAPES.resolution(name)
+        videos = sample(pipe, texts, size=size, steps=SHAPES.steps, guidance=guidance, seed=1000)
+        scan.append({"size": name, "guidance": guidance, "shift": shift, **score(videos, texts)})
         print(scan[-1], flush=True)
     facts = {"captions": _CAPTIONS, "steps": SHAPES.steps, "guidance": SHAPES.guidance, "shift": SHIFT}
     (out / "results.json").write_text(json.dumps({**facts, "results": results, "scan": scan}, indent=1) + "\n")
@@ -103,13 +128,13 @@ def evaluate_weights(weights: Path, *, out: Path, device: torch.device) -> None:
 def draw_samples(
     videos: Float[Tensor, "videos 3 frames height width"], captions: Sequence[str], path: Path, *, rows: int = 10
 ) -> None:
-    """A sheet of videos: a row for each of the first captions, every second frame in a column."""
+    """A sheet of videos: a row for each of the first captions, eight frames of each in columns."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = range(0, videos.shape[2], 2)
+    columns = [number * videos.shape[2] // 8 for number in range(8)]
     figure, axes = plt.subplots(rows, len(columns), figsize=(1.6 * len(columns), 1.35 * rows), squeeze=False)
     for row, video, text in zip(axes, videos, captions, strict=False):
         row[0].set_title(text, fontsize=9, loc="left")
@@ -121,17 +146,17 @@ def draw_samples(
     plt.close(figure)
 
 
-def draw_curve(curve: Sequence[dict[str, float]], path: Path) -> None:
-    """The loss over time, a line for each length of video."""
+def draw_curve(curve: Sequence[Point], path: Path) -> None:
+    """The loss over time, a line for each size of video."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for frames in sorted({point["frames"] for point in curve}):
-        points = [point for point in curve if point["frames"] == frames]
-        axis.plot([p["minutes"] for p in points], [p["loss"] for p in points], label=f"{frames:.0f} frames", lw=1)
+    for size in sorted({point.size for point in curve}):
+        points = [point for point in curve if point.size == size]
+        axis.plot([p.minutes for p in points], [p.loss for p in points], label=size, lw=1)
     axis.set(yscale="log", xlabel="minutes of training", ylabel="mean squared error of the velocity")
     axis.grid(visible=True, which="both", alpha=0.3)
     axis.legend()

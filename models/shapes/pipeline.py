@@ -29,7 +29,8 @@ SIZES: Mapping[str, Any] = MappingProxyType(
         "ffn_dim": 896,
         "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
-        "rope_max_seq_len": 32,
+        # positions along each axis; the largest videos have 52 columns of tokens
+        "rope_max_seq_len": 128,
     }
 )
 
@@ -77,6 +78,15 @@ def _pipeline_class() -> Any:
 
         def __call__(self, *args: Any, num_frames: int = 8, **keywords: Any) -> Any:
             return WanPipeline.__call__(self, *args, num_frames=num_frames - 1, **keywords)
+
+        def check_inputs(
+            self, prompt: Any, negative_prompt: Any, height: int, width: int, *others: Any, **keywords: Any
+        ) -> None:
+            """As Wan's, which wants multiples of 16, but for height and width: patches of 4 pixels want those of 4."""
+            patch = SIZES["patch_size"][1]
+            if height % patch or width % patch:
+                raise ValueError(f"height and width are multiples of {patch}: got {height} × {width}")
+            WanPipeline.check_inputs(self, prompt, negative_prompt, 16, 16, *others, **keywords)
 
     return ShapesPipeline
 

@@ -13,9 +13,10 @@ from calibatt.models.shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
     MOTIONS,
-    REACH,
     SHAPES,
+    Canvas,
     backgrounds,
+    canvas_of,
     parse_caption,
     templates,
 )
@@ -33,9 +34,9 @@ _COMPACT = 0.8
 _LASTING = 0.8
 # overlap (intersection over union) of object and template, averaged over time; a circle and a square share 0.87
 _OVERLAP = 0.7
-# pixels a frame, against 0, 2 or 3: nearest wins, and what fits none is no motion of this world
+# Pixels a frame at scale 1, against 0, 2 or 3: nearest wins, and what fits none is no motion of this world.
 _SPEED_TOLERANCE = 0.75
-# root mean square distance, in pixels, of the centres from a straight line
+# root mean square distance, in pixels at scale 1, of the centres from a straight line
 _WOBBLE = 1.5
 # root mean square distance from the background's greys, which differ by 0.3
 _BACKGROUND_ERROR = 0.12
@@ -77,7 +78,7 @@ def alignment(video: Float[Tensor, "3 frames height width"], caption: str) -> fl
         caption: in the model's grammar.
 
     Raises:
-        ValueError: the caption is not in the grammar, or the video has another height or width than the model's.
+        ValueError: the caption is not in the grammar, or the world is not drawn at the video's height and width.
     """
     right = [ok for attribute in attributes(video, caption).values() for ok in attribute]
     return sum(right) / len(right)
@@ -107,26 +108,24 @@ def read(video: Float[Tensor, "3 frames height width"]) -> Reading:
         video: values in [-1, 1], on the CPU.
 
     Raises:
-        ValueError: the video has another height or width than the model's.
+        ValueError: the world is not drawn at the video's height and width.
     """
-    greys = backgrounds()
-    if video.shape[-2:] != greys.shape[-2:]:
-        raise ValueError(f"this reader reads videos of {tuple(greys.shape[-2:])} pixels: got {tuple(video.shape[-2:])}")
+    canvas = canvas_of(*video.shape[-2:])
     video = video.float().clamp(-1, 1)
     high, low = video.amax(0), video.amin(0)
     bright = video > (high + low) / 2
     things: dict[str, Seen] = {}
     for name, rgb in COLOURS.items():
         lit = torch.tensor(rgb)[:, None, None, None] > 0
-        thing = _thing((bright == lit).all(0) & (high - low >= _CHROMA))
+        thing = _thing((bright == lit).all(0) & (high - low >= _CHROMA), canvas)
         if thing is not None:
             things[name] = thing
-    return Reading(things=things, background=_background(video.mean(0), high - low < _COLOURLESS))
+    return Reading(things=things, background=_background(video.mean(0), high - low < _COLOURLESS, canvas))
 
 
-def _thing(mask: Bool[Tensor, "frames height width"]) -> Seen | None:
+def _thing(mask: Bool[Tensor, "frames height width"], canvas: Canvas) -> Seen | None:
     """The object that the pixels of one colour make, or None where they make none."""
-    shapes = templates()
+    shapes, reach = templates(canvas), canvas.reach
     areas = shapes.sum((1, 2))
     rows, columns = torch.arange(mask.shape[1]), torch.arange(mask.shape[2])
     # medians, so that stray pixels elsewhere do not move the centre
@@ -135,7 +134,7 @@ def _thing(mask: Bool[Tensor, "frames height width"]) -> Seen | None:
         y, x = picture.nonzero(as_tuple=True)
         if len(y) == 0:
             continue
-        near = ((rows - y.median()).abs() <= REACH)[:, None] & ((columns - x.median()).abs() <= REACH) & picture
+        near = ((rows - y.median()).abs() <= reach)[:, None] & ((columns - x.median()).abs() <= reach) & picture
         area = int(near.sum())
         if not (_LEAST_AREA * areas.min() <= area <= _MOST_AREA * areas.max() and area >= _COMPACT * len(y)):
             continue
@@ -144,7 +143,9 @@ def _thing(mask: Bool[Tensor, "frames height width"]) -> Seen | None:
         crops.append(_crop(near, int(y.round()), int(x.round()), reach=shapes.shape[-1] // 2))
     if len(tracks) < _LASTING * len(mask):
         return None
-    return Seen(shape=_shape(torch.stack(crops).float().mean(0), shapes), motion=_motion(torch.stack(tracks)))
+    return Seen(
+        shape=_shape(torch.stack(crops).float().mean(0), shapes, canvas), motion=_motion(torch.stack(tracks), canvas)
+    )
 
 
 def _crop(picture: Bool[Tensor, "height width"], y: int, x: int, *, reach: int) -> Bool[Tensor, "side side"]:
@@ -152,32 +153,35 @@ def _crop(picture: Bool[Tensor, "height width"], y: int, x: int, *, reach: int) 
     return padded[y : y + 2 * reach + 1, x : x + 2 * reach + 1]
 
 
-def _shape(mean: Float[Tensor, "side side"], shapes: Float[Tensor, "shapes side side"]) -> str | None:
-    """The shape whose template overlaps most, over shifts by one pixel."""
+def _shape(mean: Float[Tensor, "side side"], shapes: Float[Tensor, "shapes side side"], canvas: Canvas) -> str | None:
+    """The shape whose template overlaps most, over shifts by one pixel at scale 1."""
     best = torch.zeros(len(shapes))
-    for down in (-1, 0, 1):
-        for right in (-1, 0, 1):
+    shifts = range(-canvas.scale, canvas.scale + 1)
+    for down in shifts:
+        for right in shifts:
             moved = mean.roll((down, right), (0, 1))
             overlap = torch.minimum(moved, shapes).sum((1, 2)) / torch.maximum(moved, shapes).sum((1, 2))
             best = torch.maximum(best, overlap)
     return SHAPES[int(best.argmax())] if best.max() >= _OVERLAP else None
 
 
-def _motion(track: Float[Tensor, "frames 3"]) -> str | None:
+def _motion(track: Float[Tensor, "frames 3"], canvas: Canvas) -> str | None:
     """The motion whose velocity the centres (frame, x, y) have."""
     time, places = track[:, :1] - track[:, :1].mean(), track[:, 1:] - track[:, 1:].mean(0)
     velocity = (time * places).sum(0) / time.square().sum()
     wobble = (places - time * velocity).square().sum(1).mean().sqrt()
-    off = (torch.tensor(list(MOTIONS.values())) - velocity).norm(dim=1)
-    if wobble > _WOBBLE or off.min() > _SPEED_TOLERANCE:
+    off = (canvas.speeds() - velocity).norm(dim=1)
+    if wobble > _WOBBLE * canvas.scale or off.min() > _SPEED_TOLERANCE * canvas.scale:
         return None
     return list(MOTIONS)[int(off.argmin())]
 
 
-def _background(grey: Float[Tensor, "frames height width"], free: Bool[Tensor, "frames height width"]) -> str | None:
+def _background(
+    grey: Float[Tensor, "frames height width"], free: Bool[Tensor, "frames height width"], canvas: Canvas
+) -> str | None:
     """The background whose greys are nearest, judged where no object is."""
     # two objects and their edges cover less than a third of the picture
     if free.float().mean() < 0.5:
         return None
-    errors = torch.stack([((grey - pattern)[free] ** 2).mean().sqrt() for pattern in backgrounds()])
+    errors = torch.stack([((grey - pattern)[free] ** 2).mean().sqrt() for pattern in backgrounds(canvas)])
     return BACKGROUNDS[int(errors.argmin())] if errors.min() <= _BACKGROUND_ERROR else None

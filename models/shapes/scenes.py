@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-HEIGHT, WIDTH = 64, 96
 # the corners of the RGB cube that are not grey: as far apart as six colours can be
 COLOURS: Mapping[str, tuple[float, float, float]] = MappingProxyType(
     {
@@ -27,17 +26,12 @@ COLOURS: Mapping[str, tuple[float, float, float]] = MappingProxyType(
     }
 )
 SHAPES = ("circle", "square", "triangle", "cross")
-# Pixels a frame (right, down): as fast as 16 frames leave room for where an object starts. What tells a model left from
-# right is that the two cover other parts of the picture, and that grows with the way they go.
+# the way they go: right and down
 MOTIONS: Mapping[str, tuple[int, int]] = MappingProxyType(
-    {"still": (0, 0), "left": (-3, 0), "right": (3, 0), "up": (0, -2), "down": (0, 2)}
+    {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 )
 BACKGROUNDS = ("grey", "stripes", "checks", "dots")
 
-# pixels from an object's centre to the farthest point of any shape, which is the triangle's top
-REACH = 12
-# centres this far apart along one axis leave at least one pixel between any two shapes
-_APART = 2 * REACH - 1
 # two crossing objects find room in one draw of eighteen or better, so 512 draws fail once in 10^12 videos
 _DRAWS = 512
 # greys of the patterns and their mean, dark enough that every colour stands out
@@ -56,6 +50,56 @@ _THING = (
 _CAPTION = re.compile(rf"{_THING}(?: and {_THING})? over ({'|'.join(BACKGROUNDS)})")
 # every word a caption can have
 WORDS = ("a", "and", "over", "moving", *COLOURS, *SHAPES, *MOTIONS, *BACKGROUNDS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canvas:
+    """A size of picture; all that is drawn grows with it.
+
+    Args:
+        height, width: pixels.
+        scale: how large everything is; 1 on the smallest.
+        sideways, upright: pixels a frame of what moves: as fast as the longest videos leave room for where an object
+            starts. What tells a model left from right is that the two cover other parts of the picture, and that grows
+            with the way they go.
+    """
+
+    height: int
+    width: int
+    scale: int
+    sideways: int
+    upright: int
+
+    @property
+    def reach(self) -> int:
+        """Pixels from an object's centre to the farthest point of any shape, which is the triangle's top."""
+        return 12 * self.scale
+
+    def speeds(self, device: torch.device | str = "cpu") -> Int[Tensor, "motions 2"]:
+        """Pixels a frame of every motion, right and down."""
+        return torch.tensor(list(MOTIONS.values()), device=device) * torch.tensor(
+            [self.sideways, self.upright], device=device
+        )
+
+
+CANVASES = (
+    Canvas(height=64, width=96, scale=1, sideways=3, upright=2),
+    # with patches of 4 × 4, Wan's own grid at 480p: 30 × 52 tokens a frame
+    Canvas(height=120, width=208, scale=2, sideways=6, upright=3),
+)
+
+
+def canvas_of(height: int, width: int) -> Canvas:
+    """The canvas of so many pixels.
+
+    Raises:
+        ValueError: the world is not drawn at that size.
+    """
+    for canvas in CANVASES:
+        if (canvas.height, canvas.width) == (height, width):
+            return canvas
+    known = " or ".join(f"{canvas.height} × {canvas.width}" for canvas in CANVASES)
+    raise ValueError(f"this world is drawn on {known} pixels: got {height} × {width}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,45 +256,49 @@ def encode(scenes: Sequence[Scene]) -> Int[Tensor, "batch 7"]:
     return torch.tensor(rows)
 
 
-def templates(device: torch.device | str = "cpu") -> Float[Tensor, "shapes side side"]:
+def templates(canvas: Canvas, device: torch.device | str = "cpu") -> Float[Tensor, "shapes side side"]:
     """How much of each pixel a shape covers, 0 to 1, with its centre on the middle pixel and an empty border."""
-    reach = REACH + 1
-    line = torch.arange(-reach, reach + 1, dtype=torch.float32, device=device)
+    scale, reach = canvas.scale, canvas.reach
+    line = torch.arange(-reach - 1, reach + 2, dtype=torch.float32, device=device)
     y, x = line[:, None], line[None, :]
     across, along = x.abs().expand(len(line), -1), y.abs().expand(-1, len(line))
     # signed distances in pixels; sizes make shapes as large as the reach allows and their areas alike
-    circle = (x**2 + y**2).sqrt() - 10
-    square = torch.maximum(across, along) - 9
-    triangle = torch.maximum(across * 0.75**0.5 - y / 2, y.expand_as(across)) - REACH / 2
-    cross = torch.minimum(torch.maximum(across - 10, along - 3.5), torch.maximum(across - 3.5, along - 10))
+    circle = (x**2 + y**2).sqrt() - 10 * scale
+    square = torch.maximum(across, along) - 9 * scale
+    triangle = torch.maximum(across * 0.75**0.5 - y / 2, y.expand_as(across)) - reach / 2
+    long, wide = 10 * scale, 3.5 * scale
+    cross = torch.minimum(torch.maximum(across - long, along - wide), torch.maximum(across - wide, along - long))
     return (0.5 - torch.stack((circle, square, triangle, cross))).clamp(0, 1)
 
 
-def backgrounds(device: torch.device | str = "cpu") -> Float[Tensor, "backgrounds height width"]:
-    """The greys behind the objects; patterns repeat every 16 pixels and always stand at the same place."""
-    y, x = torch.arange(HEIGHT, device=device)[:, None], torch.arange(WIDTH, device=device)[None, :]
-    rows, columns = (y // 8 % 2).expand(HEIGHT, WIDTH), (x // 8 % 2).expand(HEIGHT, WIDTH)
-    dots = ((y % 16 - 7.5) ** 2 + (x % 16 - 7.5) ** 2 < 4.5**2).long()
+def backgrounds(canvas: Canvas, device: torch.device | str = "cpu") -> Float[Tensor, "backgrounds height width"]:
+    """The greys behind the objects; patterns always stand at the same place."""
+    height, width, cell = canvas.height, canvas.width, 8 * canvas.scale
+    y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)[None, :]
+    rows, columns = (y // cell % 2).expand(height, width), (x // cell % 2).expand(height, width)
+    middle, radius = cell - 0.5, 4.5 * canvas.scale
+    dots = ((y % (2 * cell) - middle) ** 2 + (x % (2 * cell) - middle) ** 2 < radius**2).long()
     patterns = torch.stack((rows, rows ^ columns, dots)).float() * (_LIGHT - _DARK) + _DARK
     return torch.cat((torch.full_like(patterns[:1], _MEAN), patterns))
 
 
 def render(
-    codes: Int[Tensor, "batch 7"], *, frames: int, generator: torch.Generator
+    codes: Int[Tensor, "batch 7"], *, canvas: Canvas, frames: int, generator: torch.Generator
 ) -> Float[Tensor, "batch 3 frames height width"]:
     """Videos of scenes, values in [-1, 1], with the objects at random places where they fit and never touch.
 
     Args:
         codes: what `encode` returns, on the device to draw on.
+        canvas: to draw on.
         frames: of each video.
         generator: of the places, on the same device.
 
     Raises:
         ValueError: an object would leave the picture in that many frames.
     """
-    device = codes.device
-    room = torch.tensor([WIDTH - 1 - 2 * REACH, HEIGHT - 1 - 2 * REACH], device=device)
-    speeds = torch.tensor(list(MOTIONS.values()), device=device)
+    device, reach = codes.device, canvas.reach
+    room = torch.tensor([canvas.width - 1 - 2 * reach, canvas.height - 1 - 2 * reach], device=device)
+    speeds = canvas.speeds(device)
     if ((frames - 1) * speeds.abs() > room).any():
         raise ValueError(f"{frames} frames are too many: objects would leave the picture")
     present = codes[:, [0, 3]] >= 0
@@ -260,21 +308,21 @@ def render(
     path = speeds[motion][:, None, :, None] * torch.arange(frames, device=device)[:, None]
     travel = path[..., -1:, :]
     draw = torch.rand((len(codes), _DRAWS, 2, 1, 2), generator=generator, device=device)
-    start = REACH - travel.clamp(max=0) + (draw * (room - travel.abs() + 1)).long()
+    start = reach - travel.clamp(max=0) + (draw * (room - travel.abs() + 1)).long()
     centres = start + path
     gap = (centres[:, :, 0] - centres[:, :, 1]).abs().amax(-1).amin(-1)
-    # the first draw that keeps the objects apart
-    chosen = (gap >= _APART).float().argmax(1)
+    # the first draw with centres so far apart along one axis that a pixel lies between any two shapes
+    chosen = (gap >= 2 * reach - 1).float().argmax(1)
     centre = centres[torch.arange(len(codes), device=device), chosen]
 
-    table = templates(device)
+    table = templates(canvas, device)
     rgb = torch.tensor(list(COLOURS.values()), device=device, dtype=torch.float32)
-    video = backgrounds(device)[codes[:, 6]][:, None, None].expand(-1, 3, frames, -1, -1)
-    edge = REACH + 1
+    video = backgrounds(canvas, device)[codes[:, 6]][:, None, None].expand(-1, 3, frames, -1, -1)
+    edge = reach + 1
     for thing in range(2):
         x, y = centre[:, thing, :, 0, None], centre[:, thing, :, 1, None]
-        column = (torch.arange(WIDTH, device=device) - x + edge).clamp(0, 2 * edge)
-        row = (torch.arange(HEIGHT, device=device) - y + edge).clamp(0, 2 * edge)
+        column = (torch.arange(canvas.width, device=device) - x + edge).clamp(0, 2 * edge)
+        row = (torch.arange(canvas.height, device=device) - y + edge).clamp(0, 2 * edge)
         cover = table[shape[:, thing, None, None, None], row[..., None], column[..., None, :]]
         cover = (cover * present[:, thing, None, None, None])[:, None]
         video = torch.lerp(video, rgb[colour[:, thing]][:, :, None, None, None], cover)

@@ -1,4 +1,4 @@
-"""Trains the model from nothing: python -m calibatt.models.shapes.train --out DIR --minutes 15."""
+"""Trains the model, from nothing or further: python -m calibatt.models.shapes.train --out DIR --minutes 15."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from calibatt.models.shapes.evaluate import draw_curve, evaluate_weights
+from calibatt.models.entry import Resolution
+from calibatt.models.shapes.entry import SHAPES
+from calibatt.models.shapes.evaluate import Point, draw_curve, evaluate_weights
 from calibatt.models.shapes.pipeline import cast, load_pipeline, new_transformer
-from calibatt.models.shapes.scenes import ONE_OBJECT_SHARE, caption, encode, every_scene, held_out, render
+from calibatt.models.shapes.scenes import ONE_OBJECT_SHARE, canvas_of, caption, encode, every_scene, held_out, render
 from calibatt.models.shapes.text import SceneTextEncoder, SceneTokenizer
 
 
@@ -32,11 +34,11 @@ class Stage:
 
     Args:
         until: where it ends, as a fraction of the whole.
-        shares: of the steps, by number of frames of their videos.
+        shares: of the steps, by the size of their videos, a resolution's name.
     """
 
     until: float
-    shares: Mapping[int, float]
+    shares: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,7 @@ class Recipe:
     Args:
         layers, heads: of the transformer.
         stages: the shorter video first, which teaches colours, shapes and backgrounds at two fifths of the price.
-        batches: videos a step, by number of frames; 147,456 tokens each.
+        batches: videos a step, by size; 147,456 tokens each, of the largest 131,040.
         rate, matrix_rate: peak learning rates, of AdamW and of Muon (which has the matrices of the layers).
         warm_up: steps until the peak.
         flat_until: fraction of the training after which the rates fall, linearly, to `last_rate` of the peak.
@@ -65,10 +67,10 @@ class Recipe:
     layers: int = 8
     heads: int = 4
     stages: tuple[Stage, ...] = (
-        Stage(until=0.2, shares={8: 1.0}),
-        Stage(until=1.0, shares={16: 0.7, 8: 0.3}),
+        Stage(until=0.2, shares={"quick": 1.0}),
+        Stage(until=1.0, shares={"standard": 0.7, "quick": 0.3}),
     )
-    batches: Mapping[int, int] = field(default_factory=lambda: {8: 48, 16: 24})
+    batches: Mapping[str, int] = field(default_factory=lambda: {"quick": 48, "standard": 24, "large": 4})
     rate: float = 8e-4
     matrix_rate: float = 2e-3
     warm_up: int = 100
@@ -81,8 +83,13 @@ class Recipe:
     ema: float = 0.999
     clip: float = 1.0
 
-    def frames(self, progress: float, rng: random.Random) -> int:
-        """Length of the next step's videos, at a progress from 0 to 1."""
+    @property
+    def sizes(self) -> list[str]:
+        """All sizes of its videos."""
+        return sorted({size for stage in self.stages for size in stage.shares})
+
+    def size(self, progress: float, rng: random.Random) -> str:
+        """Size of the next step's videos, at a progress from 0 to 1."""
         stage = next((stage for stage in self.stages if progress < stage.until), self.stages[-1])
         return rng.choices(list(stage.shares), list(stage.shares.values()))[0]
 
@@ -90,6 +97,12 @@ class Recipe:
         """What the peak learning rates are multiplied by."""
         fall = max(0.0, (progress - self.flat_until) / (1 - self.flat_until))
         return min(1.0, (step + 1) / self.warm_up) * (1 - (1 - self.last_rate) * min(1.0, fall))
+
+
+# how to go on from weights that know the smaller sizes, to the largest and back; at lower rates, since they know much
+FURTHER = Recipe(
+    stages=(Stage(until=1.0, shares={"large": 0.7, "standard": 0.2, "quick": 0.1}),), rate=4e-4, matrix_rate=1e-3
+)
 
 
 class Muon(torch.optim.Optimizer):
@@ -155,18 +168,19 @@ class Corpus:
         self._encoder = SceneTextEncoder().to(device)
 
     def batch(
-        self, size: int, *, frames: int, blank: float, generator: torch.Generator
+        self, count: int, *, size: Resolution, blank: float, generator: torch.Generator
     ) -> tuple[Float[Tensor, "batch 3 frames height width"], Float[Tensor, "batch length text_dim"]]:
         """Videos and the features of their captions, some of them those of the empty caption."""
         device = self._codes.device
-        draw, single, kept = torch.rand((3, size), generator=generator, device=device)
+        draw, single, kept = torch.rand((3, count), generator=generator, device=device)
         alone = (draw * self._single).long()
         paired = self._single + (draw * (len(self._codes) - self._single)).long()
         # in fp32 the draw can round up to the length itself
         rows = torch.where(single < ONE_OBJECT_SHARE, alone, paired).clamp(max=len(self._codes) - 1)
         ids = self._ids[rows] * (kept >= blank)[:, None]
         text = self._encoder(ids, ids.gt(0).long()).last_hidden_state
-        return render(self._codes[rows], frames=frames, generator=generator), text
+        canvas = canvas_of(size.height, size.width)
+        return render(self._codes[rows], canvas=canvas, frames=size.frames, generator=generator), text
 
 
 def flow_loss(
@@ -213,15 +227,15 @@ class Training:
         self.generator = torch.Generator(device).manual_seed(seed)
         self.corpus = Corpus(device)
         self.step, self.seconds = 0, 0.0
-        self.curve: list[dict[str, float]] = []
+        self.curve: list[Point] = []
 
-    def advance(self, progress: float) -> tuple[int, Float[Tensor, ""]]:
-        """One step; returns the number of frames it was made on, and the loss."""
-        frames = self.recipe.frames(progress, random.Random(f"{self.seed} {self.step}"))
+    def advance(self, progress: float) -> tuple[str, Float[Tensor, ""]]:
+        """One step; returns the size it was made on, and the loss."""
+        size = self.recipe.size(progress, random.Random(f"{self.seed} {self.step}"))
         for optimiser, peak in zip(self.optimisers, self.peaks, strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = peak * self.recipe.rate_factor(self.step, progress)
-        loss = self.gradients(frames)
+        loss = self.gradients(size)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip, foreach=True)
         for optimiser in self.optimisers:
             optimiser.step()
@@ -230,12 +244,12 @@ class Training:
         # a young average would otherwise remember the random start
         decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.model.parameters()], 1 - decay)
-        return frames, loss.detach()
+        return size, loss.detach()
 
-    def gradients(self, frames: int) -> Float[Tensor, ""]:
+    def gradients(self, size: str) -> Float[Tensor, ""]:
         """The loss of one batch, with its gradients left at the parameters."""
         video, text = self.corpus.batch(
-            self.recipe.batches[frames], frames=frames, blank=self.recipe.blank, generator=self.generator
+            self.recipe.batches[size], size=SHAPES.resolution(size), blank=self.recipe.blank, generator=self.generator
         )
         half = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
         with half:
@@ -244,12 +258,12 @@ class Training:
         return loss
 
     def compile(self) -> None:
-        """Compile the layers for every length, so that the clock of the training starts after it."""
+        """Compile the layers for every size, so that the clock of the training starts after it."""
         torch._dynamo.config.recompile_limit = 64
         self.model.compile_repeated_blocks(dynamic=False)
         state = self.generator.get_state()
-        for frames in self.recipe.batches:
-            self.gradients(frames)
+        for size in self.recipe.sizes:
+            self.gradients(size)
         for optimiser in self.optimisers:
             optimiser.zero_grad()
         self.generator.set_state(state)
@@ -282,7 +296,7 @@ class Training:
                 "generator": self.generator.get_state(),
                 "step": self.step,
                 "seconds": self.seconds,
-                "curve": self.curve,
+                "curve": [asdict(point) for point in self.curve],
             },
             aside,
         )
@@ -302,7 +316,8 @@ class Training:
             optimiser.load_state_dict(saved)
         self.average = state["average"]
         self.generator.set_state(state["generator"].cpu())
-        self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.curve = [Point(**point) for point in state["curve"]]
 
 
 def train(
@@ -346,7 +361,7 @@ def train(
     if device.type == "cuda":
         training.compile()
     before, began, saved = training.seconds, time.monotonic(), time.monotonic()
-    losses: dict[int, list[Tensor]] = {}
+    losses: dict[str, list[Tensor]] = {}
     interrupts: list[int] = []
     # heard between steps: one that is cut in half would be in the checkpoint
     handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
@@ -355,18 +370,21 @@ def train(
             progress = training.seconds / (60 * minutes) if minutes else training.step / (steps or 1)
             if progress >= 1:
                 break
-            frames, loss = training.advance(progress)
-            losses.setdefault(frames, []).append(loss)
+            size, loss = training.advance(progress)
+            losses.setdefault(size, []).append(loss)
             training.seconds = before + time.monotonic() - began
             if training.step % 50 == 0:
                 # reading the losses waits for the device, which also keeps the clock honest
-                for frames, some in sorted(losses.items()):
-                    point = {"step": training.step, "minutes": training.seconds / 60, "frames": frames}
-                    training.curve.append({**point, "loss": float(torch.stack(some).mean())})
+                for size, some in sorted(losses.items()):
+                    point = Point(
+                        step=training.step, minutes=training.seconds / 60, size=size,
+                        loss=float(torch.stack(some).mean()),
+                    )  # fmt: skip
+                    training.curve.append(point)
                     if training.step % 200 == 0:
-                        print({name: round(value, 5) for name, value in training.curve[-1].items()}, flush=True)
-                if not math.isfinite(training.curve[-1]["loss"]):
-                    raise FloatingPointError(f"the loss is {training.curve[-1]['loss']} at step {training.step}")
+                        print(f"step {point.step}, {point.minutes:.2f} min, {size}: {point.loss:.5f}", flush=True)
+                    if not math.isfinite(point.loss):
+                        raise FloatingPointError(f"the loss is {point.loss} at step {point.step}")
                 losses.clear()
             if time.monotonic() - saved > 120:
                 training.save(checkpoint)
@@ -387,10 +405,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="length of the training in steps, in place of minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
-    parser.add_argument("--start", type=Path, help="folder of weights to begin with, in place of random ones")
+    parser.add_argument("--start", type=Path, help="folder of weights to go on from, by a recipe of its own")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recipe = Recipe()
+    recipe = FURTHER if args.start else Recipe()
     try:
         # the training that this one goes on from; read first, so that a missing file is said before the work
         earlier = json.loads((args.start / "loss.json").read_text(encoding="utf-8")) if args.start else None
@@ -418,7 +436,9 @@ def main() -> None:
         "minutes": training.seconds / 60,
         "recipe": asdict(recipe),
     }
-    (weights / "loss.json").write_text(json.dumps({**facts, "curve": training.curve}, indent=1) + "\n")
+    (weights / "loss.json").write_text(
+        json.dumps({**facts, "curve": [asdict(point) for point in training.curve]}, indent=1) + "\n"
+    )
     draw_curve(training.curve, weights / "loss.png")
     evaluate_weights(weights, out=weights, device=device)
 

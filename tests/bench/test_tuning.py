@@ -99,7 +99,7 @@ def tuner(
     def learn(lesson: Lesson) -> Learnt:
         raise AssertionError("nothing has to be learnt")
 
-    offline = Offline(learn, stored=stored, log=lambda line: None, device=workload.device, block=workload.entry.block)
+    offline = Offline(learn, stored=stored, log=lambda line: None, device=workload.device, block=workload.block)
     return Tuner(
         workload, offline=offline, probes=probes, film=film, dense=KERNELS["sdpa-math"], prompts=("a", "b", "c"),
         log=lambda line: None,

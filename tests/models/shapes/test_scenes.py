@@ -7,9 +7,12 @@ import torch
 
 from calibatt.models.shapes.reader import alignment
 from calibatt.models.shapes.scenes import (
+    CANVASES,
     COLOURS,
+    Canvas,
     Scene,
     Thing,
+    canvas_of,
     caption,
     encode,
     every_scene,
@@ -21,11 +24,13 @@ from calibatt.models.shapes.scenes import (
 )
 from calibatt.models.shapes.train import Corpus
 
+SMALL, LARGE = CANVASES
 
-def _rendered(count: int, *, frames: int, seed: int = 0) -> tuple[torch.Tensor, list[str]]:
+
+def _rendered(count: int, *, canvas: Canvas, frames: int, seed: int = 0) -> tuple[torch.Tensor, list[str]]:
     rng = random.Random(seed)
     scenes = [random_scene(rng) for _ in range(count)]
-    videos = render(encode(scenes), frames=frames, generator=torch.Generator().manual_seed(seed))
+    videos = render(encode(scenes), canvas=canvas, frames=frames, generator=torch.Generator().manual_seed(seed))
     return videos, [caption(scene) for scene in scenes]
 
 
@@ -71,9 +76,12 @@ def test_one_scene_in_eight_is_held_out() -> None:
     assert 0.10 < sum(out) / len(out) < 0.15
 
 
-@pytest.mark.parametrize("frames", [8, 16])
-def test_the_reader_reads_real_renders_and_only_under_their_own_caption(frames: int) -> None:
-    videos, captions = _rendered(60, frames=frames)
+SIZES = [(SMALL, 8), (SMALL, 16), (LARGE, 21)]
+
+
+@pytest.mark.parametrize(("canvas", "frames"), SIZES)
+def test_the_reader_reads_real_renders_and_only_under_their_own_caption(canvas: Canvas, frames: int) -> None:
+    videos, captions = _rendered(60, canvas=canvas, frames=frames)
     own = [alignment(video, text) for video, text in zip(videos, captions, strict=True)]
     other = [alignment(video, text) for video, text in zip(videos, captions[1:] + captions[:1], strict=True)]
     assert sum(own) / len(own) >= 0.98
@@ -82,7 +90,7 @@ def test_the_reader_reads_real_renders_and_only_under_their_own_caption(frames: 
 
 
 def test_the_reader_bears_softness_but_is_not_gullible() -> None:
-    videos, captions = _rendered(30, frames=8)
+    videos, captions = _rendered(30, canvas=SMALL, frames=8)
     soft = torch.nn.functional.avg_pool2d(videos.flatten(0, 1), 3, 1, 1).view_as(videos)
     frozen = videos[:, :, :1].expand_as(videos)
     noise = torch.randn(videos.shape, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
@@ -99,15 +107,17 @@ def test_the_reader_bears_softness_but_is_not_gullible() -> None:
 
 def test_an_object_that_the_caption_does_not_name_costs_its_attributes() -> None:
     text = "a red circle moving left and a blue square, still, over stripes"
-    video = render(encode([parse_caption(text)]), frames=8, generator=torch.Generator().manual_seed(0))[0]
+    codes, generator = encode([parse_caption(text)]), torch.Generator().manual_seed(0)
+    video = render(codes, canvas=SMALL, frames=8, generator=generator)[0]
     assert alignment(video, text) == 1
     assert alignment(video, "a red circle moving left over stripes") == pytest.approx(4 / 7)
 
 
-def test_objects_stay_inside_and_never_touch() -> None:
+@pytest.mark.parametrize(("canvas", "frames"), SIZES[1:])
+def test_objects_stay_inside_and_never_touch(canvas: Canvas, frames: int) -> None:
     rng = random.Random(5)
     scenes = [scene for scene in (random_scene(rng) for _ in range(200)) if len(scene.things) == 2]
-    videos = render(encode(scenes), frames=16, generator=torch.Generator().manual_seed(5))
+    videos = render(encode(scenes), canvas=canvas, frames=frames, generator=torch.Generator().manual_seed(5))
     for scene, video in zip(scenes, videos, strict=True):
         for thing in scene.things:
             full = (video == torch.tensor(COLOURS[thing.colour])[:, None, None, None]).all(0).sum((1, 2))
@@ -116,5 +126,11 @@ def test_objects_stay_inside_and_never_touch() -> None:
 
 
 def test_a_video_too_long_for_the_picture_is_refused() -> None:
+    codes = encode([parse_caption("a red circle, still, over grey")])
     with pytest.raises(ValueError, match="30 frames are too many"):
-        render(encode([parse_caption("a red circle, still, over grey")]), frames=30, generator=torch.Generator())
+        render(codes, canvas=SMALL, frames=30, generator=torch.Generator())
+
+
+def test_a_picture_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"drawn on 64 × 96 or 120 × 208 pixels: got 64 × 64$"):
+        canvas_of(64, 64)
