@@ -340,23 +340,21 @@ def train(
         device: to train on; compiled and in bf16 on CUDA, plain elsewhere.
         minutes, steps: one of the two. Minutes count from the first step, and earlier tries that were resumed count.
         resume: whether to go on from the folder's checkpoint.
-        start: folder of weights to begin a new training with, in place of random ones.
+        start: folder of weights to begin with, in place of random ones; a checkpoint that is resumed has its own.
 
     Raises:
-        ValueError: neither or both of minutes and steps are given, or both resume and start.
+        ValueError: neither or both of minutes and steps are given.
         OSError: there is no checkpoint to resume, or there are no weights to start with.
         KeyboardInterrupt: asked to stop (SIGINT); the checkpoint is written first.
     """
     if (minutes is None) == (steps is None):
         raise ValueError("give either minutes or steps")
-    if resume and start is not None:
-        raise ValueError("give either resume or start: a checkpoint has its own weights")
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
     training = Training(recipe, seed=seed, device=device)
     if resume:
         training.restore(checkpoint)
-    if start is not None:
+    elif start is not None:
         training.begin_with(start)
     if device.type == "cuda":
         training.compile()
@@ -405,7 +403,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="length of the training in steps, in place of minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
-    parser.add_argument("--start", type=Path, help="folder of weights to go on from, by a recipe of its own")
+    parser.add_argument("--start", type=Path, help="weights to go on from, by another recipe; again with --resume")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = FURTHER if args.start else Recipe()
