@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from calibatt.models.shapes.pipeline import SHIFT, WEIGHTS, load_pipeline
 from calibatt.models.shapes.reader import attributes
 from calibatt.models.shapes.scenes import held_out_captions
 
-_CAPTIONS, _SCAN_CAPTIONS = 64, 32
-# guidance and shift
-_SCAN = ((1.0, 5.0), (2.0, 5.0), (3.0, 5.0), (5.0, 5.0), (3.0, 1.0), (3.0, 3.0), (3.0, 8.0))
+_CAPTIONS = 64
+# guidances and shifts that are tried, and on how many captions, by size
+_GUIDANCES, _SHIFTS = (1.0, 2.0, 3.0), (5.0, 8.0, 12.0)
+_SCAN = {"standard": 32, "large": 16}
 # sizes whose videos are drawn
 _PICTURES = {"standard": "samples.png", "large": "samples-large.png"}
 # videos a call; bounds the memory
@@ -95,7 +97,7 @@ def score(videos: Float[Tensor, "videos 3 frames height width"], captions: Seque
 
 
 def evaluate_weights(weights: Path, *, out: Path, device: torch.device) -> None:
-    """Write results.json and pictures: every size at the default setting, and a scan of guidance and shift at one.
+    """Write results.json and pictures: every size at the default setting, and a scan of guidance and shift.
 
     Args:
         weights: folder of the transformer.
@@ -112,12 +114,12 @@ def evaluate_weights(weights: Path, *, out: Path, device: torch.device) -> None:
         if name in _PICTURES:
             draw_samples(videos, texts, out / _PICTURES[name])
     # other captions than those that are reported, so that a choice by the scan is not made on them
-    texts, size = held_out_captions(_SCAN_CAPTIONS, seed=1), SHAPES.resolution("standard")
     scan = []
-    for guidance, shift in _SCAN:
+    for (name, count), guidance, shift in itertools.product(_SCAN.items(), _GUIDANCES, _SHIFTS):
+        texts = held_out_captions(count, seed=1)
         pipe.scheduler = type(pipe.scheduler)(shift=shift)
-        videos = sample(pipe, texts, size=size, steps=SHAPES.steps, guidance=guidance, seed=1000)
-        scan.append({"guidance": guidance, "shift": shift, **score(videos, texts)})
+        videos = sample(pipe, texts, size=SHAPES.resolution(name), steps=SHAPES.steps, guidance=guidance, seed=1000)
+        scan.append({"size": name, "guidance": guidance, "shift": shift, **score(videos, texts)})
         print(scan[-1], flush=True)
     facts = {"captions": _CAPTIONS, "steps": SHAPES.steps, "guidance": SHAPES.guidance, "shift": SHIFT}
     (out / "results.json").write_text(json.dumps({**facts, "results": results, "scan": scan}, indent=1) + "\n")
