@@ -11,6 +11,7 @@ from calibatt.kernels.names import look_up
 from calibatt.methods.adaspa import AdaSpa
 from calibatt.methods.base import Method
 from calibatt.methods.blasst import Blasst
+from calibatt.methods.budget.method import Budget
 from calibatt.methods.calibatt.method import CalibAtt
 from calibatt.methods.compact import Compact
 from calibatt.methods.dense import Dense
@@ -38,6 +39,7 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
             Dense,
             Sage,
             CalibAtt,
+            Budget,
             Radial,
             SlidingTile,
             SparseVideoGen,
