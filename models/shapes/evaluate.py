@@ -97,7 +97,7 @@ def score(videos: Float[Tensor, "videos 3 frames height width"], captions: Seque
 
 
 def evaluate_weights(weights: Path, *, out: Path, device: torch.device) -> None:
-    """Write results.json and pictures: every size at the default setting, and a scan of guidance and shift.
+    """Write results.json and pictures: every size at the default setting.
 
     Args:
         weights: folder of the transformer.
@@ -113,16 +113,30 @@ def evaluate_weights(weights: Path, *, out: Path, device: torch.device) -> None:
         print(name, results[name], flush=True)
         if name in _PICTURES:
             draw_samples(videos, texts, out / _PICTURES[name])
-    # other captions than those that are reported, so that a choice by the scan is not made on them
+    facts = {"captions": _CAPTIONS, "steps": SHAPES.steps, "guidance": SHAPES.guidance, "shift": SHIFT}
+    (out / "results.json").write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
+
+
+def scan_settings(weights: Path, *, out: Path, device: torch.device) -> None:
+    """Write scan.json: guidances and shifts, on other captions than those of results.json.
+
+    So a choice between them is not made on what is reported.
+
+    Args:
+        weights: folder of the transformer.
+        out: where the file goes.
+        device: to generate on.
+    """
+    pipe = load_pipeline(device=device, dtype=torch.bfloat16, weights=weights)
     scan = []
     for (name, count), guidance, shift in itertools.product(_SCAN.items(), _GUIDANCES, _SHIFTS):
         texts = held_out_captions(count, seed=1)
         pipe.scheduler = type(pipe.scheduler)(shift=shift)
         videos = sample(pipe, texts, size=SHAPES.resolution(name), steps=SHAPES.steps, guidance=guidance, seed=1000)
-        scan.append({"size": name, "guidance": guidance, "shift": shift, **score(videos, texts)})
+        setting = {"size": name, "captions": count, "guidance": guidance, "shift": shift}
+        scan.append({**setting, **score(videos, texts)})
         print(scan[-1], flush=True)
-    facts = {"captions": _CAPTIONS, "steps": SHAPES.steps, "guidance": SHAPES.guidance, "shift": SHIFT}
-    (out / "results.json").write_text(json.dumps({**facts, "results": results, "scan": scan}, indent=1) + "\n")
+    (out / "scan.json").write_text(json.dumps({"steps": SHAPES.steps, "scan": scan}, indent=1) + "\n")
 
 
 def draw_samples(
@@ -167,11 +181,13 @@ def draw_curve(curve: Sequence[Point], path: Path) -> None:
 def main() -> None:
     """Measure the shipped weights, or those of a folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for results.json and samples.png")
+    parser.add_argument("--out", type=Path, required=True, help="folder for results.json and pictures, or scan.json")
+    parser.add_argument("--scan", action="store_true", help="try guidances and shifts in place of the default ones")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the transformer")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    evaluate_weights(args.weights, out=args.out, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    measure = scan_settings if args.scan else evaluate_weights
+    measure(args.weights, out=args.out, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 if __name__ == "__main__":
