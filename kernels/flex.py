@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -87,8 +88,9 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     )
     options: dict[str, Any] = {}
     if q.is_cuda:
-        # the Triton tile must divide the mask's block; 64 keys a tile is what Flex itself takes at head dim 128
-        options = {"kernel_options": {"BLOCK_M": min(mask.block_q, 128), "BLOCK_N": min(mask.block_k, 64)}}
+        # the Triton tile is a power of two and divides the mask's block; 64 keys a tile is what Flex itself takes at
+        # head dim 128
+        options = {"kernel_options": {"BLOCK_M": math.gcd(mask.block_q, 128), "BLOCK_N": math.gcd(mask.block_k, 64)}}
     out = _flex(q, k, v, block_mask=blocks, **options)
     return out if shares == 1 else out.transpose(0, 1).flatten(1, 2)[None]
 
