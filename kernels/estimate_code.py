@@ -1,4 +1,4 @@
-"""Device code of estimates: attention mass of blocks, and k-means. `kernels/estimates.py` launches it."""
+"""Device code of estimates: attention mass of blocks, cosines, and k-means. `kernels/estimates.py` launches it."""
 
 from __future__ import annotations
 
@@ -113,6 +113,40 @@ def block_mass(
             )  # fmt: skip
             sums += tl.sum(tl.exp2(found - total[None, :]), 1)
     tl.store(mass + (head * q_blocks + block) * k_blocks + column, sums, mask=column < k_blocks)
+
+
+@triton.jit
+def cosines(
+    q, other, k, found, scale, queries, tokens, q_head, q_token, other_head, other_token, k_head, k_token,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """One tile of pairs of queries of one head: the cosine of the attention weights that the two have."""
+    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row = tile * TILE_Q + tl.arange(0, TILE_Q)
+    one = _tile(q + head * q_head, 0, tile * TILE_Q, 0, queries, q_token, TILE_Q, HEAD_DIM, False)
+    two = _tile(other + head * other_head, 0, tile * TILE_Q, 0, queries, other_token, TILE_Q, HEAD_DIM, False)
+    k += head * k_head
+    most_one = tl.full([TILE_Q], float("-inf"), tl.float32)
+    most_two = tl.full([TILE_Q], float("-inf"), tl.float32)
+    dots = tl.zeros([TILE_Q], tl.float32)
+    squares_one = tl.zeros([TILE_Q], tl.float32)
+    squares_two = tl.zeros([TILE_Q], tl.float32)
+    for start in range(0, tokens, TILE_K):
+        keys = _tile(k, 0, start, 0, tokens, k_token, TILE_K, HEAD_DIM, False).T
+        real = (start + tl.arange(0, TILE_K) < tokens)[None, :]
+        scores_one = tl.where(real, tl.dot(one, keys) * scale, float("-inf"))
+        scores_two = tl.where(real, tl.dot(two, keys) * scale, float("-inf"))
+        # every tile has a key, so the largest are finite from the first on
+        new_one = tl.maximum(most_one, tl.max(scores_one, 1))
+        new_two = tl.maximum(most_two, tl.max(scores_two, 1))
+        fall_one, fall_two = tl.exp2(most_one - new_one), tl.exp2(most_two - new_two)
+        weights_one = tl.exp2(scores_one - new_one[:, None])
+        weights_two = tl.exp2(scores_two - new_two[:, None])
+        dots = dots * (fall_one * fall_two) + tl.sum(weights_one * weights_two, 1)
+        squares_one = squares_one * (fall_one * fall_one) + tl.sum(weights_one * weights_one, 1)
+        squares_two = squares_two * (fall_two * fall_two) + tl.sum(weights_two * weights_two, 1)
+        most_one, most_two = new_one, new_two
+    tl.store(found + head * queries + row, dots / tl.sqrt(squares_one * squares_two), mask=row < queries)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What methods estimate by, fused for a GPU: mass and likeness of blocks, nearest centroids, means of clusters.
+"""What methods estimate by, fused for a GPU: mass and likeness of blocks, cosines of attention weights, clusters.
 
 Plain torch passes over memory between a product and what is made of it, which costs many times the product. A method
 has the same in torch, for whatever this does not take.
@@ -60,6 +60,11 @@ def nearest_shape(capability: tuple[int, int]) -> Shape:
         # 1,000 clusters, 75,600 tokens: 1.8 ms on an H100, in place of 2.0 with 128 rows
         return Shape(rows=256, columns=64, warps=8, stages=3)
     return Shape(rows=128, columns=64, warps=4, stages=2)
+
+
+def cosine_shape(capability: tuple[int, int]) -> Shape:
+    """Of pairs of queries and keys, by compute capability: two products and two tiles of exponentials at a time."""
+    return Shape(rows=64, columns=128 if capability == (9, 0) else 64, warps=4, stages=2)
 
 
 def takes(x: Tensor) -> bool:
@@ -148,6 +153,34 @@ def block_mass(
             PARTS=block[1] // group, ROWS=rows, COLUMNS=_SUMMED // rows,
         )  # fmt: skip
     return mass, sums if lse is None else lse
+
+
+def cosines(
+    q: Float[Tensor, "heads queries head_dim"],
+    other: Float[Tensor, "heads queries head_dim"],
+    k: Float[Tensor, "heads tokens head_dim"],
+) -> Float[Tensor, "heads queries"]:
+    """Cosine similarity of the attention weights of each query and of another one, over all keys.
+
+    Weights are exponentials of scores, and their sums cancel out of a cosine: what is left are three inner products,
+    added up while the keys go by. So nothing is held but the tile at hand.
+
+    Args:
+        q, other: the queries and their partners, where `takes` holds.
+        k: the keys.
+    """
+    from calibatt.kernels import estimate_code
+
+    heads, queries, head_dim = q.shape
+    q, other, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, other, k))
+    shape = cosine_shape(compute_capability(q.device))
+    found = torch.empty(heads, queries, dtype=torch.float32, device=q.device)
+    estimate_code.cosines[(block_count(queries, shape.rows), heads)](
+        q, other, k, found, math.log2(math.e) / math.sqrt(head_dim), queries, k.shape[1], *q.stride()[:2],
+        *other.stride()[:2], *k.stride()[:2], TILE_Q=shape.rows, TILE_K=shape.columns, HEAD_DIM=head_dim,
+        num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip
+    return found
 
 
 def nearest(

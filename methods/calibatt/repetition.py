@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from calibatt.kernels import estimates
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import RowReuse
 from calibatt.methods.energy import CHUNK, exponentials
@@ -27,7 +28,7 @@ def row_similarity(
     row's similarity is the mean over its columns; the result is the median over the rows of all frames, without the
     anchor rows. Which row is nearest is `RowReuse.of_anchor_rows`'s to say; text tokens are keys only.
 
-    Computed in fp32, some columns of one frame and head at a time.
+    Computed in fp32: half precision on a GPU by a kernel of its own, else some columns of one frame and head at a time.
 
     Args:
         q, k: what attention sees.
@@ -36,23 +37,40 @@ def row_similarity(
     """
     frames, rows, columns = geometry.grid
     reuse = RowReuse.of_anchor_rows(geometry, anchors)
-    first = geometry.video_start
-    # the source of each row, read off the first column of the first frame
-    sources = (reuse.computed[reuse.source][first : first + geometry.frame_tokens : columns] - first) // columns
-    anchor = torch.tensor(anchors, device=q.device)
-    nearest = torch.searchsorted(anchor, sources.to(q.device))
+    video = slice(geometry.video_start, geometry.video_start + geometry.video_tokens)
+    # of each video token the one that it would be a copy of
+    copied = reuse.computed[reuse.source][video].to(q.device)
+    if estimates.takes(q):
+        cosine = estimates.cosines(q[:, video], q[:, copied], k).view(-1, frames, rows, columns)
+    else:
+        cosine = _by_columns(q[:, video], k, geometry, anchors, copied - geometry.video_start)
     others = torch.tensor([row for row in range(rows) if row not in anchors], device=q.device)
+    return cosine.mean(-1)[:, :, others].flatten(1).quantile(0.5, dim=-1)
 
-    video = q[:, first : first + geometry.video_tokens].view(geometry.heads, frames, rows, columns, -1)
+
+def _by_columns(
+    q: Float[Tensor, "heads video_tokens head_dim"],
+    k: Float[Tensor, "heads tokens head_dim"],
+    geometry: Geometry,
+    anchors: Sequence[int],
+    copied: Int[Tensor, "video_tokens"],
+) -> Float[Tensor, "heads frames rows columns"]:
+    """Cosine of each video token's weights with those of the token that it would be a copy of."""
+    frames, rows, columns = geometry.grid
+    anchor = torch.tensor(anchors, device=q.device)
+    # of each row, read off the first column of the first frame
+    nearest = torch.searchsorted(anchor, copied[: geometry.frame_tokens : columns] // columns)
+    video = q.view(geometry.heads, frames, rows, columns, -1)
     at_once = max(1, CHUNK // (rows * geometry.tokens))
-    similarity = q.new_zeros(geometry.heads, frames, rows, dtype=torch.float32)
+    cosine = q.new_empty(geometry.heads, frames, rows, columns, dtype=torch.float32)
     for head in range(geometry.heads):
         for frame in range(frames):
             for column in range(0, columns, at_once):
-                queries = video[head, frame, :, column : column + at_once].transpose(0, 1)
+                some = slice(column, column + at_once)
+                queries = video[head, frame, :, some].transpose(0, 1)
                 weights = exponentials(queries.flatten(0, 1), k[head]).view(-1, rows, geometry.tokens)
-                similarity[head, frame] += _cosine(weights, anchor, nearest).sum(0)
-    return (similarity[:, :, others] / columns).flatten(1).quantile(0.5, dim=-1)
+                cosine[head, frame, :, some] = _cosine(weights, anchor, nearest).T
+    return cosine
 
 
 def _cosine(weights: Tensor, anchor: Tensor, nearest: Tensor) -> Float[Tensor, "columns rows"]:

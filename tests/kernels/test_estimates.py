@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from calibatt.kernels import estimates, tiles
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import anchor_rows
 from calibatt.methods.blocks import self_similarity
+from calibatt.methods.calibatt.repetition import row_similarity
 from calibatt.methods.clusters import Grouped, assign, by_cluster, kmeans
 from calibatt.methods.energy import block_energy, block_mass
 from calibatt.methods.xattention import antidiagonal_energy
@@ -143,6 +146,34 @@ def test_tokens_put_together_are_products_of_many_channels(stride: int, tokens: 
     assert fused == [True, False]
 
 
+# a part of a tile; tails of queries and keys; text before and behind the video
+@pytest.mark.parametrize(
+    ("grid", "head_dim", "text"),
+    [
+        ((1, 5, 7), 64, {}),
+        ((3, 7, 9), 128, {"text_tokens": 11, "text_side": "first"}),
+        ((2, 8, 16), 64, {"text_tokens": 40}),
+    ],
+)
+def test_rows_are_as_alike_as_in_plain_torch(
+    grid: tuple[int, int, int], head_dim: int, text: dict[str, Any], fused: list[bool]
+) -> None:
+    geometry = Geometry(grid=grid, heads=2, head_dim=head_dim, **text)
+    # scores of some tens: weights that differ by many orders of magnitude
+    q, k = (as_models_have_it(3 * noise(2, geometry.tokens, head_dim, seed=seed)) for seed in (0, 1))
+    anchors = anchor_rows(grid[1], 2)
+    expected = row_similarity(q.float(), k.float(), geometry, anchors)
+    torch.testing.assert_close(row_similarity(q, k, geometry, anchors), expected, **CLOSE)
+    assert fused == [False, True]
+    assert (0 < expected).all()
+    assert (expected < 0.9).all()
+    # a copy of itself in every row, and scores that would overflow
+    row = (30 * noise(2, 1, 1, grid[2], head_dim)).expand(-1, *grid, -1).flatten(1, 3)
+    q[:, geometry.video_start : geometry.video_start + geometry.video_tokens] = row
+    similarity = row_similarity(q, k, geometry, anchors)
+    torch.testing.assert_close(similarity, torch.ones_like(similarity), **CLOSE)
+
+
 def whole(*shape: int, seed: int = 0) -> Tensor:
     """Small whole numbers, whose products and sums are exact in any order."""
     return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, DTYPE)
@@ -220,7 +251,7 @@ def compiled() -> dict[str, dict[str, Any]]:
     return told
 
 
-@pytest.mark.parametrize("what", [*PRODUCTS, "nearest"])
+@pytest.mark.parametrize("what", [*PRODUCTS, "nearest", "cosines-64", "cosines-128"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_products_compile_for_every_gpu_and_stay_in_registers(
     compiled: dict[str, dict[str, Any]], target: str, what: str
@@ -263,8 +294,23 @@ def _compile_nearest(capability: tuple[int, int], head_dim: int = 128, **change:
     return compiled_for(capability, estimate_code.nearest, types, constants, aligned, shape.warps, shape.stages)
 
 
+def _compile_cosines(capability: tuple[int, int], head_dim: int, **change: int) -> dict[str, Any]:
+    from compiling import compiled_for
+
+    from calibatt.kernels import estimate_code
+
+    shape = replace(estimates.cosine_shape(capability), **change)
+    types = dict.fromkeys(("q", "other", "k"), "*bf16") | {"found": "*fp32", "scale": "fp32"}
+    constants = {"TILE_Q": shape.rows, "TILE_K": shape.columns, "HEAD_DIM": head_dim}
+    strides = [f"{name}_{axis}" for name in ("q", "other", "k") for axis in ("head", "token")]
+    aligned = ("q", "other", "k", "found", *strides)
+    return compiled_for(capability, estimate_code.cosines, types, constants, aligned, shape.warps, shape.stages)
+
+
 if __name__ == "__main__":
     told = {f"{target}-nearest": _compile_nearest(capability) for target, capability in TARGETS.items()}
+    for target, capability in TARGETS.items():
+        told |= {f"{target}-cosines-{size}": _compile_cosines(capability, size) for size in (64, 128)}
     for target, capability in TARGETS.items():
         told |= {f"{target}-{name}": _compile_mass(capability, *sizes) for name, sizes in PRODUCTS.items()}
     print(json.dumps(told))
