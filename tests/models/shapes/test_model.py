@@ -74,9 +74,7 @@ def test_the_transformer_has_the_sizes_that_the_catalogue_says() -> None:
 def test_the_shipped_weights_show_far_more_of_unseen_captions_than_chance() -> None:
     pipe = load_pipeline(device=torch.device("cpu"), dtype=torch.float32)
     captions = held_out_captions(4, seed=0)
-    videos = sample(
-        pipe, captions, size=SHAPES.resolution("quick"), steps=8, guidance=SHAPES.guidance, seed=0
-    )
+    videos = sample(pipe, captions, size=SHAPES.resolution("quick"), steps=8, guidance=SHAPES.guidance, seed=0)
     # renders of other captions reach 0.15
     assert score(videos, captions)["alignment"] > 0.6
 
