@@ -1,6 +1,7 @@
 """What a run has measured so far, on disk: a run that is stopped, however abruptly, goes on from there.
 
-A line of JSON each: first what the run is, then one record after the other as they are measured. Once the run's own
+A line of JSON each: first what the run is, then records as they are measured, and before those of whole videos, which
+take long, each of their rounds. Once the run's own
 file is written, there is no more need of it.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 
 from calibatt.bench.record import Record, Suite
 
-_SCHEMA = "calibatt-partial-1"
+_SCHEMA = "calibatt-partial-2"
 
 
 class UnusableJournal(ValueError):
@@ -22,7 +23,7 @@ class UnusableJournal(ValueError):
 
 
 class Journal:
-    """Records of a run, kept one by one.
+    """Records of a run, kept one by one, and rounds of those that are under way.
 
     Args:
         path: the file; it is written when the first record is kept.
@@ -36,6 +37,7 @@ class Journal:
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
         self.path = path
         self.found: dict[tuple[str, str], Record] = {}
+        self.rounds: dict[tuple[str, str], list[Any]] = {}
         # as it comes back from the file
         self._run = json.loads(json.dumps({"schema": _SCHEMA, **run}))
         self._size = 0
@@ -52,7 +54,21 @@ class Journal:
         Raises:
             OSError: it cannot be written; the file is as it was.
         """
-        line = {"suite": suite, "cell": cell, "record": record.to_extra_info(), "samples_s": record.samples_s}
+        self._append({"suite": suite, "cell": cell, "record": record.to_extra_info(), "samples_s": record.samples_s})
+
+    def keep_round(self, suite: Suite, workload: str, round_: Any) -> None:
+        """Add a round of a suite on a workload; when this returns, it is on the disk.
+
+        Args:
+            suite, workload: what was measured.
+            round_: what came of it: a JSON value, which the suite reads again.
+
+        Raises:
+            OSError: it cannot be written; the file is as it was.
+        """
+        self._append({"suite": suite, "workload": workload, "round": round_})
+
+    def _append(self, line: Mapping[str, Any]) -> None:
         lines = [line] if self._size else [self._run, line]
         content = "".join(json.dumps(one) + "\n" for one in lines).encode()
         with self.path.open("ab") as file:
@@ -80,6 +96,9 @@ class Journal:
             run, *kept = (json.loads(line) for line in lines)
             self._check(run)
             for one in kept:
+                if "round" in one:
+                    self.rounds.setdefault((one["suite"], one["workload"]), []).append(one["round"])
+                    continue
                 samples = one["samples_s"]
                 record = Record.from_extra_info(one["record"], None if samples is None else tuple(samples))
                 self.found[one["suite"], one["cell"]] = record

@@ -13,9 +13,15 @@ from calibatt.bench.failure import Failure, guarded
 _T = TypeVar("_T")
 
 
-def in_turns(arms: Sequence[_T], rounds: int) -> Iterator[tuple[int, _T]]:
-    """Every arm once a round; each round begins with another arm, so that none always runs first or after the same."""
-    for round_ in range(rounds):
+def in_turns(arms: Sequence[_T], rounds: int, *, first: int = 0) -> Iterator[tuple[int, _T]]:
+    """Every arm once a round; each round begins with another arm, so that none always runs first or after the same.
+
+    Args:
+        arms: who works.
+        rounds: how many there are.
+        first: the round to begin with, where those before are done.
+    """
+    for round_ in range(first, rounds):
         shift = round_ % max(1, len(arms))
         order = [*arms[shift:], *arms[:shift]]
         # every other round backwards: who runs after whom changes too
@@ -27,7 +33,9 @@ def take_turns(
     rounds: int,
     turn: Callable[[int, _T], None],
     *,
+    first: int = 0,
     after: Callable[[int], None] = lambda round_: None,
+    failures: dict[_T, Failure] | None = None,
 ) -> dict[_T, Failure]:
     """Let arms work in turns; one that fails has no more turns, and the others go on.
 
@@ -35,13 +43,15 @@ def take_turns(
         arms: who works.
         rounds: how many turns each has.
         turn: the work of an arm in a round.
+        first: the round to begin with.
         after: called at the end of every round.
+        failures: of arms that have no turns; to these are added those that fail here.
 
     Returns:
-        Why each arm that failed did.
+        Why each arm that failed did: what was given, where it was.
     """
-    failures: dict[_T, Failure] = {}
-    for round_, turns in groupby(in_turns(arms, rounds), key=itemgetter(0)):
+    failures = {} if failures is None else failures
+    for round_, turns in groupby(in_turns(arms, rounds, first=first), key=itemgetter(0)):
         for _, arm in turns:
             if arm in failures:
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from calibatt.bench.opening import Prompts, open_workload
 from calibatt.bench.record import Record
 from calibatt.bench.record import Suite as SuiteName
 from calibatt.bench.suites.catalogue import SUITES
-from calibatt.bench.suites.suite import Job, Suite
+from calibatt.bench.suites.suite import Job, Kept, Suite
 from calibatt.models.shapes.entry import SHAPES
 
 
@@ -137,7 +137,7 @@ class BenchSession:
     def _run(self, suite: SuiteName, workload: Workload, arms: list[AnyArm]) -> None:
         job = Job(
             workload=workload, rounds=self._settings.rounds, artifacts=self._settings.artifacts, console=self._console,
-            open=partial(self._open, workload),
+            open=partial(self._open, workload), kept=self._kept(suite, workload),
         )  # fmt: skip
         for arm, measured in self._suites[suite].measure(job, arms):
             # a baseline that nobody asked to see is measured all the same
@@ -147,10 +147,27 @@ class BenchSession:
     def _keep(self, suite: SuiteName, cell: Cell, measured: Record) -> None:
         self._records[suite, cell] = measured
         if self._journal is not None:
-            try:
-                self._journal.keep(suite, str(cell), measured)
-            except OSError as error:
-                self._console.line(f"{self._journal.path}: {cell} is not kept there ({error.strerror})")
+            self._try(partial(self._journal.keep, suite, str(cell), measured), str(cell))
+
+    def _kept(self, suite: SuiteName, workload: Workload) -> Kept:
+        """The rounds that a stopped run has finished, and where this one's go."""
+        journal = self._journal
+        if journal is None:
+            return Kept()
+        return Kept(
+            found=journal.rounds.get((suite, str(workload)), []),
+            keep=lambda round_: self._try(
+                partial(journal.keep_round, suite, str(workload), round_), f"a round of {workload}"
+            ),
+        )
+
+    def _try(self, keep: Callable[[], None], what: str) -> None:
+        """What cannot be kept is no reason to stop."""
+        try:
+            keep()
+        except OSError as error:
+            assert self._journal is not None
+            self._console.line(f"{self._journal.path}: {what} is not kept there ({error.strerror})")
 
     def _open(self, workload: Workload) -> Context:
         if self._opened is None or self._opened[0] != workload:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from calibatt.bench.observers import PlanSummary
 from calibatt.bench.options import Options, method_cells
 from calibatt.bench.record import Record, Suite
 from calibatt.bench.rounds import take_turns
-from calibatt.bench.suites.suite import Job
-from calibatt.bench.telemetry import Reading, read
+from calibatt.bench.suites.suite import Job, Kept
+from calibatt.bench.telemetry import read
 from calibatt.bench.timer import timed
 from calibatt.bench.video_metrics import eight_bit, psnr_db, ssim
 
@@ -35,19 +35,40 @@ _SHOWN_VIDEOS = 3
 Frames = UInt8[Tensor, "3 frames height width"]
 
 
+@dataclass(slots=True, kw_only=True)
+class _Video:
+    """What was found out about a video: JSON values, so that a run that is stopped has them.
+
+    Args:
+        seconds: of the generation.
+        phases: seconds of its parts.
+        energy_j, clock_mhz, throttled: of the GPU, where there is one.
+        peak_memory_bytes: of the GPU, likewise.
+        alignment: where the model has one.
+        psnr_db, ssim: against the dense video of its round, where there is one.
+        density, plan_memory_bytes: of the first video's plans.
+    """
+
+    seconds: float
+    phases: dict[str, float]
+    energy_j: float | None = None
+    clock_mhz: float | None = None
+    throttled: bool | None = None
+    peak_memory_bytes: int | None = None
+    alignment: float | None = None
+    psnr_db: float | None = None
+    ssim: float | None = None
+    density: float | None = None
+    plan_memory_bytes: int | None = None
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Course:
-    """What an arm has done so far; of its videos, what was found out and the few that are shown."""
+    """What an arm has done so far: its videos, and of this run's what is shown."""
 
     one: Ready
+    videos: list[_Video] = field(default_factory=list)
     plans: PlanSummary = field(default_factory=PlanSummary)
-    seconds: list[float] = field(default_factory=list)
-    phases: dict[str, list[float]] = field(default_factory=dict)
-    readings: list[tuple[Reading, Reading]] = field(default_factory=list)
-    peak_memory_bytes: int | None = None
-    alignment: list[float] = field(default_factory=list)
-    psnr_db: list[float] = field(default_factory=list)
-    ssim: list[float] = field(default_factory=list)
     shown: list[Frames] = field(default_factory=list)
 
 
@@ -64,44 +85,37 @@ def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]
     """Generate one video a round with every arm and compare it with the dense one of the same prompt and seed."""
     # the baseline is measured even where nobody asked to see it
     wanted = dict.fromkeys([DENSE, *(arm for arm in arms if isinstance(arm, Arm))])
-    yield from run(job.open(), list(wanted), rounds=job.rounds, artifacts=job.artifacts)
+    yield from run(job.open(), list(wanted), rounds=job.rounds, artifacts=job.artifacts, kept=job.kept)
 
 
-def run(context: Context, arms: Sequence[Arm], *, rounds: int, artifacts: Path | None) -> Iterator[tuple[Arm, Record]]:
+def run(
+    context: Context, arms: Sequence[Arm], *, rounds: int, artifacts: Path | None, kept: Kept | None = None
+) -> Iterator[tuple[Arm, Record]]:
     """Check arms, and let those that are right make videos.
+
+    A round is kept when all its videos have been compared, so that an arm and its baseline are always of one run. One
+    that failed has no more turns, in a run that goes on either.
 
     Args:
         context: what they share.
         arms: dense among them.
         rounds: videos an arm.
         artifacts: folder for the data of the report's pictures; None leaves them out.
+        kept: rounds that need not be repeated, and where others go.
     """
+    kept = kept or Kept()
     courses: dict[Arm, _Course] = {}
+    failures: dict[Arm, Failure] = {}
     for arm in arms:
-        context.log(f"checking {arm}")
-        one = ready(context, arm)
-        if isinstance(one, Failure):
+        before = _before(kept.found, arm)
+        if not isinstance(before, Failure):
+            context.log(f"checking {arm}")
+        one = before if isinstance(before, Failure) else ready(context, arm)
+        if isinstance(before, Failure) or isinstance(one, Failure):
             yield arm, failed(context, NAME, arm, one)
         else:
-            courses[arm] = _Course(one=one)
-    # videos of the round that is under way: each is gone once it has been compared with the dense one
-    videos: dict[Arm, Frames] = {}
-    lost: dict[Arm, Failure] = {}
-
-    def turn(round_: int, arm: Arm) -> None:
-        videos[arm] = _one_video(context, courses[arm], round_)
-        context.log(f"video {round_ + 1} of {rounds}, {arm}: {courses[arm].seconds[-1]:.2f} s")
-
-    def compare(round_: int) -> None:
-        reference = videos.pop(DENSE, None)
-        for arm, video in videos.items():
-            if reference is not None and arm not in lost:
-                failure = guarded(partial(_compare, courses[arm], video, reference))
-                if failure is not None:
-                    lost[arm] = failure
-        videos.clear()
-
-    failures = {**take_turns(list(courses), rounds, turn, after=compare), **lost}
+            courses[arm] = _Course(one=one, videos=before)
+    _take_turns(context, courses, rounds, artifacts, kept, failures)
     dense = None if DENSE in failures else courses.get(DENSE)
     for arm, course in courses.items():
         if arm in failures:
@@ -109,6 +123,70 @@ def run(context: Context, arms: Sequence[Arm], *, rounds: int, artifacts: Path |
             continue
         made = guarded(partial(_record, context, course, None if arm == DENSE else dense, artifacts))
         yield arm, failed(context, NAME, arm, made) if isinstance(made, Failure) else made
+
+
+def _before(found: Sequence[Any], arm: Arm) -> list[_Video] | Failure:
+    """An arm's videos in the rounds of a run that was stopped, or why it had no more of them.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    try:
+        entries = [round_[_key(arm)] for round_ in found]
+        if entries and "reason" in entries[-1]:
+            return Failure(entries[-1]["outcome"], entries[-1]["reason"])
+        return [_Video(**entry) for entry in entries]
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"the rounds kept of a stopped run are damaged ({type(error).__name__}: {error}): "
+            "delete the file that ends in .partial.jsonl to measure anew"
+        ) from None
+
+
+def _key(arm: Arm) -> str:
+    return f"{arm} on {arm.kernel}"
+
+
+def _take_turns(
+    context: Context, courses: Mapping[Arm, _Course], rounds: int, artifacts: Path | None, kept: Kept,
+    failures: dict[Arm, Failure],
+) -> None:  # fmt: skip
+    """Make the videos that are missing; arms that fail are added to the failures."""
+    # videos of the round that is under way: each is gone once it has been compared with the dense one
+    videos: dict[Arm, Frames] = {}
+    # pictures are of the first rounds together, so these are kept together too
+    pictured = min(rounds, _SHOWN_VIDEOS)
+    waiting: list[Any] = []
+
+    def turn(round_: int, arm: Arm) -> None:
+        videos[arm] = _one_video(context, courses[arm], round_)
+        context.log(f"video {round_ + 1} of {rounds}, {arm}: {courses[arm].videos[-1].seconds:.2f} s")
+
+    def of_all(work: Callable[[Arm], None]) -> None:
+        """For every arm that has not failed; one for which it goes wrong has."""
+        for arm in courses:
+            if arm not in failures:
+                failure = guarded(partial(work, arm))
+                if failure is not None:
+                    failures[arm] = failure
+
+    def over(round_: int) -> None:
+        reference = None if DENSE in failures else videos.get(DENSE)
+        if reference is not None:
+            of_all(lambda arm: None if arm == DENSE else _compare(courses[arm].videos[-1], videos[arm], reference))
+        videos.clear()
+        if round_ + 1 == pictured and artifacts is not None:
+            of_all(lambda arm: _save_artifact(context, courses[arm], artifacts))
+        waiting.append({_key(arm): _told(course, failures.get(arm)) for arm, course in courses.items()})
+        while waiting and round_ + 1 >= pictured:
+            kept.keep(waiting.pop(0))
+
+    take_turns(list(courses), rounds, turn, first=len(kept.found), after=over, failures=failures)
+
+
+def _told(course: _Course, failure: Failure | None) -> dict[str, Any]:
+    """Of a round that is over, what `_before` reads."""
+    return asdict(course.videos[-1] if failure is None else failure)
 
 
 def _one_video(context: Context, course: _Course, round_: int) -> Frames:
@@ -121,64 +199,76 @@ def _one_video(context: Context, course: _Course, round_: int) -> Frames:
     before = read(device)
     seconds, video = timed(device, lambda: context.video(meter, round_))
     after = read(device)
-    if device.type == "cuda":
-        course.peak_memory_bytes = max(course.peak_memory_bytes or 0, torch.cuda.max_memory_allocated(device))
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     if not video.isfinite().all():
         raise ValueError("the video has NaN or infinite values")
     phases = meter.timer.collect_s()
     # to look at the plans is no part of the arm
-    course.seconds.append(seconds - phases.pop("observe", 0.0))
-    for name, part in phases.items():
-        course.phases.setdefault(name, []).append(part)
+    made = _Video(seconds=seconds - phases.pop("observe", 0.0), phases=phases, peak_memory_bytes=peak)
     if before is not None and after is not None:
-        course.readings.append((before, after))
+        made.energy_j, made.clock_mhz = after.energy_j - before.energy_j, after.clock_mhz
+        made.throttled = before.throttled or after.throttled
     if context.alignment is not None:
-        course.alignment.append(context.alignment(video, context.prompts[round_]))
+        made.alignment = context.alignment(video, context.prompts[round_])
+    if round_ == 0:
+        made.density, made.plan_memory_bytes = course.plans.density(), course.plans.nbytes
     frames = eight_bit(video)
     if len(course.shown) < _SHOWN_VIDEOS:
         course.shown.append(frames)
+    course.videos.append(made)
     return frames
 
 
-def _compare(course: _Course, video: Frames, reference: Frames) -> None:
-    course.psnr_db.append(psnr_db(video, reference))
-    course.ssim.append(ssim(video, reference))
+def _compare(made: _Video, video: Frames, reference: Frames) -> None:
+    made.psnr_db = psnr_db(video, reference)
+    made.ssim = ssim(video, reference)
 
 
 def _record(context: Context, course: _Course, dense: _Course | None, artifacts: Path | None) -> Record:
-    more: dict[str, Any] = {}
-    if course.readings:
-        more["energy_j"] = tuple(after.energy_j - before.energy_j for before, after in course.readings)
-        more["clocks_mhz"] = tuple(after.clock_mhz for _, after in course.readings)
-        more["throttled"] = any(reading.throttled for pair in course.readings for reading in pair)
-    if course.alignment:
-        more["alignment"] = tuple(course.alignment)
+    videos = course.videos
+    peaks = _all(videos, "peak_memory_bytes")
+    more: dict[str, Any] = {
+        "energy_j": _all(videos, "energy_j"),
+        "clocks_mhz": _all(videos, "clock_mhz"),
+        "alignment": _all(videos, "alignment"),
+        "peak_memory_bytes": None if peaks is None else max(peaks),
+    }
+    throttled = _all(videos, "throttled")
+    if throttled is not None:
+        more["throttled"] = any(throttled)
     if dense is not None:
-        more["baseline_samples_s"] = tuple(dense.seconds)
-        more["psnr_db"] = tuple(course.psnr_db)
-        more["ssim"] = tuple(course.ssim)
-        if dense.alignment:
-            more["alignment_dense"] = tuple(dense.alignment)
+        more["baseline_samples_s"] = _all(dense.videos, "seconds")
+        more["psnr_db"] = _all(videos, "psnr_db")
+        more["ssim"] = _all(videos, "ssim")
+        more["alignment_dense"] = _all(dense.videos, "alignment")
     if artifacts is not None:
-        more["artifact"] = _save_artifact(context, course, artifacts)
+        more["artifact"] = f"{artifacts.name}/{_artifact_name(context, course.one.arm)}"
     return Record(
         **passed(context, NAME, course.one),
-        prompts=context.prompts[: len(course.seconds)],
+        prompts=context.prompts[: len(videos)],
         guidance=context.guidance,
-        samples_s=tuple(course.seconds),
-        phases_s={name: tuple(samples) for name, samples in course.phases.items()},
-        peak_memory_bytes=course.peak_memory_bytes,
-        plan_memory_bytes=course.plans.nbytes,
-        density=course.plans.density(),
+        samples_s=_all(videos, "seconds"),
+        phases_s={name: tuple(video.phases[name] for video in videos) for name in videos[0].phases},
+        plan_memory_bytes=videos[0].plan_memory_bytes,
+        density=videos[0].density,
         **more,
     )
 
 
-def _save_artifact(context: Context, course: _Course, folder: Path) -> str:
-    """Data for the report's pictures; returns its path relative to the JSON file, beside which the folder lies."""
-    arm, masks = course.one.arm, course.plans.masks()
+def _all(videos: Sequence[_Video], name: str) -> tuple[Any, ...] | None:
+    """What was found out about every video; None where it was not."""
+    values = tuple(getattr(video, name) for video in videos)
+    return None if None in values else values
+
+
+def _artifact_name(context: Context, arm: Arm) -> str:
+    return f"{context.name}-{arm}-{arm.kernel}".replace("/", "_").replace("=", "_") + ".npz"
+
+
+def _save_artifact(context: Context, course: _Course, folder: Path) -> None:
+    """Data for the report's pictures, in a folder beside the JSON file."""
+    masks = course.plans.masks()
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{context.name}-{arm}-{arm.kernel}".replace("/", "_").replace("=", "_")
     arrays: dict[str, Any] = {
         "density": course.plans.by_site().numpy().astype(np.float32),
         "frames": np.stack([video.permute(1, 2, 3, 0).numpy() for video in course.shown]),
@@ -190,5 +280,4 @@ def _save_artifact(context: Context, course: _Course, folder: Path) -> str:
         if not course.plans.ordered:
             geometry = context.probes[0].site.geometry
             arrays["frame_starts"] = np.arange(geometry.grid[0]) * geometry.frame_tokens + geometry.video_start
-    np.savez_compressed(folder / f"{name}.npz", **arrays)
-    return f"{folder.name}/{name}.npz"
+    np.savez_compressed(folder / _artifact_name(context, course.one.arm), **arrays)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from calibatt.bench.cells import AnyArm, Cell, Workload
 from calibatt.bench.console import Console
@@ -13,6 +13,23 @@ from calibatt.bench.context import Context
 from calibatt.bench.options import Options
 from calibatt.bench.record import Record
 from calibatt.bench.record import Suite as SuiteName
+
+
+def _forget(round_: Any) -> None:
+    """Keep nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Kept:
+    """Rounds that are finished, of a suite whose arms take long.
+
+    Args:
+        found: of a run that was stopped, in their order: JSON values, as the suite gave them.
+        keep: puts one more on the disk, where the run has a file.
+    """
+
+    found: Sequence[Any] = ()
+    keep: Callable[[Any], None] = _forget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -25,6 +42,7 @@ class Job:
         artifacts: folder for the data of the report's pictures; None leaves them out.
         console: shows how far the work is.
         open: what the arms of the workload share; opened once for all suites.
+        kept: rounds that need not be repeated.
     """
 
     workload: Workload
@@ -32,6 +50,7 @@ class Job:
     artifacts: Path | None
     console: Console
     open: Callable[[], Context]
+    kept: Kept = field(default_factory=Kept)
 
 
 @runtime_checkable

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from calibatt.bench.cells import DENSE
+from calibatt.bench.cells import DENSE, Arm
 from calibatt.bench.observers import PlanSummary
 from calibatt.bench.suites.denoise import run
+from calibatt.bench.suites.suite import Kept
 from calibatt.bench.video_metrics import PSNR_CAP_DB, eight_bit, psnr_db
 
 # calls before the first video: one at the first probe of either layer, then one a probe; and those of a video
@@ -118,6 +121,76 @@ def test_pictures_have_the_densities_of_all_sites_some_masks_and_three_videos(fa
     assert sparse["frame_starts"].tolist() == [0, 8]
     assert "masks" not in np.load(tmp_path / str(records[DENSE].artifact))
     assert records[arms[1]].density == 0.5
+
+
+class Killed(BaseException):
+    """As abrupt as a test can be in its own process."""
+
+
+class Disk:
+    """Keeps rounds as a file does; after so many, the run is killed."""
+
+    def __init__(self, lasts: int | None = None) -> None:
+        self.rounds: list[Any] = []
+        self._lasts = lasts
+
+    def keep(self, round_: Any) -> None:
+        self.rounds.append(json.loads(json.dumps(round_)))
+        if len(self.rounds) == self._lasts:
+            raise Killed
+
+
+def test_a_run_that_is_killed_goes_on_with_the_next_round(
+    fakes: Any, by_round: Callable[..., list[float]], tmp_path: Path
+) -> None:
+    def arms(*rounds: float) -> list[Arm]:
+        return [fakes.arm(name, by_round(CHECKED, A_VIDEO, rounds)) for name in ("dense", "sparse")]
+
+    fakes.brightness["sparse"] = 0.25
+    all_arms = arms(1.0, 2.0, 3.0, 4.0, 5.0)
+    whole = dict(run(fakes.context(prompts=5), all_arms, rounds=5, artifacts=tmp_path / "whole"))
+    disk = Disk(lasts=4)
+    all_arms = arms(1.0, 2.0, 3.0, 4.0, 5.0)
+    with pytest.raises(Killed):
+        dict(run(fakes.context(prompts=5), all_arms, rounds=5, artifacts=tmp_path / "a", kept=Kept(keep=disk.keep)))
+    made = len(fakes.videos)
+    all_arms = arms(5.0)
+    kept = Kept(found=disk.rounds, keep=Disk().keep)
+    records = dict(run(fakes.context(prompts=5), all_arms, rounds=5, artifacts=tmp_path / "a", kept=kept))
+    # one of each
+    assert len(fakes.videos) == made + 2
+    for arm in all_arms:
+        expected = replace(whole[arm], artifact=None)
+        assert replace(records[arm], artifact=None) == expected
+        assert (tmp_path / str(records[arm].artifact)).is_file()
+
+
+def test_rounds_that_pictures_are_of_are_kept_together(fakes: Any) -> None:
+    disk = Disk(lasts=1)
+    arms = [fakes.arm("dense"), fakes.arm("sparse")]
+    with pytest.raises(Killed):
+        dict(run(fakes.context(), arms, rounds=4, artifacts=None, kept=Kept(keep=disk.keep)))
+    assert len(fakes.videos) == 6
+
+
+def test_an_arm_that_has_failed_is_not_tried_again(fakes: Any) -> None:
+    disk = Disk(lasts=3)
+    arms = [fakes.arm("dense"), fakes.arm("large", lasts=CHECKED + A_VIDEO + 3), fakes.arm("small")]
+    with pytest.raises(Killed):
+        dict(run(fakes.context(), arms, rounds=4, artifacts=None, kept=Kept(keep=disk.keep)))
+    arms = [fakes.arm("dense"), fakes.arm("large"), fakes.arm("small")]
+    records = dict(run(fakes.context(), arms, rounds=4, artifacts=None, kept=Kept(found=disk.rounds)))
+    assert records[arms[1]].outcome == "out_of_memory"
+    assert "allocate 2 GiB" in (records[arms[1]].reason or "")
+    assert fakes.kernels[arms[1]].calls == 0
+    assert len(records[arms[2]].psnr_db or ()) == 4
+
+
+@pytest.mark.parametrize("damage", [{}, {"dense on fastest": {"second": 1.0}}, {"dense on fastest": 3}, []])
+def test_kept_rounds_that_are_damaged_are_refused_in_a_line(fakes: Any, damage: Any) -> None:
+    arms = [fakes.arm("dense")]
+    with pytest.raises(ValueError, match=r"^the rounds kept .* damaged .*: delete the file .*$"):
+        dict(run(fakes.context(), arms, rounds=2, artifacts=None, kept=Kept(found=[damage])))
 
 
 def test_a_video_with_nan_is_a_failure(fakes: Any) -> None:

@@ -49,6 +49,7 @@ class FakeSuite:
 
     def __init__(self, dies_at: Workload | None = None, failing: Workload | None = None) -> None:
         self.asked: list[tuple[str, list[str]]] = []
+        self.rounds: Sequence[Any] = ()
         self._dies_at = dies_at
         self._failing = failing
 
@@ -58,7 +59,9 @@ class FakeSuite:
     def measure(self, job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]:
         self.asked.append((job.workload.resolution, [str(arm) for arm in arms]))
         if job.workload == self._dies_at:
+            job.kept.keep({"video": 1.5})
             raise Killed
+        self.rounds = job.kept.found
         if job.workload == self._failing:
             raise MemoryError("no room for the model")
         for one in arms:
@@ -111,6 +114,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     assert not again.finished
     records = ask(again)
     assert suite.asked == [("standard", ["radial", "sparge"])]
+    assert list(suite.rounds) == [{"video": 1.5}]
     assert [(one.method, one.resolution, one.samples_s) for one in records] == [
         (method, resolution, (1.0, 2.0)) for resolution in ("quick", "standard") for method in ("radial", "sparge")
     ]
@@ -123,7 +127,7 @@ def test_every_record_is_on_the_disk_when_it_is_measured(tmp_path: Path) -> None
     assert not path.exists()
     running.record("kernel", Cell(workload=WORKLOADS[0], arm=arm("radial")))
     first, *kept = map(json.loads, path.read_text().splitlines())
-    assert first == {"schema": "calibatt-partial-1", **RUN}
+    assert first == {"schema": "calibatt-partial-2", **RUN}
     # nobody chose dense
     assert [one["cell"] for one in kept] == ["shapes-quick-radial-flex", "shapes-quick-sparge-flex"]
     assert [one["samples_s"] for one in kept] == [[1.0, 2.0]] * 2
