@@ -48,6 +48,18 @@ def paired_ratio(baseline: Sequence[float], samples: Sequence[float]) -> Interva
     )
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values corrected for their number by Holm's method (1979), in the same order.
+
+    Those at or below a level are the ones that may be called different, with that chance of even one mistake.
+    """
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = largest
+    return corrected
+
+
 # a report asks several times an arm
 @functools.cache
 def _sign_test_rank(count: int) -> int | None:

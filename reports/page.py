@@ -15,6 +15,7 @@ from calibatt.reports.columns import COLUMNS, Column
 from calibatt.reports.facts import run_facts, title, workload_facts, workloads
 from calibatt.reports.figures.catalogue import Picture, pictures
 from calibatt.reports.findings import findings
+from calibatt.reports.pairs import HEAD, METHOD, Standing, standings
 from calibatt.reports.rows import Row, illustrated, rows
 from calibatt.reports.tables import markdown, tables
 
@@ -35,6 +36,7 @@ class Section:
         title, facts: what names it, and what all its arms have in common.
         findings: sentences about it.
         columns, rows: its table.
+        standings: who is nearer to dense than whom, where that can be told.
         pictures: its figures.
         untimed: arms without times.
     """
@@ -44,6 +46,7 @@ class Section:
     findings: Sequence[str]
     columns: Sequence[Column]
     rows: Sequence[tuple[Row, Sequence[str]]]
+    standings: Sequence[Standing]
     pictures: Sequence[Picture]
     untimed: Sequence[Row]
 
@@ -128,7 +131,7 @@ def _html(parts: Sequence[Part]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.from_string(template).render(mark=_MARK, parts=parts)
+    return environment.from_string(template).render(mark=_MARK, parts=parts, paired=METHOD, head=HEAD)
 
 
 def _part(run: Run, number: int) -> Part:
@@ -147,6 +150,7 @@ def _section(run: Run, records: Sequence[Record], number: str) -> Section:
         findings=findings(arms),
         columns=[COLUMNS[i] for i in shown],
         rows=[(arm, [row[i] for i in shown]) for arm, row in zip(arms, cells, strict=True)],
+        standings=standings(arms),
         pictures=pictures(illustrated(run, arms), f"{number}-{_slug(name)}"),
         untimed=[arm for arm in arms if arm.record.outcome != "ok"],
     )

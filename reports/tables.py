@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from calibatt.bench.record import Run, plain
 from calibatt.reports.columns import COLUMNS, outcome
 from calibatt.reports.facts import title, workloads
-from calibatt.reports.rows import DENSE, rows
+from calibatt.reports.pairs import HEAD, METHOD, standings
+from calibatt.reports.rows import DENSE, Row, rows
 
 
 def tables(run: Run) -> str:
@@ -31,7 +34,18 @@ def tables(run: Run) -> str:
         lines = [f"| {' | '.join(map(markdown, line))} |" for line in table]
         parts.append("\n".join([f"**{markdown(title(records[0]))}**", "", *lines, ""]))
         parts += [markdown(f"{arm.label}: {outcome(arm)}.") + "\n" for arm in arms if arm.record.outcome != "ok"]
+        parts += _pairs(arms)
     return "\n".join(parts)
+
+
+def _pairs(arms: Sequence[Row]) -> list[str]:
+    """Who is nearer to dense than whom, where that can be told."""
+    found = standings(arms)
+    if not found:
+        return []
+    lines = [HEAD, ["---"] * len(HEAD), *(standing.cells for standing in found)]
+    table = "\n".join(f"| {' | '.join(markdown(cell or '–') for cell in line)} |" for line in lines)
+    return [f"{METHOD}\n\n{table}\n"]
 
 
 def markdown(text: str) -> str:

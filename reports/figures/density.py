@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ CAPTION = (
     "What share of the block products each head computes: steps from left to right, layers from top to bottom, "
     "the heads of a layer next to each other. Bright is dense, dark is sparse."
 )
+
+# letters of the font above one of two maps
+_TITLE_CHARACTERS = 32
 
 
 def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
@@ -55,7 +59,8 @@ def _map(axes: Axes, row: Row, values: NDArray[np.floating]) -> Any:
     shown = range(0, layers, every)
     axes.set_yticks([(layer + 0.5) * heads for layer in shown], list(map(str, shown)))
     axes.set_xticks(range(0, steps, -(-steps // 8)))
-    axes.set_title(f"{row.heading}\nmean {values.mean():.2f}", fontsize=FONT, color=row.colour, loc="left")
+    name = textwrap.fill(row.heading, _TITLE_CHARACTERS)
+    axes.set_title(f"{name}\nmean {values.mean():.2f}", fontsize=FONT, color=row.colour, loc="left")
     axes.set_xlabel("step")
     axes.set_ylabel(f"layer ({heads} heads each)" if heads > 1 else "layer")
     axes.tick_params(labelsize=SMALL)

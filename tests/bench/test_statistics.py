@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from calibatt.bench.statistics import paired_ratio
+from calibatt.bench.statistics import holm, paired_ratio
 
 
 def test_six_pairs_that_all_gain_have_an_interval_above_one() -> None:
@@ -52,3 +52,10 @@ def test_common_slowness_of_a_round_cancels() -> None:
 def test_what_is_no_pair_of_times_is_refused(baseline: list[float], samples: list[float]) -> None:
     with pytest.raises(ValueError, match=r"pairs|positive"):
         paired_ratio(baseline, samples)
+
+
+def test_holms_correction_is_that_of_a_worked_example() -> None:
+    # 4 × 0.005, 3 × 0.01, then no less than those before: 2 × 0.03, 0.04
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []

@@ -1,0 +1,98 @@
+"""Which arms are nearer to dense than which others: by PSNR, paired by video, at equal density or equal settings."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from calibatt.bench.statistics import CONFIDENCE, holm
+from calibatt.reports.rows import DENSE, Row
+
+# what a report says above the table
+METHOD = (
+    "PSNR against dense, paired by video: Wilcoxon's signed-rank test at 5 %, with Holm's correction over all pairs. "
+    "Beside each name is the median of the differences."
+)
+HEAD = ("arm", "nearer to dense than", "not told apart from", "farther than")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Standing:
+    """How one arm stands among those that it is compared with.
+
+    Args:
+        row: the arm.
+        nearer, alike, farther: names of the others, with the median difference in dB.
+    """
+
+    row: Row
+    nearer: tuple[str, ...]
+    alike: tuple[str, ...]
+    farther: tuple[str, ...]
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """What stands below `HEAD`."""
+        return (self.row.label, *(", ".join(names) for names in (self.nearer, self.alike, self.farther)))
+
+
+def standings(rows: Sequence[Row]) -> list[Standing]:
+    """Every arm of a workload against the others of its density, of its fidelity, or of those with their own settings.
+
+    None where there are too few videos to tell any pair apart, however alike the differences.
+    """
+    groups = [list(group.values()) for group in _groups(rows).values() if len(group) > 1]
+    pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
+    if not pairs:
+        return []
+    differences = [np.subtract(a.record.psnr_db, b.record.psnr_db) for a, b in pairs]
+    # of n differences that all have one sign, the test makes this
+    if 2.0 ** (1 - min(map(len, differences))) * len(pairs) > 1 - CONFIDENCE:
+        return []
+    verdicts: dict[tuple[int, int], tuple[float, bool]] = {}
+    for (a, b), difference, p in zip(pairs, differences, holm([_p(d) for d in differences]), strict=True):
+        median, apart = statistics.median(difference.tolist()), p <= 1 - CONFIDENCE
+        verdicts[id(a), id(b)] = median, apart
+        verdicts[id(b), id(a)] = -median, apart
+    return [_standing(row, group, verdicts) for group in groups for row in group]
+
+
+def _groups(rows: Sequence[Row]) -> Mapping[Any, dict[str, Row]]:
+    """Sparse arms by what they were set to and by their videos, each under its label."""
+    found: dict[Any, dict[str, Row]] = {}
+    for row in rows:
+        record = row.record
+        if record.psnr_db is not None and record.method != DENSE:
+            wanted = (record.mode, record.target_density, record.target_psnr_db)
+            dense = (record.dense_steps, record.dense_layers)
+            found.setdefault((wanted, dense, record.prompts), {})[row.label] = row
+    return found
+
+
+def _p(difference: Any) -> float:
+    from scipy.stats import wilcoxon
+
+    # of videos that are all the same there is no sign to test
+    return float(wilcoxon(difference).pvalue) if np.any(difference) else 1.0
+
+
+def _standing(row: Row, group: Sequence[Row], verdicts: Mapping[tuple[int, int], tuple[float, bool]]) -> Standing:
+    sides: dict[str, list[str]] = {"nearer": [], "alike": [], "farther": []}
+    for other in group:
+        if other is row:
+            continue
+        median, apart = verdicts[id(row), id(other)]
+        side = "alike" if not apart else "nearer" if median > 0 else "farther"
+        sides[side].append(f"{_short(other)} {median:+.1f} dB")
+    return Standing(row=row, **{name: tuple(names) for name, names in sides.items()})
+
+
+def _short(row: Row) -> str:
+    """The label without the density that all of its group have."""
+    density = row.record.target_density
+    return row.label if density is None else row.label.replace(f" at density {density:g}", "")

@@ -1,0 +1,105 @@
+"""Who is nearer to dense than whom, paired by video."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from calibatt.bench.record import Record, load_run
+from calibatt.reports.page import write_report
+from calibatt.reports.pairs import METHOD, standings
+from calibatt.reports.rows import rows
+from calibatt.reports.tables import tables
+
+# videos differ by far more than the methods do, so that only pairs tell these apart
+VIDEOS = 25 + 6 * np.random.default_rng(0).standard_normal(32)
+
+
+def at(make: SimpleNamespace, method: str, above: float, *, seed: int, videos: int = 32, **more: Any) -> Record:
+    """An arm whose videos are so many dB above those of an arm at 0, with 1 dB of noise."""
+    psnr = VIDEOS[:videos] + above + np.random.default_rng(seed).standard_normal(videos)
+    settings = {"mode": "equal_density", "target_density": 0.35} | more
+    record = make.arm(method, rounds=6, seed=seed, **settings)
+    own = {name: getattr(record, name) for name in type(record).__dataclass_fields__}
+    repeated = {name: tuple(own[name][:1]) * videos for name in ("samples_s", "baseline_samples_s", "ssim")}
+    return Record(
+        **{
+            **own, **repeated, "psnr_db": tuple(psnr.tolist()), "alignment": None, "alignment_dense": None,
+            "phases_s": None, "prompts": tuple(f"prompt {i}" for i in range(videos)),
+        }
+    )  # fmt: skip
+
+
+def said(records: list[Record]) -> dict[str, tuple[set[str], set[str], set[str]]]:
+    """Of each arm the names on the three sides, without figures."""
+
+    def names(side: tuple[str, ...]) -> set[str]:
+        return {name.rsplit(" ", 2)[0] for name in side}
+
+    return {
+        one.row.label: (names(one.nearer), names(one.alike), names(one.farther)) for one in standings(rows(records))
+    }
+
+
+def test_arms_of_one_density_are_told_apart_where_most_videos_agree(make: SimpleNamespace) -> None:
+    records = [
+        make.dense_arm(), at(make, "calibatt", 3.0, seed=1), at(make, "radial", 3.1, seed=2),
+        at(make, "random", 0.0, seed=3),
+    ]  # fmt: skip
+    assert said(records) == {
+        "CalibAtt at density 0.35": ({"Random mask"}, {"Radial"}, set()),
+        "Radial at density 0.35": ({"Random mask"}, {"CalibAtt"}, set()),
+        "Random mask at density 0.35": (set(), set(), {"CalibAtt", "Radial"}),
+    }
+    first, _, last = standings(rows(records))
+    (figure,) = first.nearer
+    assert figure.startswith("Random mask +")
+    assert float(figure.split()[-2]) == pytest.approx(3.0, abs=0.6)
+    assert last.farther[0].split()[-2] == figure.split()[-2].replace("+", "-")
+
+
+def test_arms_of_other_densities_or_videos_are_not_compared(make: SimpleNamespace) -> None:
+    records = [
+        at(make, "calibatt", 3.0, seed=1), at(make, "random", 0.0, seed=2, target_density=0.25),
+        at(make, "radial", 3.0, seed=3, videos=30), at(make, "sparge", 0.0, seed=4, mode="native", target_density=None),
+    ]  # fmt: skip
+    assert said(records) == {}
+
+
+def test_what_few_videos_cannot_tell_is_not_tried(make: SimpleNamespace) -> None:
+    def arms(videos: int) -> list[Record]:
+        return [at(make, name, 9.0 * i, seed=i, videos=videos) for i, name in enumerate(("random", "radial", "sparge"))]
+
+    # three pairs: of six videos that all agree the test makes 2/64, three times that with the correction
+    assert said(arms(6)) == {}
+    assert said(arms(7))["SpargeAttn at density 0.35"][0] == {"Random mask", "Radial"}
+
+
+def test_the_same_videos_are_not_told_apart(make: SimpleNamespace) -> None:
+    records = [at(make, "calibatt", 0.0, seed=1), at(make, "radial", 0.0, seed=1)]
+    assert said(records)["CalibAtt at density 0.35"] == (set(), {"Radial"}, set())
+
+
+def test_chance_alone_tells_nobody_apart_more_often_than_it_says(make: SimpleNamespace) -> None:
+    wrong = 0
+    for draw in range(200):
+        records = [at(make, name, 0.0, seed=10 * draw + i) for i, name in enumerate(("calibatt", "radial", "random"))]
+        wrong += any(nearer or farther for nearer, _, farther in said(records).values())
+    # 5 % of 200 are 10, give or take 3
+    assert wrong <= 19
+
+
+def test_page_and_tables_have_it(make: SimpleNamespace, write_run: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_run([make.dense_arm(), at(make, "calibatt", 3.0, seed=1), at(make, "random", 0.0, seed=2)])
+    row = "| CalibAtt at density 0.35 | Random mask +"
+    text = tables(load_run(path))
+    assert METHOD in text
+    assert row in text
+    html = write_report([path], tmp_path / "report").read_text(encoding="utf-8")
+    assert "Who is nearer to dense" in html
+    assert "Random mask +" in html
