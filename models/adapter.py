@@ -279,7 +279,9 @@ class _Run:
             q_row, k_row, v_row = (self._kept(x[row : row + 1], text, row).transpose(1, 2) for x in (q, k, v))
             site = self._site(q_row, layer, grid, branches[row // samples], row % samples)
             out = self._attention(q_row, k_row, v_row, site).transpose(1, 2)
-            outs.append(torch.nn.functional.pad(out, (0, 0, 0, 0, 0, q.shape[1] - out.shape[1])))
+            padding = q.shape[1] - out.shape[1]
+            # to pad by nothing would be a copy
+            outs.append(torch.nn.functional.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out)
         return torch.cat(outs) if len(outs) > 1 else outs[0].contiguous()
 
     def _kept(self, x: Tensor, text: Tensor | None, row: int) -> Tensor:
