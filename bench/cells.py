@@ -265,7 +265,7 @@ class Workload:
         if not self.steps:
             return size
         frames = self.entry.resolution(self.resolution).frames
-        return {**size, "frames": frames, "steps": self.steps, "compiled": False}
+        return {**size, "frames": frames, "steps": self.steps, "compiled": self.compiled}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,7 @@ from calibatt.methods.call import Attention
 from calibatt.methods.learning import Learnt
 from calibatt.models.adapter import installed
 from calibatt.models.generate import generate
+from calibatt.models.identity import transformers_of
 from calibatt.models.shapes.entry import SHAPES
 
 # attention calls at which arms are checked: from the first step and layer to the last, evenly
@@ -112,6 +113,10 @@ def _videos(workload: Workload) -> tuple[Film, Videos]:
     own = SHAPES if workload.resampled else workload.entry
     resolution = _RESAMPLED_FROM if workload.resampled else workload.resolution
     pipe = own.load(resolution=resolution, device=workload.device, dtype=workload.dtype)
+    if workload.compiled:
+        for transformer in transformers_of(pipe):
+            # self-attention is one operator in the graph, so one serves all arms; the video for the probes compiles it
+            transformer.compile_repeated_blocks(fullgraph=True)
 
     def film(attention: Attention, prompt: str, seed: int) -> Float[Tensor, "3 frames height width"]:
         with installed(pipe, attention):

@@ -182,7 +182,7 @@ class Options:
     compile: tuple[str, ...] = field(
         metadata=_option(
             _listed(_one_of("no", "blocks")),
-            "of the forward suite: `blocks` compiles each of the transformer's blocks",
+            "of the forward and denoise suites: `blocks` compiles each of the transformer's blocks",
             default="no",
         )
     )

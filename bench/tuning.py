@@ -182,7 +182,8 @@ class Tuner:
         stuck = None if knob is None else self._stuck(arm, knob)
         if stuck is not None:
             return stuck
-        method = self._built(arm)
+        # with a knob, at any place of it: a preset may learn what its knob makes needless
+        method = self._built(arm, **({} if knob is None else {knob.field: (knob.low + knob.high) / 2}))
         # the last is sparse whatever the dense steps are
         probe = self._probes[-1]
         refusal = method.refusal(probe.site.geometry)

@@ -68,7 +68,7 @@ class Foreseen(Protocol):
 class Method(ABC):
     """A published way to decide plans. A method is a subclass in a file of its own, and a line of the catalogue.
 
-    Built as `cls(config)`; as `cls(config, learnt)` where the config needs something learnt (see `learner`, `needs`).
+    Built as `cls(config)`; as `cls(config, learnt)` where the config needs something learnt (see `learner`, `learns_from`).
 
     Class attributes:
         name: as in the catalogue.
@@ -77,7 +77,6 @@ class Method(ABC):
         presets: named configs, each with its source; "default" is always one of them.
         knob: what to turn for a given density; None where there is nothing to turn.
         without_dense: settings with which the method itself keeps no step and no layer dense.
-        needs: the method whose learnt tables it plans by, where that is another; None otherwise.
 
     Attributes:
         learnt: what it was built with; None where it needs nothing learnt.
@@ -90,7 +89,6 @@ class Method(ABC):
     presets: ClassVar[Mapping[str, Any]]
     knob: ClassVar[Knob | None] = None
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    needs: ClassVar[str | None] = None
     learnt: Learnt | None = None
 
     def __init__(self, config: Any, learnt: Learnt | None = None) -> None:
@@ -101,6 +99,11 @@ class Method(ABC):
     def learner(cls, config: Any) -> Learner | None:
         """What learns offline for these settings; None where nothing has to be learnt, as by default."""
         return None
+
+    @classmethod
+    def learns_from(cls, config: Any) -> str | None:
+        """The method whose learnt tables these settings plan by: by default its own, where it learns."""
+        return None if cls.learner(config) is None else cls.name
 
     @classmethod
     def settled(cls, config: Any, learnt: Learnt) -> Any:

@@ -84,7 +84,7 @@ def build(
             method's, or was learnt under other settings.
     """
     method_class, config = _configured(name, preset, block, settings)
-    source = _learns_from(method_class, config)
+    source = method_class.learns_from(config)
     if calibration is None:
         if source is None:
             return method_class(config)
@@ -128,7 +128,8 @@ def learns_from(name: str, preset: str = "default", **settings: Any) -> str | No
         UnknownName: there is no such method or preset.
         ValueError: a setting does not exist or makes no sense.
     """
-    return _learns_from(*_configured(name, preset, None, settings))
+    method_class, config = _configured(name, preset, None, settings)
+    return method_class.learns_from(config)
 
 
 def has_blocks(name: str, *, preset: str = "default") -> bool:
@@ -139,10 +140,6 @@ def has_blocks(name: str, *, preset: str = "default") -> bool:
     """
     _, config = _configured(name, preset, None, {})
     return getattr(config, "block", None) is not None
-
-
-def _learns_from(method_class: type[Method], config: Any) -> str | None:
-    return method_class.name if method_class.learner(config) is not None else method_class.needs
 
 
 def _check_settings(arm: str, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -43,11 +43,15 @@ class RandomMask(Method):
     marker: ClassVar[str] = "X"
     presets: ClassVar[Mapping[str, RandomMaskConfig]] = MappingProxyType({"default": RandomMaskConfig()})
     knob: ClassVar[Knob | None] = Knob(field="density", low=0.0, high=1.0)
-    needs: ClassVar[str | None] = "calibatt"
 
-    def __init__(self, config: RandomMaskConfig, learnt: Learnt) -> None:
+    def __init__(self, config: RandomMaskConfig, learnt: Learnt | None = None) -> None:
         super().__init__(config, learnt)
-        self._model = CalibAtt(CalibAttConfig(), learnt)
+        self._model = None if learnt is None else CalibAtt(CalibAttConfig(), learnt)
+
+    @classmethod
+    def learns_from(cls, config: RandomMaskConfig) -> str | None:
+        """CalibAtt, but for a density of its own."""
+        return CalibAtt.name if config.density is None else None
 
     def plan(
         self,
@@ -56,19 +60,19 @@ class RandomMask(Method):
         v: Float[Tensor, "heads tokens head_dim"],
         site: Site,
     ) -> Plan:
-        """A random mask at the density of CalibAtt's plan, head by head, the same for both branches.
+        """A random mask at the density of CalibAtt's plan, head by head, or at its own; the same for both branches.
 
         Raises:
             CalibrationMismatch: the calibration is for another geometry, number of steps or of layers.
         """
-        model = self._model.plan(q, k, v, site)
-        tokens, heads = model.tokens, len(model.kinds)
+        heads, tokens = site.geometry.heads, site.geometry.tokens
         block_q, block_k = self.config.block
         rows, columns = block_count(tokens, block_q), block_count(tokens, block_k)
+        model = None if self._model is None else self._model.plan(q, k, v, site)
         # a head that reuses rows, or is dense, has one density for all rows
-        wanted = model.density() if self.config.density is None else torch.full((heads,), self.config.density)
+        wanted = torch.full((heads,), self.config.density or 0.0) if model is None else model.density()
         counts = (wanted[:, None] * columns).round().long().clamp(min=1).expand(heads, rows).clone()
-        if self.config.density is None and model.mask is not None and model.mask.block == self.config.block:
+        if model is not None and model.mask is not None and model.mask.block == self.config.block:
             masked = model.heads_of("masked")
             counts[masked] = model.mask.keep().sum(-1).cpu().expand(heads, rows)[masked]
         generator = site.generator(self.config.seed, q.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,12 +73,17 @@ class _Course:
 
 
 def cells(options: Options) -> list[Cell]:
-    """Every arm on every workload that has videos.
+    """Every arm on every workload that has videos, eager and compiled.
 
     Raises:
         ValueError: an option makes no sense.
     """
-    return [] if options.resampled else method_cells(options)
+    found = [] if options.resampled else method_cells(options)
+    return [
+        replace(cell, workload=replace(cell.workload, compiled=how != "no"))
+        for how in options.compile
+        for cell in found
+    ]
 
 
 def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]:

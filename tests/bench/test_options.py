@@ -131,6 +131,13 @@ def test_what_is_asked_for_twice_is_measured_once() -> None:
     ]  # fmt: skip
 
 
+def test_whole_videos_are_made_eager_and_compiled_where_both_are_asked_for() -> None:
+    options = {"methods": "sparge", "kernels": "flex", "compile": "no,blocks"}
+    assert cells("denoise", **options) == ["shapes-quick-6-sparge-flex", "shapes-quick-6-compiled-sparge-flex"]
+    # a call of attention is in no graph
+    assert cells("attention", **options) == ["shapes-quick-6-sparge-flex"]
+
+
 def test_what_cannot_be_loaded_has_its_place_in_the_kernel_suite_alone() -> None:
     only = {"models": "ltx-video-2b", "methods": "sparge"}
     assert [bool(cells(suite, **only)) for suite in SUITES] == [suite == "kernel" for suite in SUITES]
