@@ -365,7 +365,9 @@ def _methods(arguments: argparse.Namespace) -> int:
     for name, method in METHODS.items():
         sources = {preset: learns_from(name, preset) for preset in method.presets}
         needing = [preset for preset, source in sources.items() if source is not None]
-        kind = ("own" if method.needs is None else f"{method.needs}'s") if needing else ""
+        kind = ", ".join(
+            dict.fromkeys("own" if sources[preset] == name else f"{sources[preset]}'s" for preset in needing)
+        )
         if 0 < len(needing) < len(sources):
             kind += f": {', '.join(needing)}"
         summary = (method.__doc__ or "").strip().splitlines()[0]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from calibatt.bench.statistics import CONFIDENCE, holm
 from calibatt.reports.rows import DENSE, Row
@@ -50,7 +51,7 @@ def standings(rows: Sequence[Row]) -> list[Standing]:
     pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
     if not pairs:
         return []
-    differences = [np.subtract(a.record.psnr_db, b.record.psnr_db) for a, b in pairs]
+    differences = [np.subtract(_psnr_db(a), _psnr_db(b)) for a, b in pairs]
     # of n differences that all have one sign, the test makes this
     if 2.0 ** (1 - min(map(len, differences))) * len(pairs) > 1 - CONFIDENCE:
         return []
@@ -74,7 +75,11 @@ def _groups(rows: Sequence[Row]) -> Mapping[Any, dict[str, Row]]:
     return found
 
 
-def _p(difference: Any) -> float:
+def _psnr_db(row: Row) -> NDArray[np.float64]:
+    return np.array(row.record.psnr_db, dtype=np.float64)
+
+
+def _p(difference: NDArray[np.float64]) -> float:
     from scipy.stats import wilcoxon
 
     # of videos that are all the same there is no sign to test

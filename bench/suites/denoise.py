@@ -113,10 +113,12 @@ def run(
     failures: dict[Arm, Failure] = {}
     for arm in arms:
         before = _before(kept.found, arm)
-        if not isinstance(before, Failure):
-            context.log(f"checking {arm}")
-        one = before if isinstance(before, Failure) else ready(context, arm)
-        if isinstance(before, Failure) or isinstance(one, Failure):
+        if isinstance(before, Failure):
+            yield arm, failed(context, NAME, arm, before)
+            continue
+        context.log(f"checking {arm}")
+        one = ready(context, arm)
+        if isinstance(one, Failure):
             yield arm, failed(context, NAME, arm, one)
         else:
             courses[arm] = _Course(one=one, videos=before)

@@ -82,7 +82,7 @@ def test_the_shipped_weights_show_far_more_of_unseen_captions_than_chance() -> N
 @pytest.mark.slow
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
     training = train(_TINY, out=tmp_path, seed=0, device=torch.device("cpu"), steps=100)
-    assert training.curve[-1]["loss"] < 0.8 * training.curve[0]["loss"]
+    assert training.curve[-1].loss < 0.8 * training.curve[0].loss
 
 
 @pytest.mark.slow
