@@ -83,7 +83,9 @@ class Context:
         return self.film(attention, self.prompts[round_], SEED + round_)
 
 
-def take_probes(videos: Videos, kernel: Kernel, prompt: str, shares: Collection[float]) -> tuple[Probe, ...]:
+def take_probes(
+    videos: Videos, kernel: Kernel, prompt: str, shares: Collection[float], *, seed: int = SEED
+) -> tuple[Probe, ...]:
     """Inputs of some attention calls of a dense video, which also warms a pipeline up.
 
     Args:
@@ -91,10 +93,11 @@ def take_probes(videos: Videos, kernel: Kernel, prompt: str, shares: Collection[
         kernel: computes it.
         prompt: what it shows.
         shares: where in the video each call is, from 0, the first step and layer, to 1, the last of both.
+        seed: of its noise.
     """
     last_step, last_layer = videos.steps - 1, videos.layers - 1
     taker = ProbeTaker({(round(last_step * share), round(last_layer * share)) for share in shares})
-    videos.show(SparseAttention(build("dense"), kernel, observers=[taker]), prompt=prompt, seed=SEED)
+    videos.show(SparseAttention(build("dense"), kernel, observers=[taker]), prompt=prompt, seed=seed)
     return tuple(taker.probes)
 
 

@@ -18,7 +18,7 @@ from calibatt.bench.context import Context, spread, take_probes
 from calibatt.bench.observers import Probe
 from calibatt.bench.offline import CALIBRATION_SEED, Lesson, Offline
 from calibatt.bench.resampled import ResampledVideos
-from calibatt.bench.tuning import Film, Tuner
+from calibatt.bench.tuning import TUNING_SEED, Film, Tuner
 from calibatt.calibration.artifact import Calibration
 from calibatt.calibration.collect import calibrate_on
 from calibatt.calibration.videos import DenseVideos, Videos
@@ -47,10 +47,12 @@ class Prompts:
     Args:
         calibration: those to learn from.
         rounds: those that are measured, one a round.
+        tuning: those on whose videos knobs are turned; none where no arm has a target.
     """
 
     calibration: tuple[str, ...]
     rounds: tuple[str, ...]
+    tuning: tuple[str, ...] = ()
 
 
 def open_workload(
@@ -88,8 +90,10 @@ def open_workload(
         log=log, device=workload.device, block=workload.block, turned=turned,
     )  # fmt: skip
     tuner = Tuner(
-        workload, offline=offline, probes=probes, film=film, dense=dense, prompts=prompts.calibration, log=log
-    )
+        workload, offline=offline, probe=probes[-1],
+        tuning_probes=lambda: take_probes(videos, dense, prompts.tuning[0], shares, seed=TUNING_SEED), film=film,
+        dense=dense, prompts=prompts.tuning, log=log,
+    )  # fmt: skip
     return Context(
         name=str(workload), device=workload.device, prompts=prompts.rounds, probes=probes,
         checked_heads=spread(heads, _RESAMPLED_HEADS if workload.resampled else heads), dense=dense,

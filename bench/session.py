@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from calibatt.bench.record import Record
 from calibatt.bench.record import Suite as SuiteName
 from calibatt.bench.suites.catalogue import SUITES
 from calibatt.bench.suites.suite import Job, Kept, Suite
+from calibatt.bench.tuning import TUNING_PROMPTS
 from calibatt.models.shapes.entry import SHAPES
 
 
@@ -79,7 +80,7 @@ class BenchSession:
         """
         # kernels by themselves have no steps, and make no videos
         if cell.workload.steps:
-            prompts_for(cell.workload, self._settings)
+            prompts_for(cell.workload, self._settings, [cell.arm])
         self._chosen.setdefault((suite, cell.workload), []).append(cell.arm)
         kept = None if self._journal is None else self._journal.found.get((suite, str(cell)))
         if kept is not None:
@@ -174,30 +175,40 @@ class BenchSession:
             # one model at a time is in memory
             self._opened = None
             context = open_workload(
-                workload, prompts_for(workload, self._settings), stored=self._settings.calibration,
-                turned=self._turned(workload), console=self._console,
+                workload, prompts_for(workload, self._settings, self._arms(workload)),
+                stored=self._settings.calibration, turned=self._turned(workload), console=self._console,
             )  # fmt: skip
             self._opened = (workload, context)
         return self._opened[1]
 
+    def _arms(self, workload: Workload) -> list[AnyArm]:
+        """All chosen arms of a workload, whatever the suite."""
+        return [arm for (_, other), arms in self._chosen.items() if other == workload for arm in arms]
+
     def _turned(self, workload: Workload) -> set[str]:
         """Methods whose knob an arm of the workload turns."""
-        return {
-            arm.method
-            for (_, other), arms in self._chosen.items()
-            for arm in arms
-            if other == workload and isinstance(arm, Arm) and arm.mode in ("equal_density", "equal_fidelity")
-        }
+        return {arm.method for arm in self._arms(workload) if _has_target(arm)}
 
 
-def prompts_for(workload: Workload, settings: Settings) -> Prompts:
-    """Prompts to calibrate on, then one a round: all different, none that the model was trained on.
+def _has_target(arm: AnyArm) -> bool:
+    """Whether its knob is turned for something."""
+    return isinstance(arm, Arm) and arm.mode in ("equal_density", "equal_fidelity")
+
+
+def prompts_for(workload: Workload, settings: Settings, arms: Sequence[AnyArm]) -> Prompts:
+    """Prompts to calibrate on, one a round, and those to turn knobs on: all different, none of the model's training.
+
+    Args:
+        workload: whose model they are for.
+        settings: how many of the first two.
+        arms: knobs are turned where one of them has a target.
 
     Raises:
         ValueError: there are too few, or the model cannot read one.
     """
-    count = settings.calibration_prompts
-    needed = count + settings.rounds
+    count, tuned = settings.calibration_prompts, TUNING_PROMPTS if any(map(_has_target, arms)) else 0
+    measured = count + settings.rounds
+    needed = measured + tuned
     # the model whose videos are made
     entry = SHAPES if workload.resampled else workload.entry
     if settings.prompts is not None:
@@ -210,9 +221,12 @@ def prompts_for(workload: Workload, settings: Settings) -> Prompts:
         )
     if len(prompts) < needed:
         raise ValueError(
-            f"{count} prompts to calibrate on and {settings.rounds} rounds need {needed} prompts: "
-            f"--prompts has {len(prompts)}"
+            f"{count} prompts to calibrate on{f', {tuned} to turn knobs on' if tuned else ''} and {settings.rounds} "
+            f"rounds need {needed} prompts: --prompts has {len(prompts)}"
         )
     for prompt in prompts[:needed]:
         entry.check_prompt(prompt)
-    return Prompts(calibration=tuple(prompts[:count]), rounds=tuple(prompts[count:needed]))
+    return Prompts(
+        calibration=tuple(prompts[:count]), rounds=tuple(prompts[count:measured]),
+        tuning=tuple(prompts[measured:needed]),
+    )  # fmt: skip

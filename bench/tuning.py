@@ -13,7 +13,7 @@ from torch import Tensor
 from calibatt.bench.cells import Arm, Workload
 from calibatt.bench.meter import Meter
 from calibatt.bench.observers import PlanSummary, Probe
-from calibatt.bench.offline import CALIBRATION_SEED, Offline, block_of, settings_of
+from calibatt.bench.offline import Offline, block_of, settings_of
 from calibatt.bench.video_metrics import eight_bit, psnr_db
 from calibatt.kernels.base import Attender, Kernel, Task, Unsupported
 from calibatt.kernels.catalogue import KERNELS
@@ -25,16 +25,19 @@ from calibatt.methods.scheduled import Scheduled
 # makes one video: with an attention, from a prompt and a seed
 Film = Callable[[Attention, str, int], Float[Tensor, "3 frames height width"]]
 
-# half a percent of dense attention: below what a 95 % interval of a CPU's times tells apart
-DENSITY_TOLERANCE = 0.005
+# half a percent of dense attention: below what a 95 % interval of a CPU's times tells apart; and of a small density
+# two percent of itself, so that arms of one density are
+DENSITY_TOLERANCE, _OWN_TOLERANCE = 0.005, 0.02
 # videos of one arm differ by tens of times as much
 PSNR_TOLERANCE_DB = 0.25
 # halvings after which a range has shrunk a thousandfold
 _HALVINGS = 12
-# tolerances beyond which the nearest value is not what was asked for: 0.05 of dense attention, 2.5 dB
+# tolerances beyond which the nearest value is not what was asked for: 0.05 of dense attention at the most, 2.5 dB
 _FAR = 10
-# videos on which a fidelity is solved for, of the calibration prompts: an evaluation takes as long as they do
-_FIDELITY_VIDEOS = 2
+# prompts on whose videos knobs are turned: an evaluation of a fidelity takes as long as their videos
+TUNING_PROMPTS = 2
+# of the first one's noise: far from that of calibration and of what is measured
+TUNING_SEED = 20_000
 
 
 def solve(
@@ -113,10 +116,11 @@ class Tuner:
     Args:
         workload: where they run.
         offline: what they learn first.
-        probes: calls on which densities are measured.
+        probe: a call late in a video, on which arms are asked whether they apply.
+        tuning_probes: takes the calls on which densities are measured, of a video that is not measured or learnt from.
         film: makes a video.
         dense: the kernel of the videos that fidelity is measured against.
-        prompts: of calibration: knobs are never turned on videos that are measured.
+        prompts: knobs are turned on their videos, which are neither measured nor learnt from.
         log: says what was found.
     """
 
@@ -125,7 +129,8 @@ class Tuner:
         workload: Workload,
         *,
         offline: Offline,
-        probes: Sequence[Probe],
+        probe: Probe,
+        tuning_probes: Callable[[], Sequence[Probe]],
         film: Film,
         dense: Kernel,
         prompts: Sequence[str],
@@ -133,7 +138,8 @@ class Tuner:
     ) -> None:
         self._workload = workload
         self._offline = offline
-        self._probes = probes
+        self._probe = probe
+        self._take_probes = tuning_probes
         self._film = film
         self._dense = dense
         self._prompts = prompts
@@ -184,8 +190,8 @@ class Tuner:
             return stuck
         # with a knob, at any place of it: a preset may learn what its knob makes needless
         method = self._built(arm, **({} if knob is None else {knob.field: (knob.low + knob.high) / 2}))
-        # the last is sparse whatever the dense steps are
-        probe = self._probes[-1]
+        # late in a video it is sparse whatever the dense steps are
+        probe = self._probe
         refusal = method.refusal(probe.site.geometry)
         if refusal is not None or knob is None:
             return refusal
@@ -221,7 +227,8 @@ class Tuner:
             )  # fmt: skip
         target = self._calibatt_density if arm.target_density is None else arm.target_density
         measure = self._density_of_video if knob.over_videos else self._density
-        return _Goal(measure=measure, target=target, tolerance=DENSITY_TOLERANCE, quantity="densities")
+        tolerance = min(DENSITY_TOLERANCE, _OWN_TOLERANCE * target)
+        return _Goal(measure=measure, target=target, tolerance=tolerance, quantity="densities")
 
     @cached_property
     def _calibatt_density(self) -> float:
@@ -231,18 +238,23 @@ class Tuner:
         return calibatt.mean_density()
 
     def _density(self, method: Planner, kernel: Attender) -> float:
-        """Mean density over all calls of a video where it is known before; else of the plans of the probes."""
+        """Mean density over all calls of a video where it is known before; else of the plans of some calls."""
         return method.mean_density() if isinstance(method, Foreseen) else density_of(method, self._probes, kernel)
 
+    @cached_property
+    def _probes(self) -> Sequence[Probe]:
+        self._log("one dense video to turn knobs on")
+        return self._take_probes()
+
     def _density_of_video(self, method: Planner, kernel: Attender) -> float:
-        """Mean density of the plans of one video of a calibration prompt."""
+        """Mean density of the plans of one video."""
         plans = PlanSummary()
         meter = Meter(method, kernel, self._workload.device, observers=[plans])
-        self._film(meter, self._prompts[0], CALIBRATION_SEED)
+        self._film(meter, self._prompts[0], TUNING_SEED)
         return plans.density()
 
     def _fidelity_db(self, method: Planner, kernel: Attender) -> float:
-        """Mean PSNR of some videos of calibration prompts against the dense ones."""
+        """Mean PSNR of some videos against the dense ones."""
         return statistics.mean(
             psnr_db(self._video(method, kernel, i), reference) for i, reference in enumerate(self._references)
         )
@@ -250,11 +262,11 @@ class Tuner:
     @cached_property
     def _references(self) -> tuple[UInt8[Tensor, "3 frames height width"], ...]:
         dense = build("dense")
-        return tuple(self._video(dense, self._dense, i) for i in range(min(_FIDELITY_VIDEOS, len(self._prompts))))
+        return tuple(self._video(dense, self._dense, i) for i in range(len(self._prompts)))
 
     def _video(self, method: Planner, kernel: Attender, number: int) -> UInt8[Tensor, "3 frames height width"]:
         meter = Meter(method, kernel, self._workload.device)
-        return eight_bit(self._film(meter, self._prompts[number], CALIBRATION_SEED + number))
+        return eight_bit(self._film(meter, self._prompts[number], TUNING_SEED + number))
 
 
 def _cannot_turn(knob: Knob, error: ValueError) -> Unsupported:

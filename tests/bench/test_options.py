@@ -13,6 +13,7 @@ import pytest
 from calibatt.bench.cells import DENSE, Arm, Cell, PermutationArm, Workload
 from calibatt.bench.options import Options, add_options, check_output, refuse_pytest_options
 from calibatt.bench.record import SUITES
+from calibatt.bench.session import Settings, prompts_for
 from calibatt.bench.suites.catalogue import SUITES as CATALOGUE
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import UnknownName
@@ -229,3 +230,26 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(ValueError, match="No space left on device"):
         check_output(tmp_path / "bench.json")
+
+
+@pytest.mark.parametrize(("methods", "tuned"), [("dense,radial", 0), ("sparge=0.35,radial", 2), ("sparge=30dB", 2)])
+def test_knobs_are_turned_on_prompts_that_are_neither_learnt_from_nor_measured(methods: str, tuned: int) -> None:
+    options = Options.read(given(methods=methods, kernels="flex"))
+    found = CATALOGUE["denoise"].cells(options)
+    settings = Settings(rounds=3, calibration_prompts=2, calibration=None, prompts=None, artifacts=None)
+    prompts = prompts_for(found[0].workload, settings, [cell.arm for cell in found])
+    parts = (prompts.calibration, prompts.rounds, prompts.tuning)
+    assert tuple(map(len, parts)) == (2, 3, tuned)
+    assert len({prompt for part in parts for prompt in part}) == 5 + tuned
+    # whoever asks for no target has the same captions
+    assert prompts_for(found[0].workload, settings, []).rounds == prompts.rounds
+
+
+def test_too_few_prompts_are_refused_in_a_line_that_counts_them() -> None:
+    cell = CATALOGUE["denoise"].cells(Options.read(given(methods="sparge=0.35", kernels="flex")))[0]
+    prompts = ("a red circle, still, over dots",) * 6
+    settings = Settings(rounds=3, calibration_prompts=2, calibration=None, prompts=prompts, artifacts=None)
+    said = "2 prompts to calibrate on, 2 to turn knobs on and 3 rounds need 7 prompts: --prompts has 6"
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        prompts_for(cell.workload, settings, [cell.arm])
+    assert prompts_for(cell.workload, settings, []).tuning == ()
