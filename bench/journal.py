@@ -1,8 +1,7 @@
 """What a run has measured so far, on disk: a run that is stopped, however abruptly, goes on from there.
 
-A line of JSON each: first what the run is, then records as they are measured, and before those of whole videos, which
-take long, each of their rounds. Once the run's own
-file is written, there is no more need of it.
+A line of JSON each: first what the run is, then records as they are measured; before those of whole videos, which take
+long, their rounds. Once the run's own file is written, there is no more need of it.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from calibatt.bench.record import Record, Suite
+from calibatt.bench.video import Rounds
 
 _SCHEMA = "calibatt-partial-2"
 
@@ -26,7 +26,7 @@ class Journal:
     """Records of a run, kept one by one, and rounds of those that are under way.
 
     Args:
-        path: the file; it is written when the first record is kept.
+        path: the file; it is written when something is first kept.
         run: what must be the same for two runs to be one, by name: JSON values.
 
     Raises:
@@ -37,7 +37,7 @@ class Journal:
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
         self.path = path
         self.found: dict[tuple[str, str], Record] = {}
-        self.rounds: dict[tuple[str, str], list[Any]] = {}
+        self.rounds: dict[tuple[str, str], list[Rounds]] = {}
         # as it comes back from the file
         self._run = json.loads(json.dumps({"schema": _SCHEMA, **run}))
         self._size = 0
@@ -56,17 +56,17 @@ class Journal:
         """
         self._append({"suite": suite, "cell": cell, "record": record.to_extra_info(), "samples_s": record.samples_s})
 
-    def keep_round(self, suite: Suite, workload: str, round_: Any) -> None:
-        """Add a round of a suite on a workload; when this returns, it is on the disk.
+    def keep_rounds(self, suite: Suite, workload: str, rounds: Rounds) -> None:
+        """Add rounds of a suite on a workload; when this returns, they are on the disk, all of them.
 
         Args:
             suite, workload: what was measured.
-            round_: what came of it: a JSON value, which the suite reads again.
+            rounds: what came of it.
 
         Raises:
-            OSError: it cannot be written; the file is as it was.
+            OSError: they cannot be written; the file is as it was.
         """
-        self._append({"suite": suite, "workload": workload, "round": round_})
+        self._append({"suite": suite, "workload": workload, **rounds.to_json()})
 
     def _append(self, line: Mapping[str, Any]) -> None:
         lines = [line] if self._size else [self._run, line]
@@ -96,8 +96,9 @@ class Journal:
             run, *kept = (json.loads(line) for line in lines)
             self._check(run)
             for one in kept:
-                if "round" in one:
-                    self.rounds.setdefault((one["suite"], one["workload"]), []).append(one["round"])
+                if "rounds" in one:
+                    place = one.pop("suite"), one.pop("workload")
+                    self.rounds.setdefault(place, []).append(Rounds.from_json(one))
                     continue
                 samples = one["samples_s"]
                 record = Record.from_extra_info(one["record"], None if samples is None else tuple(samples))

@@ -52,7 +52,7 @@ _LONGEST_LINE = 300
 _Name = Annotated[str, Field(max_length=200)]
 
 # no string is a number, no NaN a measurement, and what we do not know may mean anything
-_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 # pytest-benchmark writes more than we read
 _OPEN = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -78,7 +78,7 @@ class UnusableFile(ValueError):
         super().__init__(plain(message, _LONGEST_LINE))
 
 
-@with_config(_STRICT)
+@with_config(STRICT)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """One arm (a method on a kernel) on one workload. What was not measured is None, never 0 or NaN.
@@ -266,10 +266,13 @@ class Record:
 
     @property
     def pays_after(self) -> float | None:
-        """Videos after which what the offline part took is saved; None where nothing is, or was not measured."""
+        """Videos after which what the offline part took is saved; None where nothing surely is, or was not measured."""
         if self.suite != "denoise" or self.preparation_s is None or not (self.samples_s and self.baseline_samples_s):
             return None
-        saved = median(self.baseline_samples_s) - median(self.samples_s)
+        # where dense may be the faster one, as far as this run can tell, there is nothing to count on
+        if self.speedup is None or self.speedup.low is None or self.speedup.low <= 1:
+            return None
+        saved = median(baseline - own for baseline, own in zip(self.baseline_samples_s, self.samples_s, strict=True))
         return self.preparation_s / saved if saved > 0 else None
 
     @property
@@ -347,7 +350,7 @@ class Record:
         try:
             return _RECORD.validate_json(json.dumps(given))
         except ValidationError as error:
-            raise ValueError(_first(error)) from None
+            raise ValueError(first_problem(error)) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -437,7 +440,7 @@ def load_run(path: Path) -> Run:
             f"{path}: cannot be read ({error.strerror}); give a file of `pytest bench --benchmark-json`"
         ) from None
     except ValidationError as error:
-        raise UnusableFile(f"{path}: {_first(error)}; give a file of `pytest bench --benchmark-json`") from None
+        raise UnusableFile(f"{path}: {first_problem(error)}; give a file of `pytest bench --benchmark-json`") from None
     records = [
         _record(f"{path}: benchmarks[{place}].extra_info", benchmark["extra_info"], benchmark["stats"].get("data"))
         for place, benchmark in enumerate(data["benchmarks"])
@@ -462,7 +465,7 @@ def _record(where: str, info: Mapping[str, Any], samples_s: Samples | None = Non
         raise UnusableFile(f"{where}: {error}") from None
 
 
-def _first(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     """The first thing that is wrong: where, and what."""
     found = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in found["loc"]).lstrip(".")

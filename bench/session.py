@@ -20,6 +20,7 @@ from calibatt.bench.record import Suite as SuiteName
 from calibatt.bench.suites.catalogue import SUITES
 from calibatt.bench.suites.suite import Job, Kept, Suite
 from calibatt.bench.tuning import TUNING_PROMPTS
+from calibatt.bench.video import Round, in_order
 from calibatt.models.shapes.entry import SHAPES
 
 
@@ -92,11 +93,18 @@ class BenchSession:
             self._console.line(
                 "without --benchmark-json=FILE, a stopped run cannot be resumed, and the report has no pictures"
             )
-        elif self._records:
+            return
+        if self._records:
             chosen = sum(len(arms) for arms in self._chosen.values())
             self._console.line(
                 f"{len(self._records)} of {chosen} cells are not measured again: {self._journal.path} has them"
             )
+        for suite, workload in self._chosen:
+            if rounds := len(self._rounds(suite, workload)):
+                self._console.line(
+                    f"{workload}: {rounds} of {self._settings.rounds} rounds are not made again: "
+                    f"{self._journal.path} has them"
+                )
 
     def record(self, suite: SuiteName, cell: Cell) -> Record:
         """The record of a cell."""
@@ -156,11 +164,16 @@ class BenchSession:
         if journal is None:
             return Kept()
         return Kept(
-            found=journal.rounds.get((suite, str(workload)), []),
-            keep=lambda round_: self._try(
-                partial(journal.keep_round, suite, str(workload), round_), f"a round of {workload}"
+            found=self._rounds(suite, workload),
+            keep=lambda rounds: self._try(
+                partial(journal.keep_rounds, suite, str(workload), rounds), f"a round of {workload}"
             ),
         )
+
+    def _rounds(self, suite: SuiteName, workload: Workload) -> list[Round]:
+        """The rounds that a stopped run has finished."""
+        kept = [] if self._journal is None else self._journal.rounds.get((suite, str(workload)), [])
+        return in_order(kept)[: self._settings.rounds]
 
     def _try(self, keep: Callable[[], None], what: str) -> None:
         """What cannot be kept is no reason to stop."""
@@ -187,12 +200,12 @@ class BenchSession:
 
     def _turned(self, workload: Workload) -> set[str]:
         """Methods whose knob an arm of the workload turns."""
-        return {arm.method for arm in self._arms(workload) if _has_target(arm)}
+        return {arm.method for arm in _with_target(self._arms(workload))}
 
 
-def _has_target(arm: AnyArm) -> bool:
-    """Whether its knob is turned for something."""
-    return isinstance(arm, Arm) and arm.mode in ("equal_density", "equal_fidelity")
+def _with_target(arms: Sequence[AnyArm]) -> list[Arm]:
+    """Those whose knob is turned for something."""
+    return [arm for arm in arms if isinstance(arm, Arm) and arm.mode in ("equal_density", "equal_fidelity")]
 
 
 def prompts_for(workload: Workload, settings: Settings, arms: Sequence[AnyArm]) -> Prompts:
@@ -206,7 +219,7 @@ def prompts_for(workload: Workload, settings: Settings, arms: Sequence[AnyArm]) 
     Raises:
         ValueError: there are too few, or the model cannot read one.
     """
-    count, tuned = settings.calibration_prompts, TUNING_PROMPTS if any(map(_has_target, arms)) else 0
+    count, tuned = settings.calibration_prompts, TUNING_PROMPTS if _with_target(arms) else 0
     measured = count + settings.rounds
     needed = measured + tuned
     # the model whose videos are made

@@ -63,7 +63,7 @@ def nearest_shape(capability: tuple[int, int]) -> Shape:
 
 
 def cosine_shape(capability: tuple[int, int]) -> Shape:
-    """Of pairs of queries and keys, by compute capability: two products and two tiles of exponentials at a time."""
+    """Of pairs of queries and keys, by compute capability, for two products at a time; not tuned."""
     return Shape(rows=64, columns=128 if capability == (9, 0) else 64, warps=4, stages=2)
 
 

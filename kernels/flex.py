@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.ordered import in_order
 from calibatt.kernels.per_head import attend_per_head
 from calibatt.kernels.plan import Plan
+from calibatt.kernels.tiles import tile_of
 
 # a suite that walks over geometries compiles more variants than Dynamo's default limit of 8, past which it would
 # give up; fullgraph makes it raise instead of running eager in silence
@@ -88,9 +88,8 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     )
     options: dict[str, Any] = {}
     if q.is_cuda:
-        # the Triton tile is a power of two and divides the mask's block; 64 keys a tile is what Flex itself takes at
-        # head dim 128
-        options = {"kernel_options": {"BLOCK_M": math.gcd(mask.block_q, 128), "BLOCK_N": math.gcd(mask.block_k, 64)}}
+        # 64 keys a tile is what Flex itself takes at head dim 128
+        options = {"kernel_options": {"BLOCK_M": tile_of(mask.block_q, 128), "BLOCK_N": tile_of(mask.block_k, 64)}}
     out = _flex(q, k, v, block_mask=blocks, **options)
     return out if shares == 1 else out.transpose(0, 1).flatten(1, 2)[None]
 

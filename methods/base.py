@@ -66,7 +66,7 @@ class Foreseen(Protocol):
 
 
 class Method(ABC):
-    """A published way to decide plans. A method is a subclass in a file of its own, and a line of the catalogue.
+    """A way to decide plans. A method is a subclass in a file of its own, and a line of the catalogue.
 
     Built as `cls(config)`; as `cls(config, learnt)` where the config needs something learnt: see `learner` and
     `learns_from`.

@@ -35,7 +35,11 @@ class RandomMaskConfig:
 
 
 class RandomMask(Method):
-    """Keeps as many blocks of each row as CalibAtt's plan does, chosen at random."""
+    """Keeps as many blocks of each row as CalibAtt's plan does, chosen at random.
+
+    Raises:
+        ValueError: there is neither a density nor a calibration, or both.
+    """
 
     name: ClassVar[str] = "random"
     label: ClassVar[str] = "Random mask"
@@ -45,6 +49,8 @@ class RandomMask(Method):
     knob: ClassVar[Knob | None] = Knob(field="density", low=0.0, high=1.0)
 
     def __init__(self, config: RandomMaskConfig, learnt: Learnt | None = None) -> None:
+        if (config.density is None) == (learnt is None):
+            raise ValueError("random masks have either a density of their own or a calibration of CalibAtt")
         super().__init__(config, learnt)
         self._model = None if learnt is None else CalibAtt(CalibAttConfig(), learnt)
 
@@ -70,7 +76,11 @@ class RandomMask(Method):
         rows, columns = block_count(tokens, block_q), block_count(tokens, block_k)
         model = None if self._model is None else self._model.plan(q, k, v, site)
         # a head that reuses rows, or is dense, has one density for all rows
-        wanted = torch.full((heads,), self.config.density or 0.0) if model is None else model.density()
+        if model is not None:
+            wanted = model.density()
+        else:
+            assert self.config.density is not None
+            wanted = torch.full((heads,), self.config.density)
         counts = (wanted[:, None] * columns).round().long().clamp(min=1).expand(heads, rows).clone()
         if model is not None and model.mask is not None and model.mask.block == self.config.block:
             masked = model.heads_of("masked")

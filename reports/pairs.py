@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from calibatt.reports.rows import DENSE, Row
 # what a report says above the table
 METHOD = (
     "PSNR against dense, paired by video: Wilcoxon's signed-rank test at 5 %, with Holm's correction over all pairs. "
-    "Beside each name is the median of the differences."
+    "Beside each name is by how much the arm is nearer, by Hodges and Lehmann's estimate, which goes with that test."
 )
 HEAD = ("arm", "nearer to dense than", "not told apart from", "farther than")
 
@@ -28,7 +28,7 @@ class Standing:
 
     Args:
         row: the arm.
-        nearer, alike, farther: names of the others, with the median difference in dB.
+        nearer, alike, farther: names of the others, and by how many dB the arm is nearer than they are.
     """
 
     row: Row
@@ -47,7 +47,7 @@ def standings(rows: Sequence[Row]) -> list[Standing]:
 
     None where there are too few videos to tell any pair apart, however alike the differences.
     """
-    groups = [list(group.values()) for group in _groups(rows).values() if len(group) > 1]
+    groups = [group for group in _groups(rows).values() if len(group) > 1]
     pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
     if not pairs:
         return []
@@ -57,26 +57,32 @@ def standings(rows: Sequence[Row]) -> list[Standing]:
         return []
     verdicts: dict[tuple[int, int], tuple[float, bool]] = {}
     for (a, b), difference, p in zip(pairs, differences, holm([_p(d) for d in differences]), strict=True):
-        median, apart = statistics.median(difference.tolist()), p <= 1 - CONFIDENCE
-        verdicts[id(a), id(b)] = median, apart
-        verdicts[id(b), id(a)] = -median, apart
+        shift, apart = _shift(difference), p <= 1 - CONFIDENCE
+        verdicts[id(a), id(b)] = shift, apart
+        verdicts[id(b), id(a)] = -shift, apart
     return [_standing(row, group, verdicts) for group in groups for row in group]
 
 
-def _groups(rows: Sequence[Row]) -> Mapping[Any, dict[str, Row]]:
-    """Sparse arms by what they were set to and by their videos, each under its label."""
-    found: dict[Any, dict[str, Row]] = {}
+def _groups(rows: Sequence[Row]) -> Mapping[Any, list[Row]]:
+    """Sparse arms by what they were set to and by their videos."""
+    found: dict[Any, list[Row]] = {}
     for row in rows:
         record = row.record
         if record.psnr_db is not None and record.method != DENSE:
             wanted = (record.mode, record.target_density, record.target_psnr_db)
             dense = (record.dense_steps, record.dense_layers)
-            found.setdefault((wanted, dense, record.prompts), {})[row.label] = row
+            found.setdefault((wanted, dense, record.prompts), []).append(row)
     return found
 
 
 def _psnr_db(row: Row) -> NDArray[np.float64]:
     return np.array(row.record.psnr_db, dtype=np.float64)
+
+
+def _shift(difference: NDArray[np.float64]) -> float:
+    """The median of the means of all pairs of differences, each with itself too."""
+    first, second = np.triu_indices(len(difference))
+    return float(np.median((difference[first] + difference[second]) / 2))
 
 
 def _p(difference: NDArray[np.float64]) -> float:
@@ -91,13 +97,14 @@ def _standing(row: Row, group: Sequence[Row], verdicts: Mapping[tuple[int, int],
     for other in group:
         if other is row:
             continue
-        median, apart = verdicts[id(row), id(other)]
-        side = "alike" if not apart else "nearer" if median > 0 else "farther"
-        sides[side].append(f"{_short(other)} {median:+.1f} dB")
+        shift, apart = verdicts[id(row), id(other)]
+        side = "alike" if not apart else "nearer" if shift > 0 else "farther"
+        sides[side].append(f"{_short(other)} {shift:+.1f} dB")
     return Standing(row=row, **{name: tuple(names) for name, names in sides.items()})
 
 
 def _short(row: Row) -> str:
-    """The label without the density that all of its group have."""
-    density = row.record.target_density
-    return row.label if density is None else row.label.replace(f" at density {density:g}", "")
+    """The label without the target that all of its group have."""
+    density, psnr = row.record.target_density, row.record.target_psnr_db
+    targets = ([] if density is None else [f" at density {density:g}"]) + ([] if psnr is None else [f" at {psnr:g} dB"])
+    return functools.reduce(lambda label, target: label.replace(target, ""), targets, row.label)

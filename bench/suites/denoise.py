@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from calibatt.bench.rounds import take_turns
 from calibatt.bench.suites.suite import Job, Kept
 from calibatt.bench.telemetry import read
 from calibatt.bench.timer import timed
+from calibatt.bench.video import Round, Rounds, Video
 from calibatt.bench.video_metrics import eight_bit, psnr_db, ssim
 
 NAME: Suite = "denoise"
@@ -35,39 +36,12 @@ _SHOWN_VIDEOS = 3
 Frames = UInt8[Tensor, "3 frames height width"]
 
 
-@dataclass(slots=True, kw_only=True)
-class _Video:
-    """What was found out about a video: JSON values, so that a run that is stopped has them.
-
-    Args:
-        seconds: of the generation.
-        phases: seconds of its parts.
-        energy_j, clock_mhz, throttled: of the GPU, where there is one.
-        peak_memory_bytes: of the GPU, likewise.
-        alignment: where the model has one.
-        psnr_db, ssim: against the dense video of its round, where there is one.
-        density, plan_memory_bytes: of the first video's plans.
-    """
-
-    seconds: float
-    phases: dict[str, float]
-    energy_j: float | None = None
-    clock_mhz: float | None = None
-    throttled: bool | None = None
-    peak_memory_bytes: int | None = None
-    alignment: float | None = None
-    psnr_db: float | None = None
-    ssim: float | None = None
-    density: float | None = None
-    plan_memory_bytes: int | None = None
-
-
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Course:
     """What an arm has done so far: its videos, and of this run's what is shown."""
 
     one: Ready
-    videos: list[_Video] = field(default_factory=list)
+    videos: list[Video] = field(default_factory=list)
     plans: PlanSummary = field(default_factory=PlanSummary)
     shown: list[Frames] = field(default_factory=list)
 
@@ -114,40 +88,37 @@ def run(
     for arm in arms:
         before = _before(kept.found, arm)
         if isinstance(before, Failure):
-            yield arm, failed(context, NAME, arm, before)
-            continue
-        context.log(f"checking {arm}")
-        one = ready(context, arm)
-        if isinstance(one, Failure):
-            yield arm, failed(context, NAME, arm, one)
+            failures[arm] = before
         else:
-            courses[arm] = _Course(one=one, videos=before)
-    _take_turns(context, courses, rounds, artifacts, kept, failures)
-    dense = None if DENSE in failures else courses.get(DENSE)
-    for arm, course in courses.items():
+            context.log(f"checking {arm}")
+            one = ready(context, arm)
+            if isinstance(one, Failure):
+                failures[arm] = one
+            else:
+                courses[arm] = _Course(one=one, videos=before)
         if arm in failures:
             yield arm, failed(context, NAME, arm, failures[arm])
+    told = set(failures)
+    _take_turns(context, courses, rounds, artifacts, kept, failures)
+    dense = None if DENSE in failures else courses.get(DENSE)
+    for arm in dict.fromkeys((*courses, *failures)):
+        if arm in failures:
+            if arm not in told:
+                yield arm, failed(context, NAME, arm, failures[arm])
             continue
-        made = guarded(partial(_record, context, course, None if arm == DENSE else dense, artifacts))
+        made = guarded(partial(_record, context, courses[arm], None if arm == DENSE else dense, artifacts))
         yield arm, failed(context, NAME, arm, made) if isinstance(made, Failure) else made
 
 
-def _before(found: Sequence[Any], arm: Arm) -> list[_Video] | Failure:
-    """An arm's videos in the rounds of a run that was stopped, or why it had no more of them.
-
-    Raises:
-        ValueError: they are damaged.
-    """
-    try:
-        entries = [round_[_key(arm)] for round_ in found]
-        if entries and "reason" in entries[-1]:
-            return Failure(entries[-1]["outcome"], entries[-1]["reason"])
-        return [_Video(**entry) for entry in entries]
-    except (TypeError, KeyError) as error:
-        raise ValueError(
-            f"the rounds kept of a stopped run are damaged ({type(error).__name__}: {error}): "
-            "delete the file that ends in .partial.jsonl to measure anew"
-        ) from None
+def _before(found: Sequence[Round], arm: Arm) -> list[Video] | Failure:
+    """An arm's videos in the rounds of a run that was stopped, or why it had no more of them."""
+    videos: list[Video] = []
+    for round_ in found:
+        entry = round_.get(_key(arm), Failure("failed", "it took no part in the run that was stopped"))
+        if isinstance(entry, Failure):
+            return entry
+        videos.append(entry)
+    return videos
 
 
 def _key(arm: Arm) -> str:
@@ -163,7 +134,7 @@ def _take_turns(
     videos: dict[Arm, Frames] = {}
     # pictures are of the first rounds together, so these are kept together too
     pictured = min(rounds, _SHOWN_VIDEOS)
-    waiting: list[Any] = []
+    waiting: list[dict[str, Video | Failure]] = []
 
     def turn(round_: int, arm: Arm) -> None:
         videos[arm] = _one_video(context, courses[arm], round_)
@@ -184,16 +155,14 @@ def _take_turns(
         videos.clear()
         if round_ + 1 == pictured and artifacts is not None:
             of_all(lambda arm: _save_artifact(context, courses[arm], artifacts))
-        waiting.append({_key(arm): _told(course, failures.get(arm)) for arm, course in courses.items()})
-        while waiting and round_ + 1 >= pictured:
-            kept.keep(waiting.pop(0))
+        # those that failed before this run too
+        made = {_key(arm): course.videos[-1] for arm, course in courses.items() if arm not in failures}
+        waiting.append({**made, **{_key(arm): failure for arm, failure in failures.items()}})
+        if round_ + 1 >= pictured:
+            kept.keep(Rounds(first=round_ + 1 - len(waiting), rounds=list(waiting)))
+            waiting.clear()
 
     take_turns(list(courses), rounds, turn, first=len(kept.found), after=over, failures=failures)
-
-
-def _told(course: _Course, failure: Failure | None) -> dict[str, Any]:
-    """Of a round that is over, what `_before` reads."""
-    return asdict(course.videos[-1] if failure is None else failure)
 
 
 def _one_video(context: Context, course: _Course, round_: int) -> Frames:
@@ -211,7 +180,7 @@ def _one_video(context: Context, course: _Course, round_: int) -> Frames:
         raise ValueError("the video has NaN or infinite values")
     phases = meter.timer.collect_s()
     # to look at the plans is no part of the arm
-    made = _Video(seconds=seconds - phases.pop("observe", 0.0), phases=phases, peak_memory_bytes=peak)
+    made = Video(seconds=seconds - phases.pop("observe", 0.0), phases=phases, peak_memory_bytes=peak)
     if before is not None and after is not None:
         made.energy_j, made.clock_mhz = after.energy_j - before.energy_j, after.clock_mhz
         made.throttled = before.throttled or after.throttled
@@ -226,7 +195,7 @@ def _one_video(context: Context, course: _Course, round_: int) -> Frames:
     return frames
 
 
-def _compare(made: _Video, video: Frames, reference: Frames) -> None:
+def _compare(made: Video, video: Frames, reference: Frames) -> None:
     made.psnr_db = psnr_db(video, reference)
     made.ssim = ssim(video, reference)
 
@@ -262,7 +231,7 @@ def _record(context: Context, course: _Course, dense: _Course | None, artifacts:
     )
 
 
-def _all(videos: Sequence[_Video], name: str) -> tuple[Any, ...] | None:
+def _all(videos: Sequence[Video], name: str) -> tuple[Any, ...] | None:
     """What was found out about every video; None where it was not."""
     values = tuple(getattr(video, name) for video in videos)
     return None if None in values else values

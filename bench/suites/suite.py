@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from calibatt.bench.cells import AnyArm, Cell, Workload
 from calibatt.bench.console import Console
@@ -13,9 +13,10 @@ from calibatt.bench.context import Context
 from calibatt.bench.options import Options
 from calibatt.bench.record import Record
 from calibatt.bench.record import Suite as SuiteName
+from calibatt.bench.video import Round, Rounds
 
 
-def _forget(round_: Any) -> None:
+def _forget(rounds: Rounds) -> None:
     """Keep nothing."""
 
 
@@ -24,12 +25,12 @@ class Kept:
     """Rounds that are finished, of a suite whose arms take long.
 
     Args:
-        found: of a run that was stopped, in their order: JSON values, as the suite gave them.
-        keep: puts one more on the disk, where the run has a file.
+        found: of a run that was stopped, from the first on.
+        keep: puts more on the disk, where the run has a file.
     """
 
-    found: Sequence[Any] = ()
-    keep: Callable[[Any], None] = _forget
+    found: Sequence[Round] = ()
+    keep: Callable[[Rounds], None] = _forget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -82,7 +82,9 @@ class BudgetLearner:
             common = functools.reduce(torch.maximum, each)
         else:
             common = functools.reduce(torch.add, each) / len(notes)
-        levels = to_levels(common).scatter_(-1, common.argmax(-1, keepdim=True), ALWAYS)
+        # of those that are not computed always anyway
+        most = common.masked_fill(common.isinf(), -1).argmax(-1, keepdim=True)
+        levels = to_levels(common).scatter_(-1, most, ALWAYS)
         return {"levels": levels, "sigma": notes[0]["sigma"]}
 
 

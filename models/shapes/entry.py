@@ -63,7 +63,7 @@ SHAPES = ModelEntry(
         }
     ),
     steps=20,
-    # fewer objects come twice than at 3 (weights/scan.json); at 1 there would be no second branch to plan for
+    # as good as any that is not 1 (weights/scan.json), at which there would be no second branch to plan for
     guidance=2.0,
     prompt_tokens=24,
     family=wan.FAMILY,

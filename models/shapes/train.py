@@ -290,6 +290,7 @@ class Training:
         aside = path.with_suffix(".partial")
         torch.save(
             {
+                "recipe": asdict(self.recipe),
                 "model": self.model.state_dict(),
                 "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
                 "average": self.average,
@@ -307,10 +308,13 @@ class Training:
 
         Raises:
             OSError: there is none.
+            ValueError: it is of a training by another recipe.
         """
         if not path.is_file():
             raise OSError(f"there is no checkpoint {path}: start without --resume")
         state = torch.load(path, map_location=self.device)
+        if state["recipe"] != asdict(self.recipe):
+            raise ValueError(f"{path} is of a training by another recipe: give --start where it was begun with that")
         self.model.load_state_dict(state["model"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import weakref
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from calibatt.bench.cells import DENSE, Arm
 from calibatt.bench.observers import PlanSummary
 from calibatt.bench.suites.denoise import run
 from calibatt.bench.suites.suite import Kept
+from calibatt.bench.video import Rounds, in_order
 from calibatt.bench.video_metrics import PSNR_CAP_DB, eight_bit, psnr_db
 
 # calls before the first video: one at the first probe of either layer, then one a probe; and those of a video
@@ -128,16 +130,22 @@ class Killed(BaseException):
 
 
 class Disk:
-    """Keeps rounds as a file does; after so many, the run is killed."""
+    """Keeps rounds as a file does; after so many writes the run is killed, and one of them may be lost."""
 
-    def __init__(self, lasts: int | None = None) -> None:
-        self.rounds: list[Any] = []
-        self._lasts = lasts
+    def __init__(self, lasts: int | None = None, loses: int | None = None) -> None:
+        self.kept: list[Rounds] = []
+        self.lasts, self._loses = lasts, loses
+        self._writes = 0
 
-    def keep(self, round_: Any) -> None:
-        self.rounds.append(json.loads(json.dumps(round_)))
-        if len(self.rounds) == self._lasts:
+    def keep(self, rounds: Rounds) -> None:
+        self._writes += 1
+        if self._writes != self._loses:
+            self.kept.append(Rounds.from_json(json.loads(json.dumps(rounds.to_json()))))
+        if self._writes == self.lasts:
             raise Killed
+
+    def session(self) -> Kept:
+        return Kept(found=in_order(self.kept), keep=self.keep)
 
 
 def test_a_run_that_is_killed_goes_on_with_the_next_round(
@@ -149,48 +157,72 @@ def test_a_run_that_is_killed_goes_on_with_the_next_round(
     fakes.brightness["sparse"] = 0.25
     all_arms = arms(1.0, 2.0, 3.0, 4.0, 5.0)
     whole = dict(run(fakes.context(prompts=5), all_arms, rounds=5, artifacts=tmp_path / "whole"))
-    disk = Disk(lasts=4)
+    # the first three together, then one by one
+    disk = Disk(lasts=2)
     all_arms = arms(1.0, 2.0, 3.0, 4.0, 5.0)
     with pytest.raises(Killed):
-        dict(run(fakes.context(prompts=5), all_arms, rounds=5, artifacts=tmp_path / "a", kept=Kept(keep=disk.keep)))
+        dict(run(fakes.context(prompts=5), all_arms, rounds=5, artifacts=tmp_path / "a", kept=disk.session()))
+    assert [(one.first, len(one.rounds)) for one in disk.kept] == [(0, 3), (3, 1)]
     made = len(fakes.videos)
     all_arms = arms(5.0)
-    kept = Kept(found=disk.rounds, keep=Disk().keep)
-    records = dict(run(fakes.context(prompts=5), all_arms, rounds=5, artifacts=tmp_path / "a", kept=kept))
+    records = dict(run(fakes.context(prompts=5), all_arms, rounds=5, artifacts=tmp_path / "a", kept=disk.session()))
     # one of each
     assert len(fakes.videos) == made + 2
     for arm in all_arms:
         expected = replace(whole[arm], artifact=None)
         assert replace(records[arm], artifact=None) == expected
-        assert (tmp_path / str(records[arm].artifact)).is_file()
+        shown = np.load(tmp_path / str(records[arm].artifact))
+        assert shown["captions"].tolist() == ["prompt 0", "prompt 1", "prompt 2"]
 
 
-def test_rounds_that_pictures_are_of_are_kept_together(fakes: Any) -> None:
-    disk = Disk(lasts=1)
+def test_a_round_that_could_not_be_written_is_made_again(fakes: Any) -> None:
+    disk = Disk(lasts=3, loses=2)
     arms = [fakes.arm("dense"), fakes.arm("sparse")]
     with pytest.raises(Killed):
-        dict(run(fakes.context(), arms, rounds=4, artifacts=None, kept=Kept(keep=disk.keep)))
-    assert len(fakes.videos) == 6
+        dict(run(fakes.context(prompts=6), arms, rounds=6, artifacts=None, kept=disk.session()))
+    assert [one.first for one in disk.kept] == [0, 4]
+    arms = [fakes.arm("dense"), fakes.arm("sparse")]
+    made = len(fakes.videos)
+    record = dict(run(fakes.context(prompts=6), arms, rounds=6, artifacts=None, kept=disk.session()))[arms[1]]
+    # the fourth to the sixth
+    assert len(fakes.videos) == made + 6
+    assert len(record.psnr_db or ()) == 6
+    # and the file has them all now
+    assert len(in_order(disk.kept)) == 6
 
 
-def test_an_arm_that_has_failed_is_not_tried_again(fakes: Any) -> None:
-    disk = Disk(lasts=3)
-    arms = [fakes.arm("dense"), fakes.arm("large", lasts=CHECKED + A_VIDEO + 3), fakes.arm("small")]
+@pytest.mark.parametrize("lasts", [0, CHECKED + A_VIDEO + 3])
+def test_an_arm_that_has_failed_is_not_tried_again_in_any_later_run(fakes: Any, lasts: int) -> None:
+    disk = Disk(lasts=1)
+
+    def arms(lasts: int | None = None) -> list[Arm]:
+        return [fakes.arm("dense", lasts=lasts), fakes.arm("small")]
+
+    fails = arms(lasts)
     with pytest.raises(Killed):
-        dict(run(fakes.context(), arms, rounds=4, artifacts=None, kept=Kept(keep=disk.keep)))
-    arms = [fakes.arm("dense"), fakes.arm("large"), fakes.arm("small")]
-    records = dict(run(fakes.context(), arms, rounds=4, artifacts=None, kept=Kept(found=disk.rounds)))
-    assert records[arms[1]].outcome == "out_of_memory"
-    assert "allocate 2 GiB" in (records[arms[1]].reason or "")
-    assert fakes.kernels[arms[1]].calls == 0
-    assert len(records[arms[2]].psnr_db or ()) == 4
+        dict(run(fakes.context(prompts=5), fails, rounds=5, artifacts=None, kept=disk.session()))
+    # twice: what the second run keeps has to tell the third one
+    for writes in (2, None):
+        disk.lasts = writes
+        later = arms()
+        with pytest.raises(Killed) if writes else contextlib.nullcontext():
+            records = dict(run(fakes.context(prompts=5), later, rounds=5, artifacts=None, kept=disk.session()))
+        assert fakes.kernels[DENSE].calls == 0
+    assert records[DENSE].outcome == "out_of_memory"
+    assert "allocate 2 GiB" in (records[DENSE].reason or "")
+    assert (len(records[later[1]].samples_s or ()), records[later[1]].psnr_db) == (5, None)
 
 
-@pytest.mark.parametrize("damage", [{}, {"dense on fastest": {"second": 1.0}}, {"dense on fastest": 3}, []])
-def test_kept_rounds_that_are_damaged_are_refused_in_a_line(fakes: Any, damage: Any) -> None:
-    arms = [fakes.arm("dense")]
-    with pytest.raises(ValueError, match=r"^the rounds kept .* damaged .*: delete the file .*$"):
-        dict(run(fakes.context(), arms, rounds=2, artifacts=None, kept=Kept(found=[damage])))
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {}, [], {"first": 0, "rounds": [{"dense": {"second": 1.0}}]}, {"first": 0, "rounds": [{"dense": 3}]},
+        {"first": "0", "rounds": []}, {"first": 0, "rounds": [{"dense": {"seconds": "1", "phases": {}}}]},
+    ],
+)  # fmt: skip
+def test_kept_rounds_that_are_damaged_are_refused_in_a_line(damage: Any) -> None:
+    with pytest.raises(ValueError, match=r"^.+$"):
+        Rounds.from_json(damage)
 
 
 def test_a_video_with_nan_is_a_failure(fakes: Any) -> None:

@@ -23,6 +23,7 @@ from calibatt.bench.record import Record, load_run
 from calibatt.bench.record import Suite as SuiteName
 from calibatt.bench.session import BenchSession, Settings
 from calibatt.bench.suites.suite import Job
+from calibatt.bench.video import Rounds, Video
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUN = {"command": "pytest bench", "machine": {"threads": 1}}
@@ -59,7 +60,7 @@ class FakeSuite:
     def measure(self, job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]:
         self.asked.append((job.workload.resolution, [str(arm) for arm in arms]))
         if job.workload == self._dies_at:
-            job.kept.keep({"video": 1.5})
+            job.kept.keep(Rounds(first=0, rounds=[{"radial": Video(seconds=1.5, phases={})}]))
             raise Killed
         self.rounds = job.kept.found
         if job.workload == self._failing:
@@ -110,11 +111,14 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     suite, console = FakeSuite(), Quiet()
     again = session(suite, path, console)
     again.announce()
-    assert console.lines == [f"2 of 4 cells are not measured again: {path} has them"]
+    assert console.lines == [
+        f"2 of 4 cells are not measured again: {path} has them",
+        f"shapes-standard: 1 of 1 rounds are not made again: {path} has them",
+    ]
     assert not again.finished
     records = ask(again)
     assert suite.asked == [("standard", ["radial", "sparge"])]
-    assert list(suite.rounds) == [{"video": 1.5}]
+    assert list(suite.rounds) == [{"radial": Video(seconds=1.5, phases={})}]
     assert [(one.method, one.resolution, one.samples_s) for one in records] == [
         (method, resolution, (1.0, 2.0)) for resolution in ("quick", "standard") for method in ("radial", "sparge")
     ]
@@ -203,7 +207,14 @@ def test_what_another_run_left_is_refused_in_a_line_that_says_what_to_do(
 
 
 @pytest.mark.parametrize(
-    "line", ["[]", '{"suite": 3}', "nonsense", '{"cell": "a", "suite": "b", "samples_s": null, "record": {}}']
+    "line",
+    [
+        "[]",
+        '{"suite": 3}',
+        "nonsense",
+        '{"suite": "denoise", "workload": "a", "first": 0, "rounds": [{"b": 1}]}',
+        '{"cell": "a", "suite": "b", "samples_s": null, "record": {}}',
+    ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, line: str) -> None:
     path = tmp_path / "kept"

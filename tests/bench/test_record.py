@@ -73,8 +73,13 @@ def test_what_was_not_measured_is_absent_from_the_file() -> None:
 
 
 def test_preparing_pays_after_as_many_videos_as_save_what_it_took() -> None:
-    # 2.1 seconds a video densely, 1.05 with the arm
-    assert Record(**TIMED, preparation_s=10.5).pays_after == pytest.approx(10)
+    # a second less a video, as far as six can tell
+    many = {**TIMED, "samples_s": (1.0,) * 6, "baseline_samples_s": (2.0, 2.1, 1.9, 2.0, 2.0, 2.0)}
+    assert Record(**many, preparation_s=10.5).pays_after == pytest.approx(10.5)
+    # where dense was faster once in six, it may be so in general
+    doubtful = {**many, "baseline_samples_s": (2.0, 2.0, 2.0, 2.0, 2.0, 0.9)}
+    assert Record(**doubtful, preparation_s=10.5).pays_after is None
+    assert Record(**TIMED, preparation_s=10.5).pays_after is None
     slower = {**TIMED, "samples_s": (3.0, 3.1)}
     attention = {**TIMED, "suite": "attention"}
     # nothing to prepare, nothing saved, and no videos

@@ -10,6 +10,7 @@ from calibatt.kernels.base import Task
 from calibatt.kernels.flex import Flex
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan
+from calibatt.kernels.tiles import tile_of
 
 CPU = Task(device=torch.device("cpu"), dtype=torch.float32, head_dim=64)
 
@@ -33,3 +34,11 @@ def test_queries_are_shared_out_where_they_divide_and_the_output_is_the_same(
         out = Flex().attend(q, k, v, plan)
     exact = oracle.attend(q, k, v, plan)
     assert (out.double() - exact).abs().max() <= oracle.error_budget(q, k, v, plan, exact)
+
+
+@pytest.mark.parametrize(
+    ("block", "most", "tile"),
+    [(128, 128, 128), (128, 64, 64), (80, 64, 16), (192, 128, 64), (48, 64, 16), (256, 128, 128)],
+)
+def test_a_tile_is_a_power_of_two_that_divides_the_block(block: int, most: int, tile: int) -> None:
+    assert tile_of(block, most) == tile

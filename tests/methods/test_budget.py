@@ -208,6 +208,12 @@ def test_a_note_is_importance_for_what_a_block_costs() -> None:
     assert note["sigma"].item() == 0.5
 
 
+def test_the_block_that_a_row_always_has_is_none_that_text_leaves_over() -> None:
+    levels = torch.tensor([[[3, 9, 5, ALWAYS], [7, 2, 2, ALWAYS]]], dtype=torch.uint8)
+    merged = config().learner().merge([{"levels": levels, "sigma": torch.tensor(0.5)}])["levels"]
+    assert merged.tolist() == [[[3, ALWAYS, 5, ALWAYS], [ALWAYS, 2, 2, ALWAYS]]]
+
+
 @pytest.mark.parametrize("over_prompts", ["mean", "max"])
 def test_prompts_come_to_their_mean_or_their_largest(over_prompts: Literal["mean", "max"]) -> None:
     learner = replace(config().learner(), over_prompts=over_prompts)

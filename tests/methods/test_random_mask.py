@@ -15,6 +15,7 @@ from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Method
 from calibatt.methods.catalogue import build, learner
 from calibatt.methods.learning import Learnt
+from calibatt.methods.random_mask import RandomMask, RandomMaskConfig
 from calibatt.methods.site import Site
 
 # 1000 tokens in blocks of 32 × 16: 32 × 63 blocks, the last of each axis shorter
@@ -95,6 +96,13 @@ def test_a_density_of_its_own_is_that_of_every_row(made: Made) -> None:
     control, _ = made(density=0.25)
     assert control.learnt is None
     assert set(kept(control).sum(-1).flatten().tolist()) == {round(63 / 4)}
+
+
+def test_a_density_and_a_calibration_are_one_too_many_and_neither_is_too_few(made: Made) -> None:
+    control, _ = made()
+    for config, learnt in ((RandomMaskConfig(), None), (RandomMaskConfig(density=0.5), control.learnt)):
+        with pytest.raises(ValueError, match="either a density of their own or a calibration"):
+            RandomMask(config, learnt)
 
 
 def test_the_same_is_drawn_again_and_for_the_other_branch(made: Made) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +84,22 @@ def test_what_few_videos_cannot_tell_is_not_tried(make: SimpleNamespace) -> None
 def test_the_same_videos_are_not_told_apart(make: SimpleNamespace) -> None:
     records = [at(make, "calibatt", 0.0, seed=1), at(make, "radial", 0.0, seed=1)]
     assert said(records)["CalibAtt at density 0.35"] == (set(), {"Radial"}, set())
+
+
+def test_of_two_arms_only_one_is_nearer_where_most_videos_are_the_same(make: SimpleNamespace) -> None:
+    one, other = at(make, "calibatt", 0.0, seed=1), at(make, "radial", 0.0, seed=1)
+    assert other.psnr_db is not None
+    # the same in 17 videos and nearer in 15, so that the median is none
+    better = tuple(psnr + (1 if i < 15 else 0) for i, psnr in enumerate(other.psnr_db))
+    found = said([one, replace(other, psnr_db=better)])
+    assert found["Radial at density 0.35"] == ({"CalibAtt"}, set(), set())
+    assert found["CalibAtt at density 0.35"] == (set(), set(), {"Radial"})
+
+
+def test_names_in_a_group_go_without_what_all_of_it_have(make: SimpleNamespace) -> None:
+    wanted = {"mode": "equal_fidelity", "target_density": None, "target_psnr_db": 25.0}
+    records = [at(make, "calibatt", 3.0, seed=1, **wanted), at(make, "random", 0.0, seed=2, **wanted)]
+    assert said(records)["CalibAtt at 25 dB"][0] == {"Random mask"}
 
 
 def test_chance_alone_tells_nobody_apart_more_often_than_it_says(make: SimpleNamespace) -> None:

@@ -1,6 +1,7 @@
 """The pipeline runs as WanPipeline does, the shipped weights are small and good, and training trains."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,11 @@ def test_matrices_taken_together_are_updated_as_torch_takes_them_one_by_one() ->
         # bf16 products may be summed in another order: one part in 256 of an update
         torch.testing.assert_close(a - s, b - s, atol=1e-4, rtol=2**-7)
         assert not torch.equal(a, s)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_in_a_line(tmp_path: Path) -> None:
+    device = torch.device("cpu")
+    Training(_TINY, seed=0, device=device).save(tmp_path / "checkpoint.pt")
+    other = Training(replace(_TINY, rate=2 * _TINY.rate), seed=0, device=device)
+    with pytest.raises(ValueError, match="another recipe: give --start"):
+        other.restore(tmp_path / "checkpoint.pt")
