@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from calibatt.bench.record import Record
 from calibatt.reports.columns import seconds
+from calibatt.reports.pairs import standings
 from calibatt.reports.rows import RANDOM, Row
 
 # densities that differ by less count as equal: the tolerance to which the benchmark sets them
@@ -81,13 +82,22 @@ def _control(rows: Sequence[Row], timed: Sequence[Row]) -> list[str]:
         ran = any(row.record.method == RANDOM for row in rows)
         why = "could not be timed" if ran else "was not asked for"
         return [f"The random control {why}: nothing shows what the choice of blocks is worth."]
+    paired = {id(standing.row): standing for standing in standings(rows)}
     said = []
     for control in controls:
+        standing = paired.get(id(control))
+        # where pairs of videos can tell, medians have no say
+        told = {} if standing is None else {id(row): True for row, _ in standing.nearer}
+        told |= {} if standing is None else {id(row): False for row, _ in (*standing.alike, *standing.farther)}
         beaten = [
             f"{method.label} ({_shown(control.record)} against {_shown(method.record)})"
             for method in methods
-            if _beats(control.record, method.record)
+            if told.get(id(method), _as_close(control.record, method.record))
+            and _costs_no_more(control.record, method.record)
         ]
+        if standing is not None and standing.alike:
+            names = _listed([row.label for row, _ in standing.alike])
+            said.append(f"{names}: not told apart from {control.label}, by pairs of videos.")
         if beaten:
             said.append(f"{control.label} beats {_listed(beaten)}: as close to dense or closer, at no more cost.")
         else:
@@ -95,11 +105,14 @@ def _control(rows: Sequence[Row], timed: Sequence[Row]) -> list[str]:
     return said
 
 
-def _beats(control: Record, method: Record) -> bool:
-    """As close to dense or closer, for no more blocks or no less speed."""
+def _as_close(control: Record, method: Record) -> bool:
+    """As close to dense or closer."""
     close, reference = _closeness(control), _closeness(method)
-    if close is None or reference is None or close < reference:
-        return False
+    return close is not None and reference is not None and close >= reference
+
+
+def _costs_no_more(control: Record, method: Record) -> bool:
+    """No more blocks or no less speed."""
     if control.density is not None and method.density is not None and control.density <= method.density + _SAME_DENSITY:
         return True
     fast, other = control.speedup, method.speedup

@@ -28,18 +28,22 @@ class Standing:
 
     Args:
         row: the arm.
-        nearer, alike, farther: names of the others, and by how many dB the arm is nearer than they are.
+        nearer, alike, farther: the others, and by how many dB the arm is nearer than they are.
     """
 
     row: Row
-    nearer: tuple[str, ...]
-    alike: tuple[str, ...]
-    farther: tuple[str, ...]
+    nearer: tuple[tuple[Row, float], ...]
+    alike: tuple[tuple[Row, float], ...]
+    farther: tuple[tuple[Row, float], ...]
 
     @property
     def cells(self) -> tuple[str, ...]:
         """What stands below `HEAD`."""
-        return (self.row.label, *(", ".join(names) for names in (self.nearer, self.alike, self.farther)))
+        sides = (self.nearer, self.alike, self.farther)
+        return (
+            self.row.label,
+            *(", ".join(f"{_short(other)} {shift:+.1f} dB" for other, shift in side) for side in sides),
+        )
 
 
 def standings(rows: Sequence[Row]) -> list[Standing]:
@@ -93,14 +97,14 @@ def _p(difference: NDArray[np.float64]) -> float:
 
 
 def _standing(row: Row, group: Sequence[Row], verdicts: Mapping[tuple[int, int], tuple[float, bool]]) -> Standing:
-    sides: dict[str, list[str]] = {"nearer": [], "alike": [], "farther": []}
+    sides: dict[str, list[tuple[Row, float]]] = {"nearer": [], "alike": [], "farther": []}
     for other in group:
         if other is row:
             continue
         shift, apart = verdicts[id(row), id(other)]
         side = "alike" if not apart else "nearer" if shift > 0 else "farther"
-        sides[side].append(f"{_short(other)} {shift:+.1f} dB")
-    return Standing(row=row, **{name: tuple(names) for name, names in sides.items()})
+        sides[side].append((other, shift))
+    return Standing(row=row, **{name: tuple(others) for name, others in sides.items()})
 
 
 def _short(row: Row) -> str:

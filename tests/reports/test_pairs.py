@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from calibatt.bench.record import Record, load_run
+from calibatt.reports.findings import findings
 from calibatt.reports.page import write_report
 from calibatt.reports.pairs import METHOD, standings
 from calibatt.reports.rows import rows
@@ -39,11 +40,12 @@ def at(make: SimpleNamespace, method: str, above: float, *, seed: int, videos: i
 def said(records: list[Record]) -> dict[str, tuple[set[str], set[str], set[str]]]:
     """Of each arm the names on the three sides, without figures."""
 
-    def names(side: tuple[str, ...]) -> set[str]:
-        return {name.rsplit(" ", 2)[0] for name in side}
+    def names(cell: str) -> set[str]:
+        return {name.rsplit(" ", 2)[0] for name in cell.split(", ") if name}
 
     return {
-        one.row.label: (names(one.nearer), names(one.alike), names(one.farther)) for one in standings(rows(records))
+        label: (names(nearer), names(alike), names(farther))
+        for label, nearer, alike, farther in (one.cells for one in standings(rows(records)))
     }
 
 
@@ -58,10 +60,11 @@ def test_arms_of_one_density_are_told_apart_where_most_videos_agree(make: Simple
         "Random mask at density 0.35": (set(), set(), {"CalibAtt", "Radial"}),
     }
     first, _, last = standings(rows(records))
-    (figure,) = first.nearer
-    assert figure.startswith("Random mask +")
-    assert float(figure.split()[-2]) == pytest.approx(3.0, abs=0.6)
-    assert last.farther[0].split()[-2] == figure.split()[-2].replace("+", "-")
+    ((other, shift),) = first.nearer
+    assert other is last.row
+    assert shift == pytest.approx(3.0, abs=0.6)
+    assert last.farther[0] == (first.row, -shift)
+    assert f"Random mask {shift:+.1f} dB" in first.cells
 
 
 def test_arms_of_other_densities_or_videos_are_not_compared(make: SimpleNamespace) -> None:
@@ -109,6 +112,16 @@ def test_chance_alone_tells_nobody_apart_more_often_than_it_says(make: SimpleNam
         wrong += any(nearer or farther for nearer, _, farther in said(records).values())
     # 5 % of 200 are 10, give or take 3
     assert wrong <= 19
+
+
+def test_what_pairs_do_not_tell_apart_from_random_masks_is_said_and_no_median_says_otherwise(
+    make: SimpleNamespace,
+) -> None:
+    # the control's median is the higher one
+    records = [at(make, "calibatt", 3.0, seed=1), at(make, "radial", 0.0, seed=2), at(make, "random", 0.2, seed=3)]
+    said = " ".join(findings(rows(records)))
+    assert "Radial at density 0.35: not told apart from Random mask at density 0.35, by pairs of videos." in said
+    assert "beats no method" in said
 
 
 def test_page_and_tables_have_it(make: SimpleNamespace, write_run: Callable[..., Path], tmp_path: Path) -> None:
