@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int, Int32
+from jaxtyping import Bool, Float, Int, Int32, Shaped
 from torch import Tensor
 
 from calibatt.kernels import estimates
@@ -72,6 +72,33 @@ def video_blocks(geometry: Geometry, block: int) -> slice:
     # a shorter last block is whole where no text follows
     last = block_count(end, block) if end == geometry.tokens else end // block
     return slice(first, max(first, last))
+
+
+def video_table(
+    part: Shaped[Tensor, "heads rows columns"], geometry: Geometry, block: tuple[int, int], *, left_over: int
+) -> Shaped[Tensor, "heads q_blocks k_blocks"]:
+    """What is known of the blocks without text, in a table of the size that the video alone has.
+
+    So prompts of different lengths share tables; `video_part` reads them.
+
+    Args:
+        part: of the blocks without text, numbered from the first of them.
+        geometry: layout of the tokens.
+        block: tokens of a query and of a key block.
+        left_over: what stands where this geometry has no such block.
+    """
+    blocks = [block_count(geometry.video_tokens, size) for size in block]
+    table = part.new_full((len(part), *blocks), left_over)
+    video_part(table, geometry, block).copy_(part)
+    return table
+
+
+def video_part(
+    table: Shaped[Tensor, "heads q_blocks k_blocks"], geometry: Geometry, block: tuple[int, int]
+) -> Shaped[Tensor, "heads rows columns"]:
+    """The part of such a table that this geometry has blocks without text for: a view."""
+    rows, columns = (video_blocks(geometry, size) for size in block)
+    return table[:, : rows.stop - rows.start, : columns.stop - columns.start]
 
 
 def text_blocks(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+from collections.abc import Mapping
 from types import GenericAlias
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -32,6 +34,15 @@ def read_facts(kind: type[_T], text: str) -> _T:
     except UnicodeError as error:
         raise ValueError(one_line(error)) from None
     return cast(_T, found)
+
+
+def read_settings(kind: type[_T], settings: Mapping[str, Any]) -> _T:
+    """A dataclass from its fields by name, as JSON has them: a learner from what a calibration was learnt under.
+
+    Raises:
+        ValueError: as `read_facts`.
+    """
+    return read_facts(kind, json.dumps(dict(settings)))
 
 
 def one_line(text: object) -> str:

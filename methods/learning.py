@@ -140,6 +140,25 @@ class Learnt:
         self.check(site)
         return self.tables[name][site.step, site.layer]
 
+    def check_tables(self, method: str, expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        """Refuse tables that a method cannot have learnt.
+
+        Args:
+            method: whose they should be.
+            expected: type and shape at every site of each table, by name.
+
+        Raises:
+            ValueError: one line that names the table.
+        """
+        if self.tables.keys() != expected.keys():
+            raise ValueError(f"tables: {method} has {', '.join(expected)}, not {', '.join(self.tables) or 'none'}")
+        for name, (dtype, shape) in expected.items():
+            table = self.tables[name]
+            if table.dtype != dtype or tuple(table.shape[2:]) != shape:
+                raise ValueError(
+                    f"{name}: {list(shape)} of {dtype} at every site, not {list(table.shape[2:])} of {table.dtype}"
+                )
+
     def check(self, site: Site) -> None:
         """Refuse a site of other videos than were watched; a prompt may have fewer text tokens.
 

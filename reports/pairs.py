@@ -8,10 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from calibatt.bench.statistics import CONFIDENCE, holm
+from calibatt.bench.statistics import CONFIDENCE, holm, paired_p, paired_shift
 from calibatt.reports.rows import DENSE, Row
 
 # what a report says above the table
@@ -55,13 +52,13 @@ def standings(rows: Sequence[Row]) -> list[Standing]:
     pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
     if not pairs:
         return []
-    differences = [np.subtract(_psnr_db(a), _psnr_db(b)) for a, b in pairs]
+    differences = [[x - y for x, y in zip(_psnr_db(a), _psnr_db(b), strict=True)] for a, b in pairs]
     # of n differences that all have one sign, the test makes this
     if 2.0 ** (1 - min(map(len, differences))) * len(pairs) > 1 - CONFIDENCE:
         return []
     verdicts: dict[tuple[int, int], tuple[float, bool]] = {}
-    for (a, b), difference, p in zip(pairs, differences, holm([_p(d) for d in differences]), strict=True):
-        shift, apart = _shift(difference), p <= 1 - CONFIDENCE
+    for (a, b), difference, p in zip(pairs, differences, holm([paired_p(d) for d in differences]), strict=True):
+        shift, apart = paired_shift(difference), p <= 1 - CONFIDENCE
         verdicts[id(a), id(b)] = shift, apart
         verdicts[id(b), id(a)] = -shift, apart
     return [_standing(row, group, verdicts) for group in groups for row in group]
@@ -79,21 +76,8 @@ def _groups(rows: Sequence[Row]) -> Mapping[Any, list[Row]]:
     return found
 
 
-def _psnr_db(row: Row) -> NDArray[np.float64]:
-    return np.array(row.record.psnr_db, dtype=np.float64)
-
-
-def _shift(difference: NDArray[np.float64]) -> float:
-    """The median of the means of all pairs of differences, each with itself too."""
-    first, second = np.triu_indices(len(difference))
-    return float(np.median((difference[first] + difference[second]) / 2))
-
-
-def _p(difference: NDArray[np.float64]) -> float:
-    from scipy.stats import wilcoxon
-
-    # of videos that are all the same there is no sign to test
-    return float(wilcoxon(difference).pvalue) if np.any(difference) else 1.0
+def _psnr_db(row: Row) -> Sequence[float]:
+    return row.record.psnr_db or ()
 
 
 def _standing(row: Row, group: Sequence[Row], verdicts: Mapping[tuple[int, int], tuple[float, bool]]) -> Standing:

@@ -82,7 +82,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _patch_once_a_launch() -> None:
-    """Spare Triton's interpreter a third of its time.
+    """Spare Triton's interpreter a quarter of its time.
 
     It puts its own functions in the place of `triton.language`'s for every launch, and again for every function that
     the kernel calls, each time that it does.

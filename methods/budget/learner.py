@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.mask import block_count, block_sizes
-from calibatt.methods.blocks import video_blocks
+from calibatt.kernels.mask import block_sizes
+from calibatt.methods.blocks import video_blocks, video_table
 from calibatt.methods.budget.importance import ALWAYS, importance, to_importance, to_levels
-from calibatt.methods.facts import read_facts
 from calibatt.methods.site import Site
 
 
@@ -46,15 +44,6 @@ class BudgetLearner:
         if self.queries < 1:
             raise ValueError(f"importance takes at least one query of a block: got queries={self.queries}")
 
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> BudgetLearner:
-        """The learner whose `settings_of` these are.
-
-        Raises:
-            ValueError: a setting is missing, unknown, of another type or out of range.
-        """
-        return read_facts(cls, json.dumps(dict(settings)))
-
     def note(
         self,
         q: Float[Tensor, "heads tokens head_dim"],
@@ -69,9 +58,7 @@ class BudgetLearner:
         whole = block_sizes(geometry.tokens, block_k, q.device) / block_k
         found = importance(q, k, v, block=self.block, queries=self.queries) / whole
         rows, columns = (video_blocks(geometry, size) for size in self.block)
-        blocks = [block_count(geometry.video_tokens, size) for size in self.block]
-        levels = torch.full((geometry.heads, *blocks), ALWAYS, dtype=torch.uint8, device=q.device)
-        video_part(levels, rows, columns).copy_(to_levels(found[:, rows, columns]))
+        levels = video_table(to_levels(found[:, rows, columns]), geometry, self.block, left_over=ALWAYS)
         return {"levels": levels, "sigma": torch.tensor(site.sigma, dtype=torch.float32)}
 
     def merge(self, notes: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -86,10 +73,3 @@ class BudgetLearner:
         most = common.masked_fill(common.isinf(), -1).argmax(-1, keepdim=True)
         levels = to_levels(common).scatter_(-1, most, ALWAYS)
         return {"levels": levels, "sigma": notes[0]["sigma"]}
-
-
-def video_part(
-    table: UInt8[Tensor, "heads q_blocks k_blocks"], rows: slice, columns: slice
-) -> UInt8[Tensor, "heads video_q_blocks video_k_blocks"]:
-    """The part of a table that there are blocks without text for."""
-    return table[:, : rows.stop - rows.start, : columns.stop - columns.start]

@@ -22,10 +22,11 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count, block_sizes
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Knob, Method
-from calibatt.methods.blocks import text_blocks, video_blocks
+from calibatt.methods.blocks import text_blocks, video_blocks, video_part
 from calibatt.methods.budget.importance import ALWAYS
-from calibatt.methods.budget.learner import BudgetLearner, video_part
+from calibatt.methods.budget.learner import BudgetLearner
 from calibatt.methods.budget.spending import Cut, alike_rows
+from calibatt.methods.facts import read_settings
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
 
@@ -120,18 +121,14 @@ class Budget(Method):
         Raises:
             ValueError: one line that names the setting or the table.
         """
-        learner = BudgetLearner.from_settings(learnt.settings)
+        learner = read_settings(BudgetLearner, learnt.settings)
         geometry, tables = learnt.provenance.geometry, learnt.tables
         blocks = (block_count(geometry.video_tokens, size) for size in learner.block)
-        expected = {"levels": (torch.uint8, (geometry.heads, *blocks)), "sigma": (torch.float32, ())}
-        if tables.keys() != expected.keys():
-            raise ValueError(f"tables: Budget has {', '.join(expected)}, not {', '.join(tables) or 'none'}")
-        for name, (dtype, shape) in expected.items():
-            table = tables[name]
-            if table.dtype != dtype or tuple(table.shape[2:]) != shape:
-                raise ValueError(
-                    f"{name}: {list(shape)} of {dtype} at every site, not {list(table.shape[2:])} of {table.dtype}"
-                )
+        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "levels": (torch.uint8, (geometry.heads, *blocks)),
+            "sigma": (torch.float32, ()),
+        }
+        learnt.check_tables("Budget", expected)
         if not bool(tables["sigma"].isfinite().all()):
             raise ValueError("sigma: a noise level is not finite")
         for step, levels in enumerate(tables["levels"]):
@@ -166,7 +163,7 @@ class Budget(Method):
     def _mask(self, step: int, layer: int, geometry: Geometry, device: torch.device) -> BlockMask:
         block, tokens = self.config.block, geometry.tokens
         rows, columns = (video_blocks(geometry, size) for size in block)
-        levels = video_part(self.learnt.tables["levels"][step, layer], rows, columns).to(device)
+        levels = video_part(self.learnt.tables["levels"][step, layer], geometry, block).to(device)
         if self._cut is None:
             sizes_q, sizes_k = (
                 block_sizes(tokens, size, device)[part] for size, part in zip(block, (rows, columns), strict=True)

@@ -10,9 +10,10 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from calibatt.kernels.mask import block_sizes
-from calibatt.methods.blocks import video_blocks
+from calibatt.methods.blocks import video_blocks, video_part
 from calibatt.methods.budget.importance import ALWAYS, LEVELS, PER_OCTAVE
-from calibatt.methods.budget.learner import BudgetLearner, video_part
+from calibatt.methods.budget.learner import BudgetLearner
+from calibatt.methods.facts import read_settings
 from calibatt.methods.learning import Learnt
 
 # multiples of the golden ratio, modulo 1, are spread more evenly than those of any other number
@@ -115,7 +116,7 @@ def tallies(
     Args:
         learnt: by a `BudgetLearner`.
     """
-    block = BudgetLearner.from_settings(learnt.settings).block
+    block = read_settings(BudgetLearner, learnt.settings).block
     geometry, levels = learnt.provenance.geometry, learnt.tables["levels"]
     rows, columns = (video_blocks(geometry, size) for size in block)
     sizes_q, sizes_k = (
@@ -128,7 +129,7 @@ def tallies(
     parts = [(down, across) for down in (slice(-1), slice(-1, None)) for across in (slice(-1), slice(-1, None))]
     for step in range(len(counts)):
         for layer in range(counts.shape[1]):
-            site = video_part(levels[step, layer], rows, columns)
+            site = video_part(levels[step, layer], geometry, block)
             for down, across in parts:
                 some = site[:, down, across].flatten().bincount(minlength=LEVELS).cpu()
                 counts[step, layer] += some

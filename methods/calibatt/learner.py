@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Integer, Shaped
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.mask import block_count, packed, unpacked
+from calibatt.kernels.mask import packed, unpacked
 from calibatt.kernels.plan import anchor_rows
-from calibatt.methods.blocks import video_blocks
+from calibatt.methods.blocks import video_blocks, video_table
 from calibatt.methods.calibatt.levels import MOST_LEVEL, common_levels, loss_levels
 from calibatt.methods.calibatt.repetition import row_similarity
 from calibatt.methods.calibatt.schedule import Schedule
 from calibatt.methods.energy import block_energy
-from calibatt.methods.facts import read_facts
 from calibatt.methods.selection import top_p
 from calibatt.methods.site import Site
 
@@ -65,15 +61,6 @@ class CalibAttLearner:
         if self.similarity_prompts is not None and self.similarity_prompts < 1:
             raise ValueError(f"repetition needs at least one prompt: got similarity_prompts={self.similarity_prompts}")
 
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> CalibAttLearner:
-        """The learner whose `settings_of` these are.
-
-        Raises:
-            ValueError: a setting is missing, unknown, of another type or out of range.
-        """
-        return read_facts(cls, json.dumps(dict(settings)))
-
     def note(
         self,
         q: Float[Tensor, "heads tokens head_dim"],
@@ -99,13 +86,13 @@ class CalibAttLearner:
             # a row whose attention all goes to text has no energy here, and so no order
             energy = energy.clamp(min=torch.finfo(energy.dtype).tiny)
         mass = (self.schedule or Schedule.many_step(geometry.video_tokens)).mass(site.step, site.steps)
-        notes = {"bits": packed(self._table(top_p(energy, mass), geometry, left_over=True))}
+        notes = {"bits": packed(video_table(top_p(energy, mass), geometry, self.block, left_over=True))}
         if self.similarity_prompts is None or prompt < self.similarity_prompts:
             notes["similarity"] = row_similarity(q, k, geometry, anchor_rows(geometry.grid[1], self.anchors))
         else:
             notes["similarity"] = q.new_zeros(geometry.heads, dtype=torch.float32)
         if self.levels:
-            notes["levels"] = self._table(loss_levels(energy, mass), geometry, left_over=MOST_LEVEL)
+            notes["levels"] = video_table(loss_levels(energy, mass), geometry, self.block, left_over=MOST_LEVEL)
         return notes
 
     def merge(self, notes: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -133,13 +120,6 @@ class CalibAttLearner:
         if self.levels:
             merged["levels"] = common_levels(torch.stack([note["levels"] for note in notes]), needed)
         return merged
-
-    def _table(self, part: Tensor, geometry: Geometry, *, left_over: int) -> Shaped[Tensor, "heads q_blocks k_blocks"]:
-        """What is known of the blocks without text, in a table for the video alone."""
-        blocks = [block_count(geometry.video_tokens, size) for size in self.block]
-        table = part.new_full((geometry.heads, *blocks), left_over)
-        table[:, : part.shape[1], : part.shape[2]] = part
-        return table
 
 
 def votes_needed(prompts: int, rho: float) -> int:

@@ -18,6 +18,7 @@ from calibatt.methods.base import Knob, Method
 from calibatt.methods.calibatt.learner import CalibAttLearner
 from calibatt.methods.calibatt.plans import Plans
 from calibatt.methods.calibatt.schedule import Schedule
+from calibatt.methods.facts import read_settings
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
 
@@ -94,7 +95,7 @@ class CalibAtt(Method):
     @classmethod
     def settled(cls, config: CalibAttConfig, learnt: Learnt) -> CalibAttConfig:
         """The config with the learner's settings as they were when it learnt."""
-        own = CalibAttLearner.from_settings(learnt.settings)
+        own = read_settings(CalibAttLearner, learnt.settings)
         return replace(config, **{field.name: getattr(own, field.name) for field in fields(own)})
 
     @classmethod
@@ -104,7 +105,7 @@ class CalibAtt(Method):
         Raises:
             ValueError: one line that names the setting or the table.
         """
-        learner = CalibAttLearner.from_settings(learnt.settings)
+        learner = read_settings(CalibAttLearner, learnt.settings)
         geometry, tables = learnt.provenance.geometry, learnt.tables
         if learner.anchors >= geometry.grid[1]:
             raise ValueError(f"anchors: a frame of {geometry.grid[1]} rows has fewer than {learner.anchors} of them")
@@ -114,14 +115,7 @@ class CalibAtt(Method):
             "agreement": (torch.float32, (geometry.heads,)),
             "similarity": (torch.float32, (geometry.heads,)),
         } | ({"levels": (torch.uint8, (geometry.heads, q_blocks, k_blocks))} if learner.levels else {})
-        if tables.keys() != expected.keys():
-            raise ValueError(f"tables: CalibAtt has {', '.join(expected)}, not {', '.join(tables) or 'none'}")
-        for name, (dtype, shape) in expected.items():
-            table = tables[name]
-            if table.dtype != dtype or tuple(table.shape[2:]) != shape:
-                raise ValueError(
-                    f"{name}: {list(shape)} of {dtype} at every site, not {list(table.shape[2:])} of {table.dtype}"
-                )
+        learnt.check_tables(cls.label, expected)
         for name in ("agreement", "similarity"):
             # both are 0 to 1, but for rounding
             if not bool(((tables[name] >= -1e-3) & (tables[name] <= 1 + 1e-3)).all()):

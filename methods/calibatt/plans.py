@@ -12,9 +12,10 @@ from torch import Tensor
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count, packed, unpacked
 from calibatt.kernels.plan import HeadKind, Plan, RowReuse, anchor_rows
-from calibatt.methods.blocks import text_blocks, video_blocks
+from calibatt.methods.blocks import text_blocks, video_blocks, video_part
 from calibatt.methods.calibatt.learner import CalibAttLearner
 from calibatt.methods.calibatt.levels import keep_at
+from calibatt.methods.facts import read_settings
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
 
@@ -95,7 +96,7 @@ class Plans:
             table = unpacked(bits, block_count(geometry.video_tokens, block_k))
             rows, columns = (video_blocks(geometry, size) for size in self._learner.block)
             keep = text_blocks(geometry, self._learner.block, bits.device).repeat(len(bits), 1, 1)
-            keep[:, rows, columns] = table[:, : rows.stop - rows.start, : columns.stop - columns.start]
+            keep[:, rows, columns] = video_part(table, geometry, self._learner.block)
             bits = packed(keep)
         return BlockMask(bits=bits, tokens=geometry.tokens, block_q=block_q, block_k=block_k)
 
@@ -118,7 +119,7 @@ class Plans:
 
     @cached_property
     def _learner(self) -> CalibAttLearner:
-        return CalibAttLearner.from_settings(self.learnt.settings)
+        return read_settings(CalibAttLearner, self.learnt.settings)
 
     @cached_property
     def _reuses(self) -> dict[tuple[int, torch.device], RowReuse]:

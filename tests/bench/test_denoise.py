@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import weakref
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 
 from calibatt.bench.cells import DENSE, Arm
 from calibatt.bench.observers import PlanSummary
+from calibatt.bench.record import Record
 from calibatt.bench.suites.denoise import run
 from calibatt.bench.suites.suite import Kept
 from calibatt.bench.video import Rounds, in_order
@@ -198,16 +198,20 @@ def test_an_arm_that_has_failed_is_not_tried_again_in_any_later_run(fakes: Any, 
     def arms(lasts: int | None = None) -> list[Arm]:
         return [fakes.arm("dense", lasts=lasts), fakes.arm("small")]
 
+    def once(arms: list[Arm]) -> dict[Arm, Record]:
+        return dict(run(fakes.context(prompts=5), arms, rounds=5, artifacts=None, kept=disk.session()))
+
     fails = arms(lasts)
     with pytest.raises(Killed):
-        dict(run(fakes.context(prompts=5), fails, rounds=5, artifacts=None, kept=disk.session()))
-    # twice: what the second run keeps has to tell the third one
-    for writes in (2, None):
-        disk.lasts = writes
-        later = arms()
-        with pytest.raises(Killed) if writes else contextlib.nullcontext():
-            records = dict(run(fakes.context(prompts=5), later, rounds=5, artifacts=None, kept=disk.session()))
-        assert fakes.kernels[DENSE].calls == 0
+        once(fails)
+    # what the second run keeps has to tell the third one
+    disk.lasts, second = 2, arms()
+    with pytest.raises(Killed):
+        once(second)
+    assert fakes.kernels[DENSE].calls == 0
+    disk.lasts, later = None, arms()
+    records = once(later)
+    assert fakes.kernels[DENSE].calls == 0
     assert records[DENSE].outcome == "out_of_memory"
     assert "allocate 2 GiB" in (records[DENSE].reason or "")
     assert (len(records[later[1]].samples_s or ()), records[later[1]].psnr_db) == (5, None)

@@ -21,6 +21,7 @@ from calibatt.methods.budget.importance import ALWAYS, LEVELS, importance, looke
 from calibatt.methods.budget.learner import BudgetLearner
 from calibatt.methods.budget.method import Budget, BudgetConfig
 from calibatt.methods.budget.spending import Cut, alike_rows, scores
+from calibatt.methods.facts import read_settings
 from calibatt.methods.learning import CalibrationMismatch, Learnt
 from calibatt.methods.site import Site
 
@@ -440,6 +441,6 @@ def test_tables_that_budget_cannot_have_learnt_are_refused_by_name(
 
 def test_a_learner_is_read_from_its_settings(learn: Learn) -> None:
     learnt = learnt_from(learn, config())
-    assert BudgetLearner.from_settings(learnt.settings) == config().learner()
+    assert read_settings(BudgetLearner, learnt.settings) == config().learner()
     with pytest.raises(ValueError, match="over_prompts"):
         Budget.check_tables(replace(learnt, settings={**learnt.settings, "over_prompts": "least"}))

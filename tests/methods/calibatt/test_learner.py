@@ -20,6 +20,7 @@ from calibatt.methods.calibatt.levels import loss_levels
 from calibatt.methods.calibatt.repetition import row_similarity
 from calibatt.methods.calibatt.schedule import Schedule
 from calibatt.methods.energy import block_energy
+from calibatt.methods.facts import read_settings
 from calibatt.methods.learning import settings_of
 from calibatt.methods.selection import top_p
 
@@ -175,8 +176,8 @@ def test_settings_out_of_range_are_refused(learner: Made, wrong: dict[str, Any])
 
 def test_a_learner_comes_back_from_its_settings(learner: Made) -> None:
     one = learner(levels=True, similarity_prompts=3)
-    assert CalibAttLearner.from_settings(settings_of(one)) == one
-    assert CalibAttLearner.from_settings(settings_of(learner(schedule=None))) == learner(schedule=None)
+    assert read_settings(CalibAttLearner, settings_of(one)) == one
+    assert read_settings(CalibAttLearner, settings_of(learner(schedule=None))) == learner(schedule=None)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_a_learner_comes_back_from_its_settings(learner: Made) -> None:
 )
 def test_settings_that_no_learner_has_are_refused_by_name(learner: Made, change: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says) as error:
-        CalibAttLearner.from_settings({**settings_of(learner()), **change})
+        read_settings(CalibAttLearner, {**settings_of(learner()), **change})
     assert "\n" not in str(error.value)
 
 
