@@ -1,4 +1,4 @@
-"""Block energy: how much attention mass falls in each block, without ever holding all of the attention."""
+"""Attention mass: how much falls in each block, how few keys hold most of it; never is all of the attention held."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from calibatt.methods.blocks import block_sums
 
 # attention weights held at a time: 256 MiB in fp32, enough to keep a GPU busy with one launch
 CHUNK = 2**26
+# weights sorted at a time: with their places and running sums 0.8 GB
+_SORTED = 2**25
 
 
 def block_energy(
@@ -94,3 +96,26 @@ def exponentials(
     scores -= scores.amax(-1, keepdim=True)
     scores *= 1 / math.sqrt(q.shape[-1])
     return scores.exp_()
+
+
+def needed_share(
+    q: Float[Tensor, "heads queries head_dim"], k: Float[Tensor, "heads keys head_dim"], coverage: float
+) -> Float[Tensor, "heads"]:
+    """The smallest share of keys that holds so much of a query's attention, mean over the queries.
+
+    Args:
+        q: some queries.
+        k: all keys.
+        coverage: the share of attention, 0 to 1.
+    """
+    heads, queries, channels = q.shape
+    keys = k.shape[1]
+    at_once = max(1, _SORTED // (heads * keys))
+    counts = torch.zeros(heads, dtype=torch.int64, device=q.device)
+    for first in range(0, queries, at_once):
+        weights = (products(q[:, first : first + at_once], k) / math.sqrt(channels)).softmax(-1)
+        reached = weights.sort(dim=-1, descending=True).values.cumsum(-1)
+        # keys that fall short, and the one that does not
+        needed = (reached < coverage * reached[..., -1:]).sum(-1) + 1
+        counts += needed.clamp(max=keys).sum(-1)
+    return (counts.double() / (queries * keys)).float()

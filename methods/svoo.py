@@ -39,15 +39,13 @@ from calibatt.methods.clusters import (
     random_tokens,
     seriate,
 )
-from calibatt.methods.energy import products
+from calibatt.methods.energy import needed_share
 from calibatt.methods.learning import Learnt
 from calibatt.methods.selection import top_p
 from calibatt.methods.site import Branch, Site
 
 # the table's name in what was learnt
 _SHARE = "share"
-# scores held at a time while learning, 128 MiB in fp32: 128 queries of 3 heads of a 720p Wan video (75,600 tokens)
-_CHUNK = 2**25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,29 +238,6 @@ class ShareLearner:
         shares = torch.stack([note[_SHARE] for note in notes]).double()
         deviation = shares.std(0) if len(shares) > 1 else torch.zeros_like(shares[0])
         return {_SHARE: (shares.mean(0) + self.deviations * deviation).float()}
-
-
-def needed_share(
-    q: Float[Tensor, "heads queries head_dim"], k: Float[Tensor, "heads keys head_dim"], coverage: float
-) -> Float[Tensor, "heads"]:
-    """The smallest share of keys that holds so much of a query's attention, mean over the queries.
-
-    Args:
-        q: some queries.
-        k: all keys.
-        coverage: the share of attention, 0 to 1.
-    """
-    heads, queries, channels = q.shape
-    at_once = max(1, _CHUNK // (queries * k.shape[1]))
-    shares = []
-    for first in range(0, heads, at_once):
-        some = slice(first, first + at_once)
-        weights = (products(q[some], k[some]) / math.sqrt(channels)).softmax(-1)
-        reached = weights.sort(dim=-1, descending=True).values.cumsum(-1)
-        # keys that fall short, and the one that does not
-        counts = (reached < coverage * reached[..., -1:]).sum(-1) + 1
-        shares.append(counts.clamp(max=k.shape[1]).float().mean(-1) / k.shape[1])
-    return torch.cat(shares)
 
 
 def cocluster(

@@ -1,4 +1,4 @@
-"""Block energy against softmax written out in fp64."""
+"""Block energy against softmax written out in fp64, and how many keys hold most of the attention."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from calibatt.methods import energy
-from calibatt.methods.energy import block_energy
+from calibatt.methods.energy import block_energy, needed_share
 
 
 def brute_force(q: Tensor, k: Tensor, block_q: int, block_k: int) -> Tensor:
@@ -46,6 +46,39 @@ def test_the_size_of_the_chunks_does_not_matter(monkeypatch: pytest.MonkeyPatch)
     whole = block_energy(q, k, block_q=64, block_k=64)
     monkeypatch.setattr(energy, "CHUNK", 3 * 64 * 1000)
     torch.testing.assert_close(block_energy(q, k, block_q=64, block_k=64), whole)
+
+
+def by_weight(weights: list[list[float]]) -> tuple[Tensor, Tensor]:
+    """A query for each row of weights, which are its attention to as many keys."""
+    scores = torch.tensor(weights, dtype=torch.float64).log().float()
+    keys = scores.shape[1]
+    return math.sqrt(keys) * scores[None], torch.eye(keys)[None]
+
+
+def test_the_share_is_of_the_fewest_keys_that_reach_the_coverage() -> None:
+    q, k = by_weight([[0.05, 0.8, 0.1, 0.05], [0.25, 0.25, 0.25, 0.25], [0.96, 0.02, 0.01, 0.01]])
+    # three, four and one of four keys hold 0.92; two, three and one hold 0.7
+    assert needed_share(q, k, 0.92).item() == pytest.approx((3 + 4 + 1) / 3 / 4)
+    assert needed_share(q, k, 0.7).item() == pytest.approx((1 + 3 + 1) / 3 / 4)
+    assert needed_share(q, k, 1.0).item() == 1
+
+
+def test_uniform_attention_needs_as_many_keys_as_mass_and_one_hot_attention_one_key() -> None:
+    keys = 999
+    q, k = torch.zeros(1, 7, 8), torch.randn(1, keys, 8)
+    # 949.05 keys hold 0.95: 950, and sums in fp32 may end one earlier or later
+    assert needed_share(q, k, 0.95).item() == pytest.approx(950 / keys, abs=1.1 / keys)
+    one_hot = 1e4 * torch.eye(keys)[None]
+    assert needed_share(one_hot, torch.eye(keys)[None], 0.95).item() == pytest.approx(1 / keys)
+
+
+def test_queries_taken_in_parts_need_the_same_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = torch.randn(2, 2, 1000, 8)
+    q = q * torch.tensor([1.0, 4.0])[:, None, None]
+    whole = needed_share(q[:, :50], k, 0.95)
+    monkeypatch.setattr(energy, "_SORTED", 7 * 2 * 1000)
+    torch.testing.assert_close(needed_share(q[:, :50], k, 0.95), whole)
+    assert whole[0] != whole[1]
 
 
 @pytest.mark.gpu

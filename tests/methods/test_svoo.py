@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,9 +13,10 @@ from torch import Tensor
 from calibatt.kernels.geometry import Geometry
 from calibatt.methods import svoo
 from calibatt.methods.clusters import random_tokens
+from calibatt.methods.energy import needed_share
 from calibatt.methods.learning import Learner, Learnt
 from calibatt.methods.site import Site
-from calibatt.methods.svoo import Svoo, SvooConfig, cocluster, needed_share
+from calibatt.methods.svoo import Svoo, SvooConfig, cocluster
 
 # 1280 tokens: 20 clusters of 64
 GEOMETRY = Geometry(grid=(5, 16, 16), heads=2, head_dim=8)
@@ -71,29 +71,6 @@ def made_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
-
-
-def by_weight(weights: list[list[float]]) -> tuple[Tensor, Tensor]:
-    """A query for each row of weights, which are its attention to as many keys."""
-    scores = torch.tensor(weights, dtype=torch.float64).log().float()
-    keys = scores.shape[1]
-    return math.sqrt(keys) * scores[None], torch.eye(keys)[None]
-
-
-def test_the_share_is_of_the_fewest_keys_that_reach_the_coverage() -> None:
-    q, k = by_weight([[0.05, 0.8, 0.1, 0.05], [0.25, 0.25, 0.25, 0.25], [0.96, 0.02, 0.01, 0.01]])
-    # three, four and one of four keys hold 0.92; two, three and one hold 0.7
-    assert needed_share(q, k, 0.92).item() == pytest.approx((3 + 4 + 1) / 3 / 4)
-    assert needed_share(q, k, 0.7).item() == pytest.approx((1 + 3 + 1) / 3 / 4)
-    assert needed_share(q, k, 1.0).item() == 1
-
-
-def test_heads_taken_in_parts_need_the_same_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k = noise()
-    whole = needed_share(q[:, :50], k, 0.95)
-    monkeypatch.setattr(svoo, "_CHUNK", 1)
-    torch.testing.assert_close(needed_share(q[:, :50], k, 0.95), whole)
-    assert whole[0] != whole[1]
 
 
 def test_the_table_is_the_mean_over_videos_and_so_many_deviations_more() -> None:
