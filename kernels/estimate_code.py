@@ -1,4 +1,4 @@
-"""Device code of estimates: attention mass of blocks, cosines, and k-means. `kernels/estimates.py` launches it."""
+"""Device code of estimates: attention mass of blocks, cosines, k-means, and blocks left out one by one. `kernels/estimates.py` launches it."""
 
 from __future__ import annotations
 
@@ -225,3 +225,31 @@ def alike_blocks(
     tl.store(means + (head * blocks + block) * HEAD_DIM + channel, sums / size)
     directions /= size
     tl.store(alike + head * blocks + block, tl.sum(directions * directions, 0))
+
+
+@triton.jit
+def eliminate(gram, mass, whole, grown, items, least, BLOCKS: tl.constexpr):
+    """One row of blocks: leave out the block that costs least, again and again, and say what each cost."""
+    row = tl.program_id(0).to(tl.int64)
+    gram += row * items * items
+    item = tl.arange(0, BLOCKS)
+    live = item < items
+    own = tl.load(gram + item * items + item, mask=live, other=0)
+    share = tl.load(mass + row * items + item, mask=live, other=0)
+    # with all that is left out so far: products of each block with it, its squared length, its mass, the error
+    product = tl.zeros([BLOCKS], tl.float32)
+    length, gone, error, most = 0.0, 0.0, 0.0, 0.0
+    for _ in range(items - 1):
+        lengths = length + 2 * product + own
+        left = tl.maximum(1 - gone - share, least)
+        errors = tl.where(live, lengths / (left * left), float("inf"))
+        next_error, next_item = tl.min(errors, return_indices=True, axis=0)
+        most = tl.maximum(most, next_error - error)
+        tl.store(grown + row * items + next_item, most)
+        chosen = item == next_item
+        error, length = next_error, tl.sum(tl.where(chosen, lengths, 0))
+        gone += tl.sum(tl.where(chosen, share, 0))
+        live &= item != next_item
+        product += tl.load(gram + next_item * items + item, mask=item < items, other=0)
+    last = tl.maximum(most, tl.load(whole + row) - error)
+    tl.store(grown + row * items + item, last, mask=live)

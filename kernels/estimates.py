@@ -1,4 +1,4 @@
-"""What methods estimate by, fused for a GPU: mass and likeness of blocks, cosines of attention weights, clusters.
+"""What methods estimate by, fused for a GPU: mass and likeness of blocks, cosines, clusters, blocks left out one by one.
 
 Plain torch passes over memory between a product and what is made of it, which costs many times the product. A method
 has the same in torch, for whatever this does not take.
@@ -87,14 +87,27 @@ def takes_mass(q: Tensor, block_k: int) -> bool:
     return _on_device(q) and q.shape[-1] % _STEP == 0 and block_k % _LEAST_KEYS == 0
 
 
+def takes_rows(gram: Tensor) -> bool:
+    """Whether the device code eliminates these rows.
+
+    Args:
+        gram: [rows, blocks, blocks] in fp32.
+    """
+    return gram.is_cuda and _has_triton()
+
+
 def _on_device(x: Tensor) -> bool:
     return (
         x.is_cuda
         and x.dtype in (torch.bfloat16, torch.float16)
         # older tensor cores have no bf16
         and compute_capability(x.device) >= (8, 0)
-        and importlib.util.find_spec("triton") is not None
+        and _has_triton()
     )
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def block_mass(
@@ -261,3 +274,31 @@ def alike_blocks(
         HEAD_DIM=head_dim,
     )  # fmt: skip
     return means, alike
+
+
+def eliminate(
+    gram: Float[Tensor, "rows blocks blocks"],
+    mass: Float[Tensor, "rows blocks"],
+    whole: Float[Tensor, "rows"],
+    *,
+    least: float,
+) -> Float[Tensor, "rows blocks"]:
+    """Greedy backward elimination of the blocks of each row, a program a row; see `budget.importance.eliminated`.
+
+    As launches, a hundred blocks would be a thousand of them.
+
+    Args:
+        gram, mass, whole: in fp32, where `takes_rows` holds.
+        least: mass that is counted as left at least.
+    """
+    import triton
+
+    from calibatt.kernels import estimate_code
+
+    rows, blocks = mass.shape
+    grown = torch.empty_like(mass, memory_format=torch.contiguous_format)
+    estimate_code.eliminate[(rows,)](
+        gram.contiguous(), mass.contiguous(), whole.contiguous(), grown, blocks, least,
+        BLOCKS=triton.next_power_of_2(blocks),
+    )  # fmt: skip
+    return grown

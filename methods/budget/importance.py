@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
 
+from calibatt.kernels import estimates
 from calibatt.kernels.mask import block_count, block_sizes
 from calibatt.methods.energy import CHUNK, exponentials
 
@@ -17,6 +18,8 @@ ALWAYS = LEVELS - 1
 PER_OCTAVE = 4
 # level 1 is 2⁻⁴⁸, the square of fp32's rounding: smaller changes of an output are lost in it; level 254 is 2^15.25
 _LEAST = -48.0
+# attention that counts as left at least: a hundred roundings of fp32 of a sum of a few hundred masses
+_LEAST_LEFT = 1e-4
 
 
 def importance(
@@ -26,7 +29,9 @@ def importance(
     *,
     block: tuple[int, int],
     queries: int,
-) -> Float[Tensor, "heads q_blocks k_blocks"]:
+    together: bool = True,
+    columns: slice = slice(None),
+) -> Float[Tensor, "heads q_blocks columns"]:
     """How much outputs move without each block: squared, mean over its queries, and relative to the layer's outputs.
 
     Computed in fp32, some query blocks of one head at a time.
@@ -35,13 +40,17 @@ def importance(
         q, k, v: what attention sees.
         block: tokens of a query and of a key block.
         queries: of each query block that are looked at.
+        together: whether a block counts beside those that are left out before it, by `eliminated`; otherwise alone, to
+            first order in its attention.
+        columns: key blocks that can be left out; the others always count as computed.
     """
     (heads, tokens, channels), (block_q, block_k) = q.shape, block
     place, real = looked_at(tokens, block_q, queries, q.device)
     blocks, left_over = block_count(tokens, block_k), -tokens % block_k
-    moved = q.new_empty(heads, len(place), blocks, dtype=torch.float32)
+    moved = q.new_empty(heads, len(place), len(range(blocks)[columns]), dtype=torch.float32)
     squares = q.new_zeros((), dtype=torch.float32)
-    at_once = max(1, CHUNK // (place.shape[1] * blocks * max(block_k, channels)))
+    width = max(place.shape[1] * max(block_k, channels), blocks)
+    at_once = max(1, CHUNK // (blocks * width))
     for head in range(heads):
         values = pad(v[head].float(), (0, 0, 0, left_over)).view(blocks, block_k, channels)
         for some in torch.arange(len(place), device=q.device).split(at_once):
@@ -49,15 +58,54 @@ def importance(
             weights /= weights.sum(-1, keepdim=True)
             by_block = pad(weights, (0, left_over)).view(-1, blocks, block_k).transpose(0, 1)
             parts = by_block @ values
-            out = parts.sum(0)
+            out, mass = parts.sum(0), by_block.sum(-1)
             # in place, since the parts are as large as the weights
-            parts.addcmul_(by_block.sum(-1, keepdim=True), out, value=-1)
+            parts = parts.addcmul_(mass[..., None], out, value=-1)[columns]
             counted = real[some]
-            of_query = parts.square_().sum(-1).view(blocks, *counted.shape) * counted
-            moved[head, some] = (of_query.sum(-1) / counted.sum(-1)).T
-            squares += (out.square().sum(-1) * counted.flatten()).sum()
+            share = counted / counted.sum(-1, keepdim=True)
+            square = out.square().sum(-1).view(share.shape)
+            if together:
+                each = parts.view(len(parts), *share.shape, channels).mul_(share.sqrt()[..., None])
+                rows = each.transpose(0, 1).flatten(2)
+                mean_mass = (mass[columns].view(len(parts), *share.shape) * share).sum(-1).T
+                moved[head, some] = eliminated(rows @ rows.mT, mean_mass, (square * share).sum(-1))
+            else:
+                moved[head, some] = (parts.square_().sum(-1).view(len(parts), *share.shape) * share).sum(-1).T
+            squares += (square * counted).sum()
     mean = squares / (heads * real.sum())
     return moved / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+
+
+def eliminated(
+    gram: Float[Tensor, "rows blocks blocks"], mass: Float[Tensor, "rows blocks"], whole: Float[Tensor, "rows"]
+) -> Float[Tensor, "rows blocks"]:
+    """By how much a row's error grows with each block, when the one that costs least is left out again and again.
+
+    Greedy backward elimination. Where S is left out and the rest renormalised, an output moves by Σ_{c∈S} (a_c − p_c·o)
+    over the attention that is left, 1 − Σ p_c: movements of several blocks add up or cancel. No block costs less than
+    one before it: a cheaper one that comes later could only be left out with that.
+
+    Args:
+        gram: inner products of the movements a_c − p_c·o of each two blocks, mean over the queries of the row.
+        mass: attention p to each block, likewise.
+        whole: squared outputs, likewise: the error without any block.
+    """
+    if estimates.takes_rows(gram):
+        return estimates.eliminate(gram, mass, whole, least=_LEAST_LEFT)
+    row = torch.arange(len(mass), device=mass.device)
+    own = gram.diagonal(dim1=1, dim2=2)
+    product, grown, gone = torch.zeros_like(mass), torch.empty_like(mass), torch.zeros_like(mass, dtype=torch.bool)
+    length, error, most, lost = torch.zeros(4, len(mass), device=mass.device)
+    for _ in range(mass.shape[1] - 1):
+        lengths = length[:, None] + 2 * product + own
+        left = (1 - lost[:, None] - mass).clamp(min=_LEAST_LEFT)
+        errors = (lengths / left.square()).masked_fill_(gone, torch.inf)
+        next_error, block = errors.min(-1)
+        most = torch.maximum(most, next_error - error)
+        grown[row, block], gone[row, block] = most, True
+        error, length, lost = next_error, lengths[row, block], lost + mass[row, block]
+        product += gram[row, block]
+    return torch.where(gone, grown, torch.maximum(most, whole - error)[:, None])
 
 
 def looked_at(
