@@ -80,15 +80,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Only what -k and the like have left will be measured; a lack of prompts is one line and exit code 4."""
+    """Only what -k and the like have left will be measured; what that lacks is one line and exit code 4."""
     bench = session.config.stash[_SESSION]
-    for item in session.items:
-        cell = _cell(item)
-        try:
+    try:
+        for item in session.items:
+            cell = _cell(item)
             if cell is not None:
                 bench.choose(*cell)
-        except ValueError as error:
-            raise pytest.UsageError(str(error)) from None
+        bench.check()
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def pytest_runtestloop(session: pytest.Session) -> None:

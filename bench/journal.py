@@ -1,33 +1,82 @@
 """What a run has measured so far, on disk: a run that is stopped, however abruptly, goes on from there.
 
 A line of JSON each: first what the run is, then records as they are measured; before those of whole videos, which take
-long, their rounds. Once the run's own file is written, there is no more need of it.
+long, their rounds; and before these what the arms are prepared with: turned knobs, and what was learnt, whose files lie
+in a folder beside. Once the run's own file is written, there is no more need of it all.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from calibatt.bench.record import Record, Suite
 from calibatt.bench.video import Rounds
+from calibatt.methods.facts import read_facts
 
-_SCHEMA = "calibatt-partial-2"
+_SCHEMA = "calibatt-partial-3"
 
 
 class UnusableJournal(ValueError):
     """A file that this run cannot go on from; the message is one line that says why and what to do."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnedKnob:
+    """Where an arm's knob was turned to on a workload.
+
+    Args:
+        workload, arm, kernel: whose it is, by name.
+        value: of the knob; None where it cannot be turned.
+        reason: why it cannot; None where it was.
+
+    Raises:
+        ValueError: there are both, or neither.
+    """
+
+    workload: str
+    arm: str
+    kernel: str
+    value: float | None = None
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.value is None) == (self.reason is None):
+            raise ValueError("a knob has a value, or a reason why it has none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearntFile:
+    """A file of what was learnt on a workload.
+
+    Args:
+        workload, lesson: what was learnt, by name.
+        sha256: of the file, in hex.
+        seconds: that learning took.
+    """
+
+    workload: str
+    lesson: str
+    sha256: str
+    seconds: float
+
+
 class Journal:
-    """Records of a run, kept one by one, and rounds of those that are under way.
+    """Records of a run, kept one by one, rounds of those that are under way, and what these were prepared with.
 
     Args:
         path: the file; it is written when something is first kept.
         run: what must be the same for two runs to be one, by name: JSON values.
+
+    Attributes:
+        found, rounds, knobs, learnt: what the file had when it was opened, and what was turned and learnt since.
+        folder: for files that are too large for lines; made by whoever writes the first of them.
 
     Raises:
         UnusableJournal: the file is another run's, or damaged.
@@ -36,8 +85,13 @@ class Journal:
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
         self.path = path
+        self.folder = path.with_suffix(".learnt")
         self.found: dict[tuple[str, str], Record] = {}
         self.rounds: dict[tuple[str, str], list[Rounds]] = {}
+        self.knobs: dict[tuple[str, str, str], TurnedKnob] = {}
+        self.learnt: dict[tuple[str, str], LearntFile] = {}
+        # workloads of which something that their rounds depend on could not be kept
+        self._lacking: set[str] = set()
         # as it comes back from the file
         self._run = json.loads(json.dumps({"schema": _SCHEMA, **run}))
         self._size = 0
@@ -64,12 +118,58 @@ class Journal:
             rounds: what came of it.
 
         Raises:
-            OSError: they cannot be written; the file is as it was.
+            OSError: they cannot be written, or what they were made with could not be; the file is as it was.
         """
+        if workload in self._lacking:
+            raise OSError(errno.ENOENT, "what it was made with is not either")
         self._append({"suite": suite, "workload": workload, **rounds.to_json()})
 
-    def _append(self, line: Mapping[str, Any]) -> None:
-        lines = [line] if self._size else [self._run, line]
+    def keep_preparation(self, kept: TurnedKnob | LearntFile) -> None:
+        """Add what rounds of a workload depend on; when this returns, it is on the disk.
+
+        Raises:
+            OSError: it cannot be written; the file is as it was.
+        """
+        self._append(asdict(kept))
+        self._take(kept)
+
+    def attempt(self, keep: Callable[[], None], what: str, log: Callable[[str], None]) -> bool:
+        """Keep something, or say why it is not kept, which is no reason to stop.
+
+        Args:
+            keep: writes it.
+            what: it is, for the line.
+            log: shows the line.
+
+        Returns:
+            Whether it is kept.
+        """
+        try:
+            keep()
+        except OSError as error:
+            log(f"{self.path}: {what} is not kept there ({error.strerror or error})")
+            return False
+        return True
+
+    def lack(self, workload: str) -> None:
+        """Keep no more rounds of a workload: without what they were made with, no run can go on from them."""
+        self._lacking.add(workload)
+
+    def begin(self) -> None:
+        """Have on the disk what the run is: from then on, what lies in the folder is this run's.
+
+        Raises:
+            OSError: it cannot be written, or what another run has left in the folder cannot be deleted.
+        """
+        if not self._size:
+            self._append()
+
+    def _append(self, *lines: Mapping[str, Any]) -> None:
+        if not self._size:
+            # of a run whose file was deleted
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            lines = (self._run, *lines)
         content = "".join(json.dumps(one) + "\n" for one in lines).encode()
         with self.path.open("ab") as file:
             # half a line, of a run that was stopped while it wrote
@@ -85,6 +185,8 @@ class Journal:
 
     def remove(self) -> None:
         """Forget everything: the run's own file is written."""
+        # before the file: nobody would look for a folder without one
+        shutil.rmtree(self.folder, ignore_errors=True)
         self.path.unlink(missing_ok=True)
 
     def _read(self, content: bytes) -> None:
@@ -99,16 +201,25 @@ class Journal:
                 if "rounds" in one:
                     place = one.pop("suite"), one.pop("workload")
                     self.rounds.setdefault(place, []).append(Rounds.from_json(one))
-                    continue
-                samples = one["samples_s"]
-                record = Record.from_extra_info(one["record"], None if samples is None else tuple(samples))
-                self.found[one["suite"], one["cell"]] = record
+                elif "arm" in one or "lesson" in one:
+                    text = json.dumps(one)
+                    self._take(read_facts(TurnedKnob, text) if "arm" in one else read_facts(LearntFile, text))
+                else:
+                    samples = one["samples_s"]
+                    record = Record.from_extra_info(one["record"], None if samples is None else tuple(samples))
+                    self.found[one["suite"], one["cell"]] = record
         except UnusableJournal:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             said = " ".join(f"{type(error).__name__}: {error}".split())
             raise UnusableJournal(f"{self.path} is damaged ({said:.200}): delete it to measure anew") from None
         self._size = len(whole)
+
+    def _take(self, kept: TurnedKnob | LearntFile) -> None:
+        if isinstance(kept, TurnedKnob):
+            self.knobs[kept.workload, kept.arm, kept.kernel] = kept
+        else:
+            self.learnt[kept.workload, kept.lesson] = kept
 
     def _check(self, run: Mapping[str, Any]) -> None:
         for name in dict.fromkeys([*self._run, *run]):

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from calibatt.bench.cells import Arm
+from calibatt.bench.preparation import Preparation
 from calibatt.bench.timer import timed
+from calibatt.calibration.artifact import Calibration
+from calibatt.calibration.collect import Run, notes_in
+from calibatt.calibration.files import UnusableCalibration
+from calibatt.calibration.videos import Videos
+from calibatt.kernels.base import Attender
 from calibatt.methods.base import Planner
 from calibatt.methods.catalogue import METHODS, learner, learns_from
-from calibatt.methods.learning import Learner, Learnt
+from calibatt.methods.learning import Learner, Learnt, settings_of
 
 # of the first calibration prompt's noise: far from those of the videos that are measured
 CALIBRATION_SEED = 10_000
@@ -35,6 +44,12 @@ class Lesson:
     block: tuple[int, int] | None = field(compare=False)
     settings: Mapping[str, Any] = field(compare=False)
 
+    @property
+    def name(self) -> str:
+        """Short, and the same in every run: the method and a digest of what its learner's result depends on."""
+        digest = hashlib.sha256(json.dumps(settings_of(self.learner), sort_keys=True).encode())
+        return f"{self.method}-{digest.hexdigest()[:8]}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prepared:
@@ -42,7 +57,7 @@ class Prepared:
 
     Args:
         calibration: what the arm's method is built with.
-        seconds: what learning it took here; None where it was made before.
+        seconds: that learning it took in this run, before it was stopped too; None where it was made outside of it.
     """
 
     calibration: Learnt
@@ -56,7 +71,7 @@ def block_of(arm: Arm, block: tuple[int, int]) -> tuple[int, int] | None:
     return None if arm.block == "native" else block
 
 
-def settings_of(arm: Arm) -> Mapping[str, Any]:
+def run_settings(arm: Arm) -> Mapping[str, Any]:
     """Settings of the arm's method that the run asks for: no dense steps of its own where all arms have the same."""
     return {} if arm.dense_steps is None else METHODS[arm.method].without_dense
 
@@ -73,7 +88,7 @@ def lesson_of(arm: Arm, block: tuple[int, int], *, turned: Collection[str] = (),
     Raises:
         ValueError: a setting contradicts the preset.
     """
-    own: dict[str, Any] = {**settings_of(arm), **settings}
+    own: dict[str, Any] = {**run_settings(arm), **settings}
     method = learns_from(arm.method, arm.preset, **own)
     if method is None:
         return None
@@ -91,11 +106,57 @@ def lesson_of(arm: Arm, block: tuple[int, int], *, turned: Collection[str] = (),
     return Lesson(method=method, learner=learns, preset=preset, block=own_block, settings=own)
 
 
+def learn(
+    lesson: Lesson,
+    videos: Videos,
+    *,
+    prompts: Sequence[str],
+    kernel: Attender,
+    device: torch.device,
+    folder: Path | None,
+    progress: bool = False,
+) -> tuple[float, Calibration]:
+    """Learn a lesson from dense videos.
+
+    Args:
+        lesson: what to learn.
+        videos: to learn from.
+        prompts: of the videos.
+        kernel: computes their attention.
+        device: where they are made.
+        folder: where the notes of each video are kept, and those of a run that was stopped lie; None keeps none.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Seconds that it took, those of videos that were made before included, and what was learnt.
+
+    Raises:
+        UnusableCalibration: the folder is that of another run, in use, or damaged.
+        ValueError: as for `calibrate_on`.
+        OSError: notes cannot be written.
+    """
+
+    def work() -> tuple[float, Calibration]:
+        run = Run.of(
+            videos, method=lesson.method, preset=lesson.preset, prompts=prompts, seed=CALIBRATION_SEED,
+            block=lesson.block, **lesson.settings,
+        )  # fmt: skip
+        with notes_in(folder) as place:
+            units = run.units(place)
+            before = units.seconds()
+            run.note(units, kernel=kernel, progress=progress)
+            return before, run.merge(units)
+
+    seconds, (before, learnt) = timed(device, work)
+    return before + seconds, learnt
+
+
 class Offline:
     """Makes what arms learn when it is first asked for, and keeps it.
 
     Args:
-        learn: learns a lesson.
+        learn: learns a lesson and says how many seconds it took; notes go into the folder, where there is one.
+        preparation: what a stopped run has learnt, and keeps what this one does.
         stored: loads what was learnt before and is to be used in place of it, wherever it is the same method's.
         log: says what is being learnt.
         device: where learning runs and its results go.
@@ -105,8 +166,9 @@ class Offline:
 
     def __init__(
         self,
-        learn: Callable[[Lesson], Learnt],
+        learn: Callable[[Lesson, Path | None], tuple[float, Calibration]],
         *,
+        preparation: Preparation,
         stored: Callable[[], Learnt] | None,
         log: Callable[[str], None],
         device: torch.device,
@@ -114,6 +176,7 @@ class Offline:
         turned: Collection[str] = (),
     ) -> None:
         self._learn = learn
+        self._preparation = preparation
         self._load = stored
         self._log = log
         self._device = device
@@ -139,7 +202,8 @@ class Offline:
             arm, settings: as for `lesson_of`.
 
         Raises:
-            ValueError: a setting contradicts the preset, or what is stored is for another pipeline.
+            ValueError: a setting contradicts the preset, what is stored is for another pipeline, or what a stopped run
+                has learnt is gone.
         """
         lesson = self.lesson(arm, **settings)
         if lesson is None:
@@ -149,8 +213,7 @@ class Offline:
         for known, prepared in self._made:
             if known == lesson:
                 return prepared
-        self._log(f"learning what {lesson.method}/{lesson.preset} needs")
-        seconds, learnt = timed(self._device, lambda: self._learn(lesson))
+        seconds, learnt = self._found(lesson) or self._learnt(lesson)
         self._made.append((lesson, Prepared(calibration=learnt.to(self._device), seconds=seconds)))
         return self._made[-1][1]
 
@@ -158,6 +221,26 @@ class Offline:
         """What it took here to learn what a method was built with; None where it learnt nothing, or before."""
         learnt = getattr(method, "learnt", None)
         return next((made.seconds for _, made in self._made if learnt is made.calibration), None)
+
+    def _found(self, lesson: Lesson) -> tuple[float, Calibration] | None:
+        found = self._preparation.learnt(lesson.name)
+        if found is not None:
+            self._log(f"what {lesson.method}/{lesson.preset} needs was learnt before")
+        return found
+
+    def _learnt(self, lesson: Lesson) -> tuple[float, Calibration]:
+        self._log(f"learning what {lesson.method}/{lesson.preset} needs")
+        folder = self._preparation.notes(lesson.name)
+        try:
+            seconds, learnt = self._learn(lesson, folder)
+        except (OSError, UnusableCalibration) as error:
+            if folder is None:
+                raise
+            # notes that cannot be written, or read, are no reason to stop
+            self._log(f"{error}: learning without keeping notes")
+            seconds, learnt = self._learn(lesson, None)
+        self._preparation.keep_learnt(lesson.name, seconds, learnt)
+        return seconds, learnt
 
     @cached_property
     def _stored(self) -> Learnt | None:

@@ -16,11 +16,11 @@ from calibatt.bench.cells import DENSE, Workload
 from calibatt.bench.console import Console
 from calibatt.bench.context import Context, spread, take_probes
 from calibatt.bench.observers import Probe
-from calibatt.bench.offline import CALIBRATION_SEED, Lesson, Offline
+from calibatt.bench.offline import Lesson, Offline, learn
+from calibatt.bench.preparation import Preparation
 from calibatt.bench.resampled import ResampledVideos
 from calibatt.bench.tuning import TUNING_SEED, Film, Tuner
 from calibatt.calibration.artifact import Calibration
-from calibatt.calibration.collect import calibrate_on
 from calibatt.calibration.videos import DenseVideos, Videos
 from calibatt.kernels.base import Kernel
 from calibatt.kernels.catalogue import KERNELS
@@ -56,13 +56,15 @@ class Prompts:
 
 
 def open_workload(
-    workload: Workload, prompts: Prompts, *, stored: Path | None, turned: Collection[str], console: Console
-) -> Context:
+    workload: Workload, prompts: Prompts, *, preparation: Preparation, stored: Path | None, turned: Collection[str],
+    console: Console,
+) -> Context:  # fmt: skip
     """What the arms of a workload share.
 
     Args:
         workload: what runs.
         prompts: of its videos.
+        preparation: what a stopped run has learnt and turned, and keeps what this one does.
         stored: a file of `calibatt calibrate`, to use in place of learning the same method here.
         turned: methods whose knob an arm of the workload turns.
         console: shows how far the work is.
@@ -85,12 +87,12 @@ def open_workload(
     first, heads = probes[0], probes[0].site.geometry.heads
     dense = fastest_dense(first.q, first.k, first.v, first.site.geometry, log=log)
     offline = Offline(
-        partial(_learn, videos, prompts.calibration, dense, console),
+        partial(_learn, workload, videos, prompts.calibration, dense, console), preparation=preparation,
         stored=None if stored is None else partial(_stored, stored, videos),
         log=log, device=workload.device, block=workload.block, turned=turned,
     )  # fmt: skip
     tuner = Tuner(
-        workload, offline=offline, probe=probes[-1],
+        workload, offline=offline, preparation=preparation, probe=probes[-1],
         tuning_probes=lambda: take_probes(videos, dense, prompts.tuning[0], shares, seed=TUNING_SEED), film=film,
         dense=dense, prompts=prompts.tuning, log=log,
     )  # fmt: skip
@@ -136,12 +138,14 @@ def _videos(workload: Workload) -> tuple[Film, Videos]:
     )  # fmt: skip
 
 
-def _learn(videos: Videos, prompts: Sequence[str], kernel: Kernel, console: Console, lesson: Lesson) -> Learnt:
+def _learn(
+    workload: Workload, videos: Videos, prompts: Sequence[str], kernel: Kernel, console: Console, lesson: Lesson,
+    folder: Path | None,
+) -> tuple[float, Calibration]:  # fmt: skip
     with console.open():
-        return calibrate_on(
-            videos, method=lesson.method, preset=lesson.preset, prompts=prompts, seed=CALIBRATION_SEED, kernel=kernel,
-            block=lesson.block, progress=True, **lesson.settings,
-        )  # fmt: skip
+        return learn(
+            lesson, videos, prompts=prompts, kernel=kernel, device=workload.device, folder=folder, progress=True
+        )
 
 
 def _stored(path: Path, videos: Videos) -> Learnt:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,13 @@ from calibatt.bench.context import Context
 from calibatt.bench.failure import guarded
 from calibatt.bench.journal import Journal
 from calibatt.bench.opening import Prompts, open_workload
+from calibatt.bench.preparation import Preparation
 from calibatt.bench.record import Record
 from calibatt.bench.record import Suite as SuiteName
 from calibatt.bench.suites.catalogue import SUITES
 from calibatt.bench.suites.suite import Job, Kept, Suite
 from calibatt.bench.tuning import TUNING_PROMPTS
-from calibatt.bench.video import Round, in_order
+from calibatt.bench.video import Round, Rounds, in_order
 from calibatt.models.shapes.entry import SHAPES
 
 
@@ -87,6 +88,16 @@ class BenchSession:
         if kept is not None:
             self._records[suite, cell] = kept
 
+    def check(self) -> None:
+        """Refuse, once every cell is chosen, to go on where what was learnt for the rounds of a stopped run is gone.
+
+        Raises:
+            UnusableJournal: a file is missing or damaged that is needed again.
+        """
+        for suite, workload in self._chosen:
+            if self._missing(suite, workload):
+                self._preparation(workload).check()
+
     def announce(self) -> None:
         """Say, before the first record, what was kept of a stopped run, or that nothing will be."""
         if self._journal is None:
@@ -126,11 +137,7 @@ class BenchSession:
 
     def _measure(self, suite: SuiteName, workload: Workload) -> None:
         """Measure what is missing of a suite on a workload."""
-        missing = [
-            arm
-            for arm in self._chosen[suite, workload]
-            if (suite, Cell(workload=workload, arm=arm)) not in self._records
-        ]
+        missing = self._missing(suite, workload)
         failure = guarded(partial(self._run, suite, workload, missing))
         if failure is None:
             return
@@ -140,6 +147,14 @@ class BenchSession:
             if (suite, cell) not in self._records:
                 facts = {**workload.facts(), **arm.facts(), "suite": suite}
                 self._keep(suite, cell, Record(**facts, outcome=failure.outcome, reason=failure.reason))
+
+    def _missing(self, suite: SuiteName, workload: Workload) -> list[AnyArm]:
+        """Arms that have no record yet."""
+        return [
+            arm
+            for arm in self._chosen[suite, workload]
+            if (suite, Cell(workload=workload, arm=arm)) not in self._records
+        ]
 
     # kernels that compile would otherwise do so a second time for the pipeline, which runs without gradients
     @torch.no_grad()
@@ -155,33 +170,30 @@ class BenchSession:
 
     def _keep(self, suite: SuiteName, cell: Cell, measured: Record) -> None:
         self._records[suite, cell] = measured
-        if self._journal is not None:
-            self._try(partial(self._journal.keep, suite, str(cell), measured), str(cell))
+        journal = self._journal
+        if journal is not None:
+            journal.attempt(partial(journal.keep, suite, str(cell), measured), str(cell), self._console.line)
 
     def _kept(self, suite: SuiteName, workload: Workload) -> Kept:
         """The rounds that a stopped run has finished, and where this one's go."""
         journal = self._journal
         if journal is None:
             return Kept()
-        return Kept(
-            found=self._rounds(suite, workload),
-            keep=lambda rounds: self._try(
-                partial(journal.keep_rounds, suite, str(workload), rounds), f"a round of {workload}"
-            ),
-        )
+
+        def keep(rounds: Rounds) -> None:
+            write = partial(journal.keep_rounds, suite, str(workload), rounds)
+            journal.attempt(write, f"a round of {workload}", self._console.line)
+
+        return Kept(found=self._rounds(suite, workload), keep=keep)
+
+    def _preparation(self, workload: Workload) -> Preparation:
+        """What a stopped run has prepared the workload's arms with, and where this one's goes."""
+        return Preparation(self._journal, str(workload), self._console.line)
 
     def _rounds(self, suite: SuiteName, workload: Workload) -> list[Round]:
         """The rounds that a stopped run has finished."""
         kept = [] if self._journal is None else self._journal.rounds.get((suite, str(workload)), [])
         return in_order(kept)[: self._settings.rounds]
-
-    def _try(self, keep: Callable[[], None], what: str) -> None:
-        """What cannot be kept is no reason to stop."""
-        try:
-            keep()
-        except OSError as error:
-            assert self._journal is not None
-            self._console.line(f"{self._journal.path}: {what} is not kept there ({error.strerror})")
 
     def _open(self, workload: Workload) -> Context:
         if self._opened is None or self._opened[0] != workload:
@@ -189,7 +201,8 @@ class BenchSession:
             self._opened = None
             context = open_workload(
                 workload, prompts_for(workload, self._settings, self._arms(workload)),
-                stored=self._settings.calibration, turned=self._turned(workload), console=self._console,
+                preparation=self._preparation(workload), stored=self._settings.calibration,
+                turned=self._turned(workload), console=self._console,
             )  # fmt: skip
             self._opened = (workload, context)
         return self._opened[1]

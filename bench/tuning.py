@@ -13,7 +13,8 @@ from torch import Tensor
 from calibatt.bench.cells import Arm, Workload
 from calibatt.bench.meter import Meter
 from calibatt.bench.observers import PlanSummary, Probe
-from calibatt.bench.offline import Offline, block_of, settings_of
+from calibatt.bench.offline import Offline, block_of, run_settings
+from calibatt.bench.preparation import Preparation
 from calibatt.bench.video_metrics import eight_bit, psnr_db
 from calibatt.kernels.base import Attender, Kernel, Task, Unsupported
 from calibatt.kernels.catalogue import KERNELS
@@ -116,6 +117,7 @@ class Tuner:
     Args:
         workload: where they run.
         offline: what they learn first.
+        preparation: knobs that a stopped run has turned, and keeps those of this one.
         probe: a call late in a video, on which arms are asked whether they apply.
         tuning_probes: takes the calls on which densities are measured, of a video that is not measured or learnt from.
         film: makes a video.
@@ -129,6 +131,7 @@ class Tuner:
         workload: Workload,
         *,
         offline: Offline,
+        preparation: Preparation,
         probe: Probe,
         tuning_probes: Callable[[], Sequence[Probe]],
         film: Film,
@@ -138,6 +141,7 @@ class Tuner:
     ) -> None:
         self._workload = workload
         self._offline = offline
+        self._preparation = preparation
         self._probe = probe
         self._take_probes = tuning_probes
         self._film = film
@@ -149,35 +153,39 @@ class Tuner:
     def method(self, arm: Arm) -> Planner | Unsupported:
         """The arm's method, its knob turned where the mode asks for it; or why it does not apply."""
         knob = METHODS[arm.method].knob if arm.mode in ("equal_density", "equal_fidelity") else None
-        refusal = self._refusal(arm, knob)
-        if refusal is not None:
-            return refusal
         if knob is None:
-            return self._built(arm)
+            return self._refusal(arm, None) or self._built(arm)
         # every suite asks, and some answers take videos
         if arm not in self._values:
-            self._values[arm] = self._solved(arm, knob)
+            self._values[arm] = self._value(arm, knob)
         value = self._values[arm]
         return value if isinstance(value, Unsupported) else self._built(arm, **{knob.field: value})
 
+    def _value(self, arm: Arm, knob: Knob) -> float | Unsupported:
+        """The knob's value, or why it cannot be turned: as a stopped run has found it, or else found now."""
+        value = self._preparation.knob(arm)
+        if value is None:
+            value = self._refusal(arm, knob) or self._solved(arm, knob)
+            self._preparation.keep_knob(arm, value)
+        if not isinstance(value, Unsupported):
+            self._log(f"{arm} has {knob.field} {value:.4g}")
+        return value
+
     def _solved(self, arm: Arm, knob: Knob) -> float | Unsupported:
         goal, kernel = self._goal(arm, knob), KERNELS[arm.kernel]
-        value = solve(
+        return solve(
             lambda x: goal.measure(self._built(arm, **{knob.field: x}), kernel),
             knob,
             goal.target,
             tolerance=goal.tolerance,
             quantity=goal.quantity,
         )
-        if not isinstance(value, Unsupported):
-            self._log(f"{arm} has {knob.field} {value:.4g}")
-        return value
 
     def _built(self, arm: Arm, **turned: float) -> Method | Scheduled:
         prepared = self._offline.prepared(arm, **turned)
         method = build(
             arm.method, preset=arm.preset, calibration=None if prepared is None else prepared.calibration,
-            block=block_of(arm, self._workload.block), **{**settings_of(arm), **turned},
+            block=block_of(arm, self._workload.block), **{**run_settings(arm), **turned},
         )  # fmt: skip
         if arm.dense_steps is None or arm.dense_layers is None:
             return method

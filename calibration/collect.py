@@ -113,7 +113,7 @@ def calibrate_on(
         OSError: notes cannot be written.
     """
     run = Run.of(videos, method=method, preset=preset, prompts=prompts, seed=seed, block=block, **settings)
-    with _kept(folder) as place:
+    with notes_in(folder) as place:
         units = run.units(place)
         run.note(units, kernel=kernel, progress=progress)
         return run.merge(units)
@@ -290,6 +290,16 @@ def learner_for(
     return found
 
 
+@contextmanager
+def notes_in(folder: Path | None) -> Iterator[Path]:
+    """A folder for the units of a run: the given one, which stays, or a temporary one."""
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="calibatt-") as temporary:
+        yield Path(temporary)
+
+
 class _Watcher:
     """Has a learner note the conditional calls of one video, each site once.
 
@@ -377,16 +387,6 @@ def _check_prompts(prompts: Any) -> None:
     # callers without a type checker pass other things
     if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise ValueError("give at least one prompt to calibrate on, and no empty ones; each is a text")
-
-
-@contextmanager
-def _kept(folder: Path | None) -> Iterator[Path]:
-    """The folder; a temporary one where there is none."""
-    if folder is not None:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="calibatt-") as temporary:
-        yield Path(temporary)
 
 
 def _versions() -> Mapping[str, str]:

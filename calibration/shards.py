@@ -82,6 +82,18 @@ class Units:
         """Indices of the prompts whose notes are complete."""
         return [prompt for prompt in range(self.prompts) if self._path(prompt).exists()]
 
+    def seconds(self) -> float:
+        """What the videos took whose notes are complete, notes included.
+
+        Raises:
+            UnusableCalibration: a unit is damaged, or of another run.
+        """
+        total = 0.0
+        for prompt in self.finished():
+            with self._reading(prompt) as unit:
+                total += unit.seconds()[0].item()
+        return total
+
     @contextmanager
     def claimed(self, prompts: Sequence[int]) -> Iterator[None]:
         """While this context is open, no other process may work on these prompts; a dead one holds none.

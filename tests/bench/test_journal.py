@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def test_every_record_is_on_the_disk_when_it_is_measured(tmp_path: Path) -> None
     assert not path.exists()
     running.record("kernel", Cell(workload=WORKLOADS[0], arm=arm("radial")))
     first, *kept = map(json.loads, path.read_text().splitlines())
-    assert first == {"schema": "calibatt-partial-2", **RUN}
+    assert first == {"schema": "calibatt-partial-3", **RUN}
     # nobody chose dense
     assert [one["cell"] for one in kept] == ["shapes-quick-radial-flex", "shapes-quick-sparge-flex"]
     assert [one["samples_s"] for one in kept] == [[1.0, 2.0]] * 2
@@ -214,6 +214,10 @@ def test_what_another_run_left_is_refused_in_a_line_that_says_what_to_do(
         "nonsense",
         '{"suite": "denoise", "workload": "a", "first": 0, "rounds": [{"b": 1}]}',
         '{"cell": "a", "suite": "b", "samples_s": null, "record": {}}',
+        '{"workload": "a", "arm": "b", "kernel": "c", "value": "0.5", "reason": null}',
+        '{"workload": "a", "arm": "b", "kernel": "c", "value": null, "reason": null}',
+        '{"workload": "a", "lesson": "b", "seconds": 1.0}',
+        '{"workload": "a", "lesson": "b", "seconds": NaN, "sha256": ""}',
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, line: str) -> None:
@@ -242,6 +246,15 @@ def test_a_record_that_cannot_be_written_leaves_the_file_as_it_was(
     assert "is not kept there (No space left on device)" in console.lines[0]
 
 
+def kill_when(ready: Callable[[], bool], command: list[str], environment: dict[str, str]) -> None:
+    """Run a command, and kill it as soon as it is that far."""
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as running:
+        while not ready():
+            assert running.poll() is None, "it ended before it could be killed"
+            time.sleep(0.05)
+        running.send_signal(signal.SIGKILL)
+
+
 @pytest.mark.slow
 def test_a_benchmark_that_is_killed_loses_nothing_that_was_measured(
     tmp_path: Path, as_a_user_has_it: dict[str, str]
@@ -252,11 +265,7 @@ def test_a_benchmark_that_is_killed_loses_nothing_that_was_measured(
         sys.executable, "-m", "pytest", "bench", "-k", "kernel", "--resolutions", "quick,standard", "--densities", "1",
         "--kernels", "sdpa-flash", f"--benchmark-json={path}",
     ]  # fmt: skip
-    with subprocess.Popen(command, cwd=ROOT, env=as_a_user_has_it, stdout=subprocess.PIPE, text=True) as running:
-        while not kept.exists() or kept.read_bytes().count(b"\n") < 3:
-            assert running.poll() is None, "it ended before it could be killed"
-            time.sleep(0.05)
-        running.send_signal(signal.SIGKILL)
+    kill_when(lambda: kept.exists() and kept.read_bytes().count(b"\n") >= 3, command, as_a_user_has_it)
     assert not path.exists()
     measured = {line["cell"]: line["samples_s"] for line in map(json.loads, kept.read_text().splitlines()[1:])}
     done = subprocess.run(command, cwd=ROOT, env=as_a_user_has_it, capture_output=True, text=True, check=False)
@@ -267,3 +276,41 @@ def test_a_benchmark_that_is_killed_loses_nothing_that_was_measured(
     assert [(one.resolution, one.outcome) for one in records] == [("quick", "ok")] * 2 + [("standard", "ok")] * 2
     assert [list(one.samples_s or ()) for one in records[: len(measured)]] == list(measured.values())
     assert not kept.exists()
+
+
+@pytest.mark.slow
+def test_videos_of_a_run_that_is_killed_go_on_with_what_it_had_learnt_and_turned(
+    tmp_path: Path, as_a_user_has_it: dict[str, str]
+) -> None:
+    path = tmp_path / "bench.json"
+    kept, folder = tmp_path / "bench.json.partial.jsonl", tmp_path / "bench.json.partial.learnt"
+    command = [
+        sys.executable, "-m", "pytest", "bench", "-k", "denoise", "--methods", "dense,calibatt/masks-only=0.6",
+        "--steps", "2", "--rounds", "5", "--calibration-prompts", "1", f"--benchmark-json={path}",
+    ]  # fmt: skip
+    kill_when(lambda: kept.exists() and b'"rounds"' in kept.read_bytes(), command, as_a_user_has_it)
+    lines = [json.loads(line) for line in kept.read_text().splitlines()[1:]]
+    (seconds,) = (line["seconds"] for line in lines if "lesson" in line)
+    (loss,) = (line["value"] for line in lines if "arm" in line)
+
+    def again() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=ROOT, env=as_a_user_has_it, capture_output=True, text=True, check=False)
+
+    (lost,) = folder.iterdir()
+    aside = lost.rename(tmp_path / "aside")
+    before = kept.read_bytes()
+    refused = again()
+    assert refused.returncode == pytest.ExitCode.USAGE_ERROR
+    assert f"ERROR: {lost} is missing or damaged" in refused.stderr
+    assert kept.read_bytes() == before
+    aside.rename(lost)
+    done = again()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "learning what" not in done.stdout
+    assert f"calibatt/masks-only=0.6 has loss {loss:.4g}" in done.stdout
+    records = load_run(path).records
+    assert [(one.method, one.preparation_s, len(one.samples_s or ())) for one in records] == [
+        ("dense", None, 5), ("calibatt", seconds, 5),
+    ]  # fmt: skip
+    assert not kept.exists()
+    assert not folder.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 from calibatt.bench.cells import Arm
 from calibatt.bench.offline import Lesson, Offline, lesson_of
+from calibatt.bench.preparation import Preparation
+from calibatt.calibration.artifact import Calibration
 from calibatt.kernels.geometry import Geometry
 from calibatt.methods.learning import Learnt, Origin, Provenance
 
@@ -20,33 +23,34 @@ def arm(text: str, **more: Any) -> Arm:
     return Arm.parse(text, "flex", **more)
 
 
-def learnt(method: str) -> Learnt:
+def learnt(method: str) -> Calibration:
     """As little as can have been learnt."""
     provenance = Provenance(
         origin=Origin(model="shapes", weights="ab", scheduler="flow"),
         geometry=Geometry(grid=(1, 2, 2), heads=1, head_dim=8), steps=1, layers=1, guidance=1.0, prompts=("a",), seed=0,
         cost_ratio=1.5,
     )  # fmt: skip
-    return Learnt(method=method, preset="default", settings={}, tables={"x": torch.zeros(1, 1)}, provenance=provenance)
+    tables = {"x": torch.zeros(1, 1)}
+    return Calibration(method=method, preset="default", settings={}, tables=tables, provenance=provenance)
 
 
-def offline(
-    clock: Any, lessons: list[Lesson], *, stored: str | None = None, turned: frozenset[str] = frozenset()
-) -> Offline:
+def offline(lessons: list[Lesson], *, stored: str | None = None, turned: frozenset[str] = frozenset()) -> Offline:
     """Learns in ten seconds, and writes down what."""
 
-    def learn(lesson: Lesson) -> Learnt:
-        clock.now += 10
+    def learn(lesson: Lesson, folder: Path | None) -> tuple[float, Calibration]:
         lessons.append(lesson)
-        return learnt(lesson.method)
+        return 10.0, learnt(lesson.method)
 
     load: Callable[[], Learnt] | None = None if stored is None else lambda: learnt(stored)
-    return Offline(learn, stored=load, log=lambda line: None, device=torch.device("cpu"), block=BLOCK, turned=turned)
+    return Offline(
+        learn, preparation=Preparation(None, "shapes-quick-2", print), stored=load, log=lambda line: None,
+        device=torch.device("cpu"), block=BLOCK, turned=turned,
+    )  # fmt: skip
 
 
-def test_arms_that_learn_the_same_share_it(clock: Any) -> None:
+def test_arms_that_learn_the_same_share_it() -> None:
     lessons: list[Lesson] = []
-    one = offline(clock, lessons)
+    one = offline(lessons)
     made = [one.prepared(arm(text)) for text in ("calibatt", "calibatt/masks-only", "random", "calibatt=0.5")]
     assert [lesson.method for lesson in lessons] == ["calibatt"]
     assert all(prepared is made[0] for prepared in made)
@@ -54,9 +58,9 @@ def test_arms_that_learn_the_same_share_it(clock: Any) -> None:
     assert made[0].seconds == 10
 
 
-def test_arms_that_learn_something_else_do_not(clock: Any) -> None:
+def test_arms_that_learn_something_else_do_not() -> None:
     lessons: list[Lesson] = []
-    one = offline(clock, lessons)
+    one = offline(lessons)
     for text in ("calibatt", "svg/learnt"):
         one.prepared(arm(text))
     one.prepared(Arm(method="calibatt", preset="default", mode="native", kernel="flex", block=(32, 32)))
@@ -65,15 +69,15 @@ def test_arms_that_learn_something_else_do_not(clock: Any) -> None:
     ]  # fmt: skip
 
 
-def test_what_learns_nothing_is_not_prepared(clock: Any) -> None:
+def test_what_learns_nothing_is_not_prepared() -> None:
     lessons: list[Lesson] = []
-    assert offline(clock, lessons).prepared(arm("sparge")) is None
+    assert offline(lessons).prepared(arm("sparge")) is None
     assert lessons == []
 
 
-def test_what_is_stored_is_used_for_its_method_alone(clock: Any) -> None:
+def test_what_is_stored_is_used_for_its_method_alone() -> None:
     lessons: list[Lesson] = []
-    one = offline(clock, lessons, stored="calibatt")
+    one = offline(lessons, stored="calibatt")
     kept = one.prepared(arm("calibatt"))
     assert kept is not None
     assert kept.seconds is None
@@ -81,8 +85,8 @@ def test_what_is_stored_is_used_for_its_method_alone(clock: Any) -> None:
     assert [lesson.method for lesson in lessons] == ["svg"]
 
 
-def test_the_time_is_that_of_what_a_method_was_built_with(clock: Any) -> None:
-    one = offline(clock, [])
+def test_the_time_is_that_of_what_a_method_was_built_with() -> None:
+    one = offline([])
     made = one.prepared(arm("calibatt"))
     assert made is not None
 

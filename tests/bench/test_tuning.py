@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from calibatt.bench.cells import Arm, Workload
+from calibatt.bench.journal import Journal
 from calibatt.bench.observers import Probe
 from calibatt.bench.offline import CALIBRATION_SEED, Lesson, Offline
+from calibatt.bench.preparation import Preparation
 from calibatt.bench.tuning import DENSITY_TOLERANCE, TUNING_SEED, Film, Tuner, density_of, solve
+from calibatt.bench.video import Rounds
+from calibatt.calibration.artifact import Calibration
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
@@ -97,17 +102,23 @@ def tuner(
     resampled: bool = False,
     stored: Callable[[], Learnt] | None = None,
     take: Callable[[], list[Probe]] | None = None,
+    journal: Journal | None = None,
 ) -> Tuner:
     """Of the embedded model, where nothing is learnt."""
     workload = Workload(model="shapes", resolution="quick", steps=6, device=torch.device("cpu"), resampled=resampled)
 
-    def learn(lesson: Lesson) -> Learnt:
+    def learn(lesson: Lesson, folder: Path | None) -> tuple[float, Calibration]:
         raise AssertionError("nothing has to be learnt")
 
-    offline = Offline(learn, stored=stored, log=lambda line: None, device=workload.device, block=workload.block)
+    preparation = Preparation(journal, str(workload), print)
+    offline = Offline(
+        learn, preparation=preparation, stored=stored, log=lambda line: None, device=workload.device,
+        block=workload.block,
+    )  # fmt: skip
     return Tuner(
-        workload, offline=offline, probe=probes[-1], tuning_probes=take or (lambda: probes), film=film,
-        dense=KERNELS["sdpa-math"], prompts=("a", "b"), log=lambda line: None,
+        workload, offline=offline, preparation=preparation, probe=probes[-1],
+        tuning_probes=take or (lambda: probes), film=film, dense=KERNELS["sdpa-math"],
+        prompts=("a", "b"), log=lambda line: None,
     )  # fmt: skip
 
 
@@ -136,7 +147,7 @@ def test_calls_to_solve_on_are_taken_once_and_only_where_a_density_is_wanted(pro
     assert taken == [1]
 
 
-def test_a_fidelity_is_solved_on_videos_of_its_own(probes: list[Probe]) -> None:
+def test_a_fidelity_is_solved_on_videos_of_its_own(probes: list[Probe], tmp_path: Path) -> None:
     shown: list[tuple[str, int]] = []
 
     def film(attention: Attention, prompt: str, seed: int) -> torch.Tensor:
@@ -146,7 +157,8 @@ def test_a_fidelity_is_solved_on_videos_of_its_own(probes: list[Probe]) -> None:
         shown.append((prompt, seed))
         return torch.full((3, 1, 8, 8), -share)
 
-    own = tuner(probes, film)
+    path = tmp_path / "kept"
+    own = tuner(probes, film, journal=Journal(path, {}))
     method = own.method(Arm.parse("sparge=20dB", "flex"))
     assert not isinstance(method, Unsupported)
     # a tenth of 255 levels is half a tenth of the range from -1 to 1
@@ -154,11 +166,48 @@ def test_a_fidelity_is_solved_on_videos_of_its_own(probes: list[Probe]) -> None:
     assert {prompt for prompt, _ in shown} == {"a", "b"}
     # noise that no calibration has, with ten thousand prompts at the most
     assert min(seed for _, seed in shown) == TUNING_SEED >= CALIBRATION_SEED + 10_000
-    # another suite that asks gets the same answer, without videos
+    # another suite that asks gets the same answer, without videos; so does a run that goes on after this one
     videos = len(shown)
-    again = own.method(Arm.parse("sparge=20dB", "flex"))
-    assert again.config == method.config  # type: ignore[union-attr]
+    for tuner_ in (own, tuner(probes, film, journal=Journal(path, {}))):
+        again = tuner_.method(Arm.parse("sparge=20dB", "flex"))
+        assert again.config == method.config  # type: ignore[union-attr]
     assert len(shown) == videos
+    # on another kernel it is another arm
+    tuner(probes, film, journal=Journal(path, {})).method(Arm.parse("sparge=20dB", "default"))
+    assert len(shown) > videos
+
+
+def test_a_run_that_goes_on_knows_why_a_knob_cannot_be_turned(probes: list[Probe], tmp_path: Path) -> None:
+    path = tmp_path / "kept"
+
+    def film(attention: Attention, prompt: str, seed: int) -> torch.Tensor:
+        return torch.zeros(3, 1, 8, 8)
+
+    reasons = [
+        tuner(probes, shows, journal=Journal(path, {})).method(Arm.parse("sparge=20dB", "flex"))
+        for shows in (film, unseen)
+    ]
+    assert reasons[0] == reasons[1] == Unsupported("its topk reaches PSNRs in dB from 120.000 to 120.000, not 20.000")
+
+
+def test_a_knob_is_found_anew_where_it_could_not_be_kept(
+    probes: list[Probe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, arm = tmp_path / "kept", Arm.parse("sparge=0.5", "flex")
+    journal = Journal(path, {})
+
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        assert not isinstance(tuner(probes, unseen, journal=journal).method(arm), Unsupported)
+    # no run could go on from rounds that were made with it
+    with pytest.raises(OSError, match="what it was made with is not either"):
+        journal.keep_rounds("denoise", "shapes-quick-6", Rounds(first=0, rounds=[]))
+    journal.keep_rounds("denoise", "shapes-standard-6", Rounds(first=0, rounds=[]))
+    assert Journal(path, {}).knobs == {}
+    assert list(Journal(path, {}).rounds) == [("denoise", "shapes-standard-6")]
 
 
 def test_what_is_measured_on_whole_videos_is_refused_without_them(probes: list[Probe]) -> None:
