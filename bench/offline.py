@@ -145,7 +145,7 @@ def learn(
             units = run.units(place)
             before = units.seconds()
             run.note(units, kernel=kernel, progress=progress)
-            return before, run.merge(units)
+            return before, run.merge(units, progress=progress)
 
     seconds, (before, learnt) = timed(device, work)
     return before + seconds, learnt

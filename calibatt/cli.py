@@ -265,6 +265,14 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     try:
         with _kept(units):
             run.note(units, rank=rank, world=world, progress=True)
+        with units.alone():
+            if len(units.finished()) < len(prompts):
+                print(f"process {rank} has ended; the last of {world} to end writes {arguments.out}")
+                return 0
+            calibration = run.merge(units, progress=True)
+            with _kept(units):
+                calibration.save(arguments.out)
+            units.remove()
     except KeyboardInterrupt:
         if not units.finished():
             raise
@@ -273,14 +281,6 @@ def _calibrate(arguments: argparse.Namespace) -> int:
             f"{units.folder}: run the same command again to resume"
         )
         return EXIT_INTERRUPTED
-    with units.alone():
-        if len(units.finished()) < len(prompts):
-            print(f"process {rank} has ended; the last of {world} to end writes {arguments.out}")
-            return 0
-        calibration = run.merge(units)
-        with _kept(units):
-            calibration.save(arguments.out)
-        units.remove()
     _describe(calibration, build(method, calibration=calibration, **how))
     print(f"wrote {arguments.out}")
     return 0

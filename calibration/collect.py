@@ -20,8 +20,9 @@ from calibatt.calibration.shards import Units, UnitWriter
 from calibatt.calibration.videos import DenseVideos, Videos
 from calibatt.kernels.base import Attender
 from calibatt.kernels.catalogue import DEFAULT
+from calibatt.methods.base import Trials
 from calibatt.methods.call import Call, SparseAttention
-from calibatt.methods.catalogue import build, learns_from
+from calibatt.methods.catalogue import METHODS, build, learns_from
 from calibatt.methods.catalogue import learner as learner_of
 from calibatt.methods.facts import one_line
 from calibatt.methods.learning import Learner, Origin, Provenance, settings_of
@@ -116,7 +117,7 @@ def calibrate_on(
     with notes_in(folder) as place:
         units = run.units(place)
         run.note(units, kernel=kernel, progress=progress)
-        return run.merge(units)
+        return run.merge(units, progress=progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,8 +225,12 @@ class Run:
                         with units.writing(prompt) as unit:
                             self._note_one(prompt, unit, kernel, bar)
 
-    def merge(self, units: Units) -> Calibration:
-        """What the notes of all prompts come to.
+    def merge(self, units: Units, *, progress: bool = False) -> Calibration:
+        """What the notes of all prompts come to, and the trials that the method makes with that.
+
+        Args:
+            units: of this run.
+            progress: whether to show a progress bar over the steps of trials on stderr.
 
         Raises:
             UnusableCalibration: notes are missing, damaged, of another run, or not what the method can learn.
@@ -256,7 +261,32 @@ class Run:
             raise UnusableCalibration(
                 f"{units.folder} does not hold what {self.method} learns: {one_line(error)}"
             ) from None
-        return calibration
+        trials = METHODS[self.method].trials(calibration)
+        return calibration if trials is None else self._tried(calibration, trials, progress)
+
+    def _tried(self, calibration: Calibration, trials: Trials, progress: bool) -> Calibration:
+        """The calibration after trials; as it is, where these videos do not show what attention computes."""
+        from tqdm import tqdm
+
+        prompts = self.prompts[: trials.prompts]
+        planners = [build("dense"), *trials.planners]
+        total = len(prompts) * len(planners) * self.videos.steps
+        distances = torch.zeros(len(trials.planners), len(prompts))
+        with tqdm(total=total, desc="trying out", unit="step", disable=not progress) as bar:
+            for number, prompt in enumerate(prompts):
+                reference = None
+                for which, planner in enumerate(planners):
+                    video = self.videos.show(
+                        SparseAttention(planner, DEFAULT), prompt=prompt, seed=self.seed + number,
+                        after_step=bar.update,
+                    )  # fmt: skip
+                    if video is None:
+                        return calibration
+                    if reference is None:
+                        reference = video
+                    else:
+                        distances[which - 1, number] = (video - reference).square().mean()
+        return replace(calibration, tables={**calibration.tables, **trials.learn(distances)})
 
     def _note_one(self, prompt: int, unit: UnitWriter, kernel: Attender, bar: Any) -> None:
         watcher = _Watcher(self.learner, self.videos, prompt, unit)

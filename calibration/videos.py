@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+from jaxtyping import Float
+from torch import Tensor
+
 from calibatt.kernels.geometry import Geometry
 from calibatt.methods.call import Attention
 from calibatt.methods.learning import Origin
@@ -42,7 +45,7 @@ class Videos(Protocol):
 
     def show(
         self, attention: Attention, *, prompt: str, seed: int, after_step: Callable[[], object] = lambda: None
-    ) -> None:
+    ) -> Float[Tensor, "3 frames height width"] | None:
         """Make one video, all of whose self-attention calls go to `attention`.
 
         Args:
@@ -50,6 +53,9 @@ class Videos(Protocol):
             prompt: what to show.
             seed: of the starting noise.
             after_step: called when a step is done.
+
+        Returns:
+            The video, values in [-1, 1]; None where what the attention computes does not enter it.
 
         Raises:
             ValueError: the prompt is empty or not in the model's language, or the pipeline cannot be watched.
@@ -89,7 +95,7 @@ class DenseVideos:
 
     def show(
         self, attention: Attention, *, prompt: str, seed: int, after_step: Callable[[], object] = lambda: None
-    ) -> None:
+    ) -> Float[Tensor, "3 frames height width"]:
         """One video by `generate`; the arguments are those of `Videos.show`.
 
         Raises:
@@ -102,7 +108,7 @@ class DenseVideos:
                 "call pipe.transformer.disable_cache() first"
             )
         with installed(self._pipe, attention):
-            generate(
+            return generate(
                 self._entry, self._pipe, prompt=prompt, resolution=self.resolution, seed=seed, steps=self.steps,
                 guidance=self.guidance, after_step=after_step,
             )  # fmt: skip

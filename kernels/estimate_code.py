@@ -1,4 +1,4 @@
-"""Device code of estimates: attention mass of blocks, cosines, k-means, and blocks left out one by one. `kernels/estimates.py` launches it."""
+"""Device code of estimates: attention mass, cosines, k-means, elimination. `kernels/estimates.py` launches it."""
 
 from __future__ import annotations
 

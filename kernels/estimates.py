@@ -1,4 +1,4 @@
-"""What methods estimate by, fused for a GPU: mass and likeness of blocks, cosines, clusters, blocks left out one by one.
+"""What methods estimate by, fused for a GPU: mass and likeness of blocks, cosines, clusters, elimination of blocks.
 
 Plain torch passes over memory between a product and what is made of it, which costs many times the product. A method
 has the same in torch, for whatever this does not take.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -63,6 +63,22 @@ class Foreseen(Protocol):
     def mean_density(self) -> float:
         """Of all plans of a video."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trials:
+    """Videos that a calibration makes when all prompts have been noted, to see what errors of attention come to.
+
+    Args:
+        planners: each plans a video of each of some prompts.
+        prompts: of how many, the first.
+        learn: from the mean squared difference of each of these videos from the dense one, the tables to put in place
+            of those that were learnt without.
+    """
+
+    planners: Sequence[Planner]
+    prompts: int
+    learn: Callable[[Float[Tensor, "planners prompts"]], Mapping[str, Tensor]]
 
 
 class Method(ABC):
@@ -124,6 +140,15 @@ class Method(ABC):
         Raises:
             ValueError: one line that names the setting or the table.
         """
+
+    @classmethod
+    def trials(cls, learnt: Learnt) -> Trials | None:
+        """What a calibration tries out in the end; nothing by default.
+
+        Args:
+            learnt: of this method, without trials.
+        """
+        return None
 
     def refusal(self, geometry: Geometry) -> Unsupported | None:
         """Why the method does not apply to a geometry, or None when it does, as by default."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Float64, Int, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -19,7 +19,7 @@ PER_OCTAVE = 4
 # level 1 is 2⁻⁴⁸, the square of fp32's rounding: smaller changes of an output are lost in it; level 254 is 2^15.25
 _LEAST = -48.0
 # attention that counts as left at least: a hundred roundings of fp32 of a sum of a few hundred masses
-_LEAST_LEFT = 1e-4
+LEAST_LEFT = 1e-4
 
 
 def importance(
@@ -91,14 +91,14 @@ def eliminated(
         whole: squared outputs, likewise: the error without any block.
     """
     if estimates.takes_rows(gram):
-        return estimates.eliminate(gram, mass, whole, least=_LEAST_LEFT)
+        return estimates.eliminate(gram, mass, whole, least=LEAST_LEFT)
     row = torch.arange(len(mass), device=mass.device)
     own = gram.diagonal(dim1=1, dim2=2)
     product, grown, gone = torch.zeros_like(mass), torch.empty_like(mass), torch.zeros_like(mass, dtype=torch.bool)
     length, error, most, lost = torch.zeros(4, len(mass), device=mass.device)
     for _ in range(mass.shape[1] - 1):
         lengths = length[:, None] + 2 * product + own
-        left = (1 - lost[:, None] - mass).clamp(min=_LEAST_LEFT)
+        left = (1 - lost[:, None] - mass).clamp(min=LEAST_LEFT)
         errors = (lengths / left.square()).masked_fill_(gone, torch.inf)
         next_error, block = errors.min(-1)
         most = torch.maximum(most, next_error - error)
@@ -133,8 +133,13 @@ def to_levels(importance: Float[Tensor, "heads q_blocks k_blocks"]) -> UInt8[Ten
     return level.clamp(0, ALWAYS - 1).masked_fill(importance.isinf(), ALWAYS).to(torch.uint8)
 
 
-def to_importance(levels: UInt8[Tensor, "heads q_blocks k_blocks"]) -> Float[Tensor, "heads q_blocks k_blocks"]:
+def level_values() -> Float64[Tensor, "levels"]:
+    """What each level stands for, in fp64; infinity for ALWAYS."""
+    value = torch.exp2(torch.arange(-1, LEVELS - 1, dtype=torch.float64) / PER_OCTAVE + _LEAST)
+    value[0], value[ALWAYS] = 0, torch.inf
+    return value
+
+
+def to_importance(levels: UInt8[Tensor, "heads q_blocks k_blocks"]) -> Float64[Tensor, "heads q_blocks k_blocks"]:
     """What levels stand for, in fp64; infinity for ALWAYS."""
-    of_level = torch.exp2(torch.arange(-1, LEVELS - 1, dtype=torch.float64) / PER_OCTAVE + _LEAST)
-    of_level[0], of_level[ALWAYS] = 0, torch.inf
-    return of_level.to(levels.device)[levels.int()]
+    return level_values().to(levels.device)[levels.int()]

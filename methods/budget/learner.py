@@ -1,4 +1,4 @@
-"""What Budget learns offline: how important each block is."""
+"""What Budget learns offline: how important each block is, and how far an error at each step moves the video."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from calibatt.methods.site import Site
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetLearner:
-    """Learns how important each block is; `BudgetConfig` has the defaults of its settings.
+    """Learns how important each block is; `BudgetConfig` has the defaults of its settings, `Budget.trials` the rest.
 
     As CalibAtt's, the table is as large as the video alone would need, for blocks without text, numbered from the first
     of them, so that prompts of different lengths share it; what is left over in it is always computed. It has a byte a
@@ -28,21 +28,28 @@ class BudgetLearner:
     Args:
         block: tokens of a query block and of a key block.
         queries: of each query block that are looked at, evenly spaced; all where a block has no more.
+        together: whether a block's importance is beside those that are left out before it, or by itself.
         over_prompts: what counts of the prompts' importances, their mean or the largest.
+        trials: prompts of whose videos it is tried out how far an error at each step moves them; without any, all
+            steps count alike.
 
     Raises:
-        ValueError: a block has no token, or no query is looked at.
+        ValueError: a block has no token, no query is looked at, or there are fewer trials than none.
     """
 
     block: tuple[int, int]
     queries: int
+    together: bool
     over_prompts: Literal["mean", "max"]
+    trials: int
 
     def __post_init__(self) -> None:
         if min(self.block) < 1:
             raise ValueError(f"a block has at least one token: got {self.block}")
         if self.queries < 1:
             raise ValueError(f"importance takes at least one query of a block: got queries={self.queries}")
+        if self.trials < 0:
+            raise ValueError(f"steps are tried out on a number of prompts: got trials={self.trials}")
 
     def note(
         self,
@@ -52,17 +59,19 @@ class BudgetLearner:
         site: Site,
         prompt: int,
     ) -> Mapping[str, Tensor]:
-        """`levels`: of each block, by its importance for what it costs; `sigma`: the noise level."""
+        """`levels`: of each block, by its importance for what it costs."""
         geometry, (_, block_k) = site.geometry, self.block
         # of two blocks as important, the shorter costs less
         whole = block_sizes(geometry.tokens, block_k, q.device) / block_k
-        found = importance(q, k, v, block=self.block, queries=self.queries) / whole
         rows, columns = (video_blocks(geometry, size) for size in self.block)
-        levels = video_table(to_levels(found[:, rows, columns]), geometry, self.block, left_over=ALWAYS)
-        return {"levels": levels, "sigma": torch.tensor(site.sigma, dtype=torch.float32)}
+        found = importance(
+            q, k, v, block=self.block, queries=self.queries, together=self.together, columns=columns
+        )  # fmt: skip
+        levels = to_levels(found[:, rows] / whole[columns])
+        return {"levels": video_table(levels, geometry, self.block, left_over=ALWAYS)}
 
     def merge(self, notes: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """`levels` of the common importances, the most important block of each row always; `sigma` of all."""
+        """`levels` of the common importances, the most important block of each row always; `sensitivity`: 1."""
         # one by one, and in fp64: all at once they are eight times as large
         each = (to_importance(note["levels"]) for note in notes)
         if self.over_prompts == "max":
@@ -72,4 +81,4 @@ class BudgetLearner:
         # of those that are not computed always anyway
         most = common.masked_fill(common.isinf(), -1).argmax(-1, keepdim=True)
         levels = to_levels(common).scatter_(-1, most, ALWAYS)
-        return {"levels": levels, "sigma": notes[0]["sigma"]}
+        return {"levels": levels, "sensitivity": torch.ones(())}

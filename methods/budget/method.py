@@ -1,10 +1,12 @@
-"""Budget: one budget of blocks for a whole video, spent where leaving a block out would change outputs most; our own.
+"""Budget: one budget of blocks for a whole video, spent where leaving a block out would change the video most; our own.
 
-Without key block c, and with the rest of its attention renormalised, the output o of a query moves by
-(a − p·o) / (1 − p), where p is its attention to the block and a what the block adds to o. The importance of a block is
-the squared length of a − p·o, which is that to first order in p, mean over the queries of a query block, and relative
-to the squared outputs of the layer. So blocks of all steps, layers, heads and rows are comparable, and the most
-important are computed, until a share of all query-key products is spent.
+Without key blocks S, and with the rest of its attention renormalised, the output o of a query moves by
+Σ (a − p·o) / (1 − Σ p), sums over S, where p is its attention to a block and a what the block adds to o. Movements
+add up or cancel, so blocks of a row are left out one by one, each time the one that costs least beside those before.
+The importance of a block is by how much it then makes the squared movement grow, mean over the queries of a query
+block, and relative to the squared outputs of the layer; times how far such an error moves the video when it happens at
+that step, which is tried out. So blocks of all steps, layers, heads and rows are comparable, and the most important
+are computed, until a share of all query-key products is spent.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from torch import Tensor
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count, block_sizes
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Knob, Method
+from calibatt.methods.base import Knob, Method, Trials
 from calibatt.methods.blocks import text_blocks, video_blocks, video_part
-from calibatt.methods.budget.importance import ALWAYS
+from calibatt.methods.budget.importance import ALWAYS, level_values
 from calibatt.methods.budget.learner import BudgetLearner
-from calibatt.methods.budget.spending import Cut, alike_rows
+from calibatt.methods.budget.sensitivity import AtSteps, sensitivity, step_groups
+from calibatt.methods.budget.spending import Cut, alike_rows, tallies
 from calibatt.methods.facts import read_settings
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
@@ -39,31 +42,30 @@ class BudgetConfig:
         density: share of all query-key products of a video that is computed, text included.
         scope: what shares one budget: all steps, layers, heads and rows; each site, that is a step and layer; or each
             row of blocks, so that all rows are equal.
-        step_weight: what an importance is multiplied by before steps are compared: nothing, or the squared change of
-            the noise level, which is how far a change of the model's output moves the video at that step.
-        block, queries, over_prompts: as in `BudgetLearner`.
+        weighed: whether importances are multiplied by the sensitivity of their step before steps are compared.
+        block, queries, together, over_prompts, trials: as in `BudgetLearner`.
 
     Raises:
-        ValueError: the density is outside 0 to 1, steps are weighed but not compared, or a setting of the learner is
-            out of range.
+        ValueError: the density is outside 0 to 1, or a setting of the learner is out of range.
     """
 
     # of the densities at which methods are compared (docs/methods.md), the one between
     density: float = 0.35
     scope: Literal["all", "site", "row"] = "all"
-    step_weight: Literal["none", "noise"] = "none"
+    weighed: bool = True
     # CalibAtt's, so that masks are compared and not blocks
     block: tuple[int, int] = (128, 128)
     # a sixteenth of a block, which makes learning cheaper than a dense call
     queries: int = 8
+    together: bool = True
     over_prompts: Literal["mean", "max"] = "mean"
+    # prompts differ by 12 dB at one step, the first steps from the last by 25 (docs/methods/budget.md)
+    trials: int = 2
 
     def __post_init__(self) -> None:
         # written so that NaN fails too
         if not 0 <= self.density <= 1:
             raise ValueError(f"density is a share of the query-key products, 0 to 1: got {self.density}")
-        if self.step_weight != "none" and self.scope != "all":
-            raise ValueError(f"step_weight {self.step_weight} compares steps, which takes scope all: got {self.scope}")
         # refuses its own
         self.learner()
 
@@ -90,8 +92,10 @@ class Budget(Method):
             "site": BudgetConfig(scope="site"),
             # no row may have more than another
             "rows": BudgetConfig(scope="row"),
-            # sites count by how far their step moves the video
-            "noise": BudgetConfig(step_weight="noise"),
+            # an error counts alike at every step
+            "unweighed": BudgetConfig(weighed=False),
+            # a block is as important as it is by itself
+            "alone": BudgetConfig(together=False),
             # a block is as important as to the prompt that needs it most
             "max": BudgetConfig(over_prompts="max"),
         }
@@ -102,16 +106,13 @@ class Budget(Method):
 
     def __init__(self, config: BudgetConfig, learnt: Learnt) -> None:
         super().__init__(config, learnt)
-        together, weigh = config.scope == "all", config.step_weight == "noise"
         # rows by themselves need to know of no others
-        self._cut = (
-            None if config.scope == "row" else Cut.of(learnt, density=config.density, together=together, weigh=weigh)
-        )
+        self._cut = None if config.scope == "row" else self._cut_of(learnt)
         self._plans: dict[tuple[Geometry, int, int, torch.device], Plan] = {}
 
     @classmethod
     def learner(cls, config: BudgetConfig) -> BudgetLearner:
-        """Learns importances; the same for all presets but `max`."""
+        """Learns importances; the same for all presets but `alone` and `max`."""
         return config.learner()
 
     @classmethod
@@ -126,14 +127,31 @@ class Budget(Method):
         blocks = (block_count(geometry.video_tokens, size) for size in learner.block)
         expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "levels": (torch.uint8, (geometry.heads, *blocks)),
-            "sigma": (torch.float32, ()),
+            "sensitivity": (torch.float32, ()),
         }
         learnt.check_tables("Budget", expected)
-        if not bool(tables["sigma"].isfinite().all()):
-            raise ValueError("sigma: a noise level is not finite")
+        if not bool(((tables["sensitivity"] > 0) & tables["sensitivity"].isfinite()).all()):
+            raise ValueError("sensitivity: a factor is not above 0, or not finite")
         for step, levels in enumerate(tables["levels"]):
             if not bool((levels == ALWAYS).any(-1).all()):
                 raise ValueError(f"levels: a row at step {step} has no block that is always computed")
+
+    @classmethod
+    def trials(cls, learnt: Learnt) -> Trials | None:
+        """How far the masks of some steps, with dense attention at all others, move a video."""
+        learner = read_settings(BudgetLearner, learnt.settings)
+        if learner.trials == 0:
+            return None
+        method = cls(BudgetConfig(block=learner.block, weighed=False), learnt)
+        groups = step_groups(learnt.provenance.steps)
+        left_out = method._cut_of(learnt).left_out(tallies(learnt)[0], level_values())
+        return Trials(
+            planners=[AtSteps(method, steps) for steps in groups],
+            prompts=learner.trials,
+            learn=lambda distances: {
+                "sensitivity": sensitivity(distances, left_out, groups)[:, None].repeat(1, learnt.provenance.layers)
+            },
+        )
 
     def plan(
         self,
@@ -159,6 +177,10 @@ class Budget(Method):
         own, device = self.learnt.provenance, self.learnt.tables["levels"].device
         sites = [(step, layer) for step in range(own.steps) for layer in range(own.layers)]
         return sum(self._mask(*site, own.geometry, device).density().mean().item() for site in sites) / len(sites)
+
+    def _cut_of(self, learnt: Learnt) -> Cut:
+        config = self.config
+        return Cut.of(learnt, density=config.density, together=config.scope == "all", weighed=config.weighed)
 
     def _mask(self, step: int, layer: int, geometry: Geometry, device: torch.device) -> BlockMask:
         block, tokens = self.config.block, geometry.tokens

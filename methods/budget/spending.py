@@ -40,17 +40,18 @@ class Cut:
     before: Int[Tensor, "steps layers"]
 
     @classmethod
-    def of(cls, learnt: Learnt, *, density: float, together: bool, weigh: bool) -> Cut:
+    def of(cls, learnt: Learnt, *, density: float, together: bool, weighed: bool) -> Cut:
         """Spend the budget of a video, with as much text as the calibration allows.
 
         Args:
             learnt: by a `BudgetLearner`.
             density: share of all query-key products.
             together: whether all sites share one budget.
-            weigh: whether steps count by how far they move the video.
+            weighed: whether steps count by how far their errors move the video.
         """
         counts, cost = tallies(learnt)
-        score = scores(learnt.tables["sigma"][:, 0].double().cpu(), weigh=weigh)
+        sensitivity = learnt.tables["sensitivity"][:, 0].double().cpu()
+        score = scores(sensitivity if weighed else torch.ones_like(sensitivity))
         return cls.at(counts, cost, score, density=density, together=together)
 
     @classmethod
@@ -90,6 +91,19 @@ class Cut:
             share=share.expand(-1, at_edge.numel() // len(share)).reshape(at_edge.shape),
             before=at_edge.flatten().cumsum(0).view(at_edge.shape) - at_edge,
         )
+
+    def left_out(
+        self, counts: Int[Tensor, "steps layers levels"], importance: Float[Tensor, "levels"]
+    ) -> Float[Tensor, "steps"]:
+        """Importance of what is left out at each step, added up.
+
+        Args:
+            counts: blocks of each level.
+            importance: of a block of each level.
+        """
+        left_out = counts * (~self.above * (1 - self.edge * self.share[..., None]))
+        # what is always computed is infinitely important
+        return (left_out * importance.nan_to_num(posinf=0.0)).sum((1, 2))
 
     def chosen(
         self, levels: UInt8[Tensor, "heads q_blocks k_blocks"], step: int, layer: int
@@ -138,17 +152,13 @@ def tallies(
     return counts, cost
 
 
-def scores(sigma: Float[Tensor, "steps"], *, weigh: bool) -> Float[Tensor, "steps levels"]:
+def scores(sensitivity: Float[Tensor, "steps"]) -> Float[Tensor, "steps levels"]:
     """What blocks of each level are compared by: the logarithm of their importance, in units of a level.
 
     Args:
-        sigma: noise level of each step.
-        weigh: whether importance is multiplied by the squared change of the noise level, which falls to 0 at the end.
+        sensitivity: what importances of each step are multiplied by.
     """
-    score = torch.arange(LEVELS, dtype=torch.float64).repeat(len(sigma), 1)
-    if weigh:
-        change = sigma - torch.cat((sigma[1:], sigma.new_zeros(1)))
-        score += 2 * PER_OCTAVE * change.abs().log2()[:, None]
+    score = torch.arange(LEVELS, dtype=torch.float64) + PER_OCTAVE * sensitivity.log2()[:, None]
     score[:, 0], score[:, ALWAYS] = -torch.inf, torch.inf
     return score
 

@@ -36,6 +36,7 @@ class HandMade:
         not_finite: the site whose queries hold a NaN.
         runs: steps that the pipeline says it runs, where that is not `steps`.
         stop: a prompt whose video is broken off by this error after the first step.
+        visible: whether there is a video, a mean of all that attention computes, or only calls to watch.
     """
 
     geometry: Geometry = GEOMETRY
@@ -51,6 +52,7 @@ class HandMade:
     not_finite: tuple[int, int] | None = None
     runs: int | None = None
     stop: tuple[str, BaseException] | None = None
+    visible: bool = True
     shown: list[tuple[str, int]] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
 
@@ -60,12 +62,13 @@ class HandMade:
 
     def show(
         self, attention: Attention, *, prompt: str, seed: int, after_step: Callable[[], object] = lambda: None
-    ) -> None:
+    ) -> torch.Tensor | None:
         self.shown.append((prompt, seed))
         self.asked.append("show")
         attention.start_video()
         geometry = replace(self.geometry, text_tokens=self.texts.get(prompt, self.geometry.text_tokens))
         generator = torch.Generator().manual_seed(seed)
+        video = torch.zeros(3, 1, 2, 2)
         for step in range(self.steps):
             for branch in self.branches:
                 for layer in range(self.layers):
@@ -79,10 +82,11 @@ class HandMade:
                     )  # fmt: skip
                     calls = 0 if (step, layer) in self.skipped else 2 if (step, layer) in self.twice else 1
                     for _ in range(calls):
-                        attention(q, k, v, site)
+                        video += attention(q, k, v, site).mean()
             after_step()
             if self.stop is not None and self.stop[0] == prompt:
                 raise self.stop[1]
+        return video if self.visible else None
 
 
 @pytest.fixture

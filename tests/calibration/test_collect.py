@@ -14,7 +14,8 @@ import torch
 
 from calibatt.calibration import collect
 from calibatt.calibration.artifact import Calibration
-from calibatt.calibration.collect import calibrate
+from calibatt.calibration.collect import calibrate, calibrate_on
+from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.mask import unpacked
 from calibatt.methods.calibatt.learner import CalibAttLearner
 from calibatt.methods.learning import Learner, Origin
@@ -212,6 +213,24 @@ def test_what_cannot_be_learnt_is_refused_before_any_work(
     with pytest.raises(ValueError, match=says):
         collect.calibrate_on(videos, prompts=["a circle"], seed=0, **given)
     assert videos.asked == []
+
+
+def test_trials_follow_the_notes_and_put_what_they_learn_in_place(hand_made: Made, prompts: tuple[str, ...]) -> None:
+    videos = hand_made(steps=6)
+    how = {"method": "budget", "prompts": prompts, "seed": 7, "block": (16, 8), "kernel": KERNELS["sdpa-flash"]}
+    made = calibrate_on(videos, **how)
+    # of two prompts a dense video, and one for each group of steps: four by themselves, then two together
+    assert videos.shown[3:] == [(prompts[0], 7)] * 6 + [(prompts[1], 8)] * 6
+    sensitivity = made.tables["sensitivity"]
+    assert sensitivity.shape == (6, 3)
+    assert sensitivity.log().mean().item() == pytest.approx(0, abs=1e-5)
+    assert torch.equal(sensitivity[4], sensitivity[5])
+    assert len(set(sensitivity[:, 0].tolist())) == 5
+    # nothing of it where there is nothing to see, or nobody asked
+    for blind in ({"videos": hand_made(steps=6, visible=False)}, {"videos": hand_made(steps=6), "trials": 0}):
+        plain = calibrate_on(blind.pop("videos"), **how, **blind)
+        assert plain.tables["sensitivity"].eq(1).all()
+        assert torch.equal(plain.tables["levels"], made.tables["levels"])
 
 
 def test_the_preset_is_the_calibrations(run: Made) -> None:

@@ -18,6 +18,7 @@ from calibatt.kernels import estimates, tiles
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import anchor_rows
 from calibatt.methods.blocks import self_similarity
+from calibatt.methods.budget.importance import LEAST_LEFT, eliminated
 from calibatt.methods.calibatt.repetition import row_similarity
 from calibatt.methods.clusters import Grouped, assign, by_cluster, kmeans
 from calibatt.methods.energy import block_energy, block_mass
@@ -314,3 +315,18 @@ if __name__ == "__main__":
     for target, capability in TARGETS.items():
         told |= {f"{target}-{name}": _compile_mass(capability, *sizes) for name, sizes in PRODUCTS.items()}
     print(json.dumps(told))
+
+
+@pytest.mark.parametrize(("rows", "blocks", "channels"), [(7, 40, 64), (3, 5, 9), (4, 1, 3), (2, 33, 200)])
+def test_blocks_are_left_out_in_the_order_of_plain_torch(rows: int, blocks: int, channels: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    mass = torch.rand(rows, blocks, generator=generator).pow(4)
+    mass /= mass.sum(-1, keepdim=True)
+    values = torch.randn(rows, blocks, channels, generator=generator)
+    out = (mass[..., None] * values).sum(1, keepdim=True)
+    moved = mass[..., None] * (values - out)
+    given = moved @ moved.mT, mass, out.square().sum((1, 2))
+    expected = eliminated(*given)
+    found = estimates.eliminate(*(x.to(DEVICE) for x in given), least=LEAST_LEFT).cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    assert expected.isfinite().all()
