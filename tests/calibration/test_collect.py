@@ -217,7 +217,7 @@ def test_what_cannot_be_learnt_is_refused_before_any_work(
 
 def test_trials_follow_the_notes_and_put_what_they_learn_in_place(hand_made: Made, prompts: tuple[str, ...]) -> None:
     videos = hand_made(steps=6)
-    how = {"method": "budget", "prompts": prompts, "seed": 7, "block": (16, 8), "kernel": KERNELS["sdpa-flash"]}
+    how = {"method": "budget", "prompts": prompts, "seed": 7, "block": (16, 16), "kernel": KERNELS["sdpa-flash"]}
     made = calibrate_on(videos, **how)
     # of two prompts a dense video, and one for each group of steps: four by themselves, then two together
     assert videos.shown[3:] == [(prompts[0], 7)] * 6 + [(prompts[1], 8)] * 6
