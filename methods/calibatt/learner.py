@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
+from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import packed, unpacked
 from calibatt.kernels.plan import anchor_rows
 from calibatt.methods.blocks import video_blocks, video_table
