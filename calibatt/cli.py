@@ -350,10 +350,9 @@ def _fit(arguments: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     front.save(front_file, method=method, **asdict(fitting.run.origin), resolution=resolution, steps=steps,
                prompts=fitting.run.prompts, tuning=fitting.tuning, seed=arguments.seed, trials=trials)  # fmt: skip
-    _table(
-        ("", *front.published.values, "DENSITY", "PSNR"),
-        [("front", *_cells(point)) for point in front.points] + [("published", *_cells(front.published))],
-    )
+    names = tuple(front.published.values)
+    shown = [*(("front", point) for point in front.points), ("published", front.published)]
+    _table(("", *names, "DENSITY", "PSNR"), [(what, *_cells(point, names)) for what, point in shown])
     print(f"wrote {front_file}")
     calibration = fitting.calibration(units, front.chosen(arguments.density).values)
     calibration.save(arguments.out)
@@ -362,9 +361,9 @@ def _fit(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _cells(point: Any) -> Sequence[str]:
-    """A point of a front as a row of a table."""
-    return [*(f"{value:.3f}" for value in point.values.values()), f"{point.density:.3f}", f"{point.psnr_db:.1f}"]
+def _cells(point: Any, names: Sequence[str]) -> Sequence[str]:
+    """A point of a front as a row of a table, its values in the order of these names."""
+    return [*(f"{point.values[name]:.3f}" for name in names), f"{point.density:.3f}", f"{point.psnr_db:.1f}"]
 
 
 def _at_least_one(arguments: argparse.Namespace, name: str, default: int) -> int:

@@ -238,7 +238,9 @@ def test_a_fit_writes_its_front_and_the_calibration_of_the_point_asked_for(
         assert len(units.finished()) == len(self.run.prompts) == 2
         assert not {*self.run.prompts} & {*self.tuning}
         asked.append(trials)
-        return Front(published=points[1], points=points)
+        # in another order
+        published = replace(points[1], values=dict(sorted(points[1].values.items())))
+        return Front(published=published, points=points)
 
     monkeypatch.setattr(Fitting, "front", front)
     arguments = ["calibrate", "--model", "tiny", "--fit", "--count", "2", "--tuning", "3", "-o", str(tmp_path / "c")]
@@ -252,7 +254,9 @@ def test_a_fit_writes_its_front_and_the_calibration_of_the_point_asked_for(
     assert [point["density"] for point in written["points"]] == [0.5, 0.7]
     assert (written["model"], len(written["prompts"]), len(written["tuning"])) == ("tiny", 2, 3)
     shown = capsys.readouterr().out
-    assert "published  0.700  0.900  8.000  0.500  0.950  0.700    20.7" in shown
+    assert "decay  early  gamma  late   rho    DENSITY  PSNR" in shown
+    assert "front      8.000  0.900  0.950  0.500  0.500  0.500    20.5" in shown
+    assert "published  8.000  0.900  0.950  0.700  0.500  0.700    20.7" in shown
     assert "density " in shown
     # the front is there whatever is asked of it
     (tmp_path / "c.front.json").unlink()
