@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 import torch
 
 from calibatt.bench.record import SUITES, Mode, Pattern
-from calibatt.bench.video_metrics import PSNR_CAP_DB
 from calibatt.kernels.base import dtype_name
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import look_up
@@ -18,6 +17,7 @@ from calibatt.methods.catalogue import METHODS
 from calibatt.models.catalogue import MODELS
 from calibatt.models.device import working_dtype
 from calibatt.models.entry import ModelEntry
+from calibatt.models.video_metrics import PSNR_CAP_DB
 
 Order = Literal["tile", "token-major", "random"]
 ORDERS: tuple[Order, ...] = get_args(Order)

@@ -15,13 +15,13 @@ from calibatt.bench.meter import Meter
 from calibatt.bench.observers import PlanSummary, Probe
 from calibatt.bench.offline import Offline, block_of, run_settings
 from calibatt.bench.preparation import Preparation
-from calibatt.bench.video_metrics import eight_bit, psnr_db
 from calibatt.kernels.base import Attender, Kernel, Task, Unsupported
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.methods.base import Foreseen, Knob, Method, Planner
 from calibatt.methods.call import Attention
 from calibatt.methods.catalogue import METHODS, build
 from calibatt.methods.scheduled import Scheduled
+from calibatt.models.video_metrics import eight_bit, psnr_db
 
 # makes one video: with an attention, from a prompt and a seed
 Film = Callable[[Attention, str, int], Float[Tensor, "3 frames height width"]]

@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,20 @@ def _parser() -> argparse.ArgumentParser:
         help="calibatt only: also learn what masks of other densities need, one byte per block",
     )
     command.add_argument(
+        "--fit",
+        action="store_true",
+        help="calibatt only: fit schedule, rho and gamma to the model, judged by videos of further prompts; what is "
+        "found goes to FILE.front.json, notes and trials stay in FILE.fit",
+    )
+    command.add_argument("--trials", type=int, help="with --fit: how many settings to try; default: 50")
+    command.add_argument("--tuning", type=int, help="with --fit: how many prompts, after the others, judge; default: 2")
+    command.add_argument(
+        "--density",
+        type=float,
+        help="with --fit: the most that is computed, 0 to 1; default: what is as near to dense attention as the "
+        "paper's settings, and sparsest",
+    )
+    command.add_argument(
         "--seed", type=int, default=10_000, help="seed of the first prompt's noise; default: %(default)s"
     )
     command.set_defaults(run=_calibrate)
@@ -151,7 +166,6 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 def _generate(arguments: argparse.Namespace) -> int:
     from calibatt.bench.timer import timed
-    from calibatt.bench.video_metrics import eight_bit, psnr_db
     from calibatt.calibration.artifact import check_output
     from calibatt.kernels.catalogue import DEFAULT, KERNELS
     from calibatt.kernels.names import look_up
@@ -159,6 +173,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from calibatt.models.adapter import attached
     from calibatt.models.device import working_dtype
     from calibatt.models.generate import check_video_path, generate, save_video
+    from calibatt.models.video_metrics import eight_bit, psnr_db
 
     # what can be wrong is looked at before the model is loaded
     check_video_path(arguments.out)
@@ -248,11 +263,14 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from calibatt.methods.catalogue import build
     from calibatt.models.device import working_dtype
 
+    if arguments.fit:
+        return _fit(arguments)
+    for name in ("trials", "tuning", "density"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name} goes with --fit only")
     entry, resolution, device = _model(arguments)
     method = arguments.method
-    how: dict[str, Any] = {"preset": arguments.preset, "block": entry.block_at(resolution)}
-    if arguments.levels:
-        how["levels"] = True
+    how = _learning(arguments, entry, resolution)
     # what can be wrong is looked at before the model is loaded
     learner_for(method, **how)
     prompts = _prompts(arguments, entry)
@@ -286,6 +304,81 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _fit(arguments: argparse.Namespace) -> int:
+    from calibatt.calibration.artifact import check_output
+    from calibatt.calibration.fit import TRIALS, TUNING_PROMPTS, Fitting, check_optuna
+    from calibatt.calibration.videos import DenseVideos
+    from calibatt.methods.catalogue import build, fit_of
+    from calibatt.models.device import working_dtype
+
+    entry, resolution, device = _model(arguments)
+    method = arguments.method
+    how = _learning(arguments, entry, resolution)
+    # what can be wrong is looked at before the model is loaded
+    steps = arguments.steps or entry.steps_at(resolution)
+    fit_of(method, geometry=entry.geometry(resolution), steps=steps, **how)
+    check_optuna()
+    trials, tuned = (
+        _at_least_one(arguments, name, default) for name, default in (("trials", TRIALS), ("tuning", TUNING_PROMPTS))
+    )
+    # written so that NaN fails too
+    if arguments.density is not None and not 0 < arguments.density <= 1:
+        raise ValueError(f"--density {arguments.density:g}: give a share above 0 and up to 1")
+    prompts = _prompts(arguments, entry, tuned)
+    front_file = arguments.out.with_name(f"{arguments.out.name}.front.json")
+    for path in (arguments.out, front_file):
+        check_output(path)
+    if _rank(device)[1] > 1:
+        raise ValueError("--fit runs in one process: leave torchrun out")
+    pipe = entry.load(resolution=resolution, device=device, dtype=working_dtype(device), weights=arguments.weights)
+    videos = DenseVideos(entry, pipe, resolution=resolution, steps=steps)
+    fitting = Fitting.of(
+        videos, method=method, prompts=prompts[:-tuned], tuning=prompts[-tuned:], seed=arguments.seed, **how
+    )
+    units = fitting.run.units(arguments.out.with_name(f"{arguments.out.name}.fit"))
+    try:
+        with _kept(units):
+            fitting.run.note(units, progress=True)
+            front = fitting.front(units, trials=trials, progress=True)
+    except KeyboardInterrupt:
+        if not units.finished():
+            raise
+        _complain(
+            f"calibatt calibrate: stopped; notes and trials are kept in {units.folder}: run the same command again to "
+            "resume"
+        )
+        return EXIT_INTERRUPTED
+    front.save(front_file, method=method, **asdict(fitting.run.origin), resolution=resolution, steps=steps,
+               prompts=fitting.run.prompts, tuning=fitting.tuning, seed=arguments.seed, trials=trials)  # fmt: skip
+    names = tuple(front.published.values)
+    shown = [*(("front", point) for point in front.points), ("published", front.published)]
+    _table(("", *names, "DENSITY", "PSNR"), [(what, *_cells(point, names)) for what, point in shown])
+    print(f"wrote {front_file}")
+    calibration = fitting.calibration(units, front.chosen(arguments.density).values)
+    calibration.save(arguments.out)
+    _describe(calibration, build(method, calibration=calibration, **how))
+    print(f"wrote {arguments.out}; {units.folder} keeps notes and trials for another --density or more --trials")
+    return 0
+
+
+def _cells(point: Any, names: Sequence[str]) -> Sequence[str]:
+    """A point of a front as a row of a table, its values in the order of these names."""
+    return [*(f"{point.values[name]:.3f}" for name in names), f"{point.density:.3f}", f"{point.psnr_db:.1f}"]
+
+
+def _at_least_one(arguments: argparse.Namespace, name: str, default: int) -> int:
+    given = getattr(arguments, name)
+    if given is not None and given < 1:
+        raise ValueError(f"--{name} {given}: give a whole number from 1 up")
+    return default if given is None else int(given)
+
+
+def _learning(arguments: argparse.Namespace, entry: Any, resolution: str) -> dict[str, Any]:
+    """By what a method is to learn: its preset, and settings in place of the preset's."""
+    how: dict[str, Any] = {"preset": arguments.preset, "block": entry.block_at(resolution)}
+    return {**how, "levels": True} if arguments.levels else how
+
+
 @contextlib.contextmanager
 def _kept(units: Any) -> Iterator[None]:
     """Where a disk is full, say that what is done is not lost."""
@@ -310,24 +403,25 @@ def _describe(calibration: Any, method: Any) -> None:
         print(f"the masks of single prompts overlap the common one by {calibration.tables['agreement'].mean():.0%}")
 
 
-def _prompts(arguments: argparse.Namespace, entry: Any) -> Sequence[str]:
-    """The prompts to calibrate on: of a file, or the model's own."""
+def _prompts(arguments: argparse.Namespace, entry: Any, tuned: int = 0) -> Sequence[str]:
+    """The prompts to calibrate on, and behind them those to tune on: of a file, or the model's own."""
     from calibatt.models.generate import read_prompts
 
-    if arguments.count is not None and arguments.count < 1:
-        raise ValueError(f"--count {arguments.count}: give a whole number from 1 up")
+    # 16 calibration prompts are nearly as good as 64: the paper's ablation
+    count = _at_least_one(arguments, "count", 16)
     if arguments.prompts is not None:
         prompts = read_prompts(arguments.prompts)
-        if arguments.count is not None and len(prompts) < arguments.count:
-            raise ValueError(f"{arguments.prompts} has {len(prompts)} prompts, --count asks for {arguments.count}")
-        chosen = prompts[: arguments.count]
+        needed = tuned + (1 if arguments.count is None else count)
+        if len(prompts) < needed:
+            of_them = f", {tuned} of them to tune on" if tuned else ""
+            raise ValueError(f"{arguments.prompts} has {len(prompts)} prompts: {needed} are needed{of_them}")
+        chosen = prompts if arguments.count is None else prompts[:needed]
         for prompt in chosen:
             entry.check_prompt(prompt)
         return chosen
     if entry.captions is None:
         raise ValueError(f"{entry.name} has no prompts of its own: give a file of them, one per line, with --prompts")
-    # 16 calibration prompts are nearly as good as 64: the paper's ablation
-    captions: list[str] = entry.captions(16 if arguments.count is None else arguments.count, arguments.seed)
+    captions: list[str] = entry.captions(count + tuned, arguments.seed)
     return captions
 
 

@@ -70,7 +70,7 @@ def calibrate(
             setting does not exist or is out of range; attention is not finite; a call is missing or comes twice.
         OSError: notes cannot be written.
     """
-    _check_prompts(prompts)
+    check_prompts(prompts)
     # all of them before the first video: the last may be the one that the model cannot read
     for prompt in prompts:
         entry.check_prompt(prompt)
@@ -163,7 +163,7 @@ class Run:
             ValueError: there is no prompt, or an empty one; the preset learns nothing; a setting does not exist or is
                 out of range.
         """
-        _check_prompts(prompts)
+        check_prompts(prompts)
         learner = learner_for(method, preset=preset, block=block, **settings)
         # before any video, so that a pipeline that cannot be told from others costs no work
         origin = videos.origin()
@@ -406,7 +406,7 @@ class _Watcher:
             )
 
 
-def _check_prompts(prompts: Any) -> None:
+def check_prompts(prompts: Any) -> None:
     """Refuse what is no list of texts.
 
     Raises:

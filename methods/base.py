@@ -81,6 +81,23 @@ class Trials:
     learn: Callable[[Float[Tensor, "planners prompts"]], Mapping[str, Tensor]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Fit:
+    """How a learner's settings are fitted to a model: notes are taken once, and every trial learns from them.
+
+    Args:
+        ranges: the least and the most of each number that is searched, by its name.
+        published: its authors' values.
+        noting: takes notes that do for all values.
+        learner: from values, what learns from these notes.
+    """
+
+    ranges: Mapping[str, tuple[float, float]]
+    published: Mapping[str, float]
+    noting: Learner
+    learner: Callable[[Mapping[str, float]], Learner]
+
+
 class Method(ABC):
     """A way to decide plans. A method is a subclass in a file of its own, and a line of the catalogue.
 
@@ -140,6 +157,11 @@ class Method(ABC):
         Raises:
             ValueError: one line that names the setting or the table.
         """
+
+    @classmethod
+    def fit(cls, config: Any, geometry: Geometry, steps: int) -> Fit | None:
+        """What can be fitted to a model's videos of a geometry and a number of steps; nothing by default."""
+        return None
 
     @classmethod
     def trials(cls, learnt: Learnt) -> Trials | None:

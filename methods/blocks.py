@@ -75,7 +75,7 @@ def video_blocks(geometry: Geometry, block: int) -> slice:
 
 
 def video_table(
-    part: Shaped[Tensor, "heads rows columns"], geometry: Geometry, block: tuple[int, int], *, left_over: int
+    part: Shaped[Tensor, "heads rows columns"], geometry: Geometry, block: tuple[int, int], *, left_over: float
 ) -> Shaped[Tensor, "heads q_blocks k_blocks"]:
     """What is known of the blocks without text, in a table of the size that the video alone has.
 

@@ -7,9 +7,10 @@ from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
 
+from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.names import look_up
 from calibatt.methods.adaspa import AdaSpa
-from calibatt.methods.base import Method
+from calibatt.methods.base import Fit, Method
 from calibatt.methods.blasst import Blasst
 from calibatt.methods.budget.method import Budget
 from calibatt.methods.calibatt.method import CalibAtt
@@ -116,6 +117,32 @@ def learner(
     """
     method_class, config = _configured(name, preset, block, settings)
     return method_class.learner(config)
+
+
+def fit_of(
+    name: str,
+    *,
+    geometry: Geometry,
+    steps: int,
+    preset: str = "default",
+    block: tuple[int, int] | None = None,
+    **settings: Any,
+) -> Fit:
+    """How a preset of a method is fitted to a model.
+
+    Args:
+        name, preset, block, settings: as for `build`.
+        geometry, steps: of the model's videos.
+
+    Raises:
+        UnknownName: there is no such method or preset.
+        ValueError: a setting does not exist or makes no sense; the method has nothing that can be fitted.
+    """
+    method_class, config = _configured(name, preset, block, settings)
+    found = method_class.fit(config, geometry, steps)
+    if found is None:
+        raise ValueError(f"{name} has no settings that are fitted to a model")
+    return found
 
 
 def learns_from(name: str, preset: str = "default", **settings: Any) -> str | None:

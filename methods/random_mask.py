@@ -52,7 +52,7 @@ class RandomMask(Method):
         if (config.density is None) == (learnt is None):
             raise ValueError("random masks have either a density of their own or a calibration of CalibAtt")
         super().__init__(config, learnt)
-        self._model = None if learnt is None else CalibAtt(CalibAttConfig(), learnt)
+        self._model = None if learnt is None else CalibAtt(CalibAtt.settled(CalibAttConfig(), learnt), learnt)
 
     @classmethod
     def learns_from(cls, config: RandomMaskConfig) -> str | None:

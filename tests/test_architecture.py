@@ -23,7 +23,7 @@ ARROWS = {
 }
 # heavy or optional packages that importing a module must not load
 # (torch itself loads NVML's bindings where they are installed)
-LAZY = ("diffusers", "transformers", "matplotlib", "skimage", "imageio", "jinja2")
+LAZY = ("diffusers", "transformers", "matplotlib", "skimage", "imageio", "jinja2", "optuna")
 
 
 def _imports(path: Path) -> set[str]:

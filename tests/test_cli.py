@@ -224,6 +224,75 @@ def test_a_preset_is_that_of_the_file(tiny: list[str], tmp_path: Path) -> None:
     assert (made.preset, made.settings["levels"], made.settings["block"]) == ("masks-only", True, [16, 16])
 
 
+def test_a_fit_writes_its_front_and_the_calibration_of_the_point_asked_for(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from calibatt.calibration.artifact import Calibration
+    from calibatt.calibration.fit import Fitting, Front, Point
+
+    values = {"late": 0.7, "early": 0.9, "decay": 8.0, "rho": 0.5, "gamma": 0.95}
+    points = tuple(Point(values={**values, "late": x}, density=x, psnr_db=20 + x) for x in (0.5, 0.7))
+    asked: list[int] = []
+
+    def front(self: Fitting, units: Any, *, trials: int, progress: bool) -> Front:
+        assert len(units.finished()) == len(self.run.prompts) == 2
+        assert not {*self.run.prompts} & {*self.tuning}
+        asked.append(trials)
+        # in another order
+        published = replace(points[1], values=dict(sorted(points[1].values.items())))
+        return Front(published=published, points=points)
+
+    monkeypatch.setattr(Fitting, "front", front)
+    arguments = ["calibrate", "--model", "tiny", "--fit", "--count", "2", "--tuning", "3", "-o", str(tmp_path / "c")]
+    for more, late in ((["--trials", "7"], 0.7), (["--density", "0.6"], 0.5)):
+        assert main([*arguments, *more]) == 0
+        settings = Calibration.load(tmp_path / "c").settings
+        assert (settings["schedule"]["late"], settings["gamma"]) == (late, 0.95)
+    assert asked == [7, 50]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "c.fit", "c.front.json"]
+    written = json.loads((tmp_path / "c.front.json").read_text())
+    assert [point["density"] for point in written["points"]] == [0.5, 0.7]
+    assert (written["model"], len(written["prompts"]), len(written["tuning"])) == ("tiny", 2, 3)
+    shown = capsys.readouterr().out
+    assert "decay  early  gamma  late   rho    DENSITY  PSNR" in shown
+    assert "front      8.000  0.900  0.950  0.500  0.500  0.500    20.5" in shown
+    assert "published  8.000  0.900  0.950  0.700  0.500  0.700    20.7" in shown
+    assert "density " in shown
+    # the front is there whatever is asked of it
+    (tmp_path / "c.front.json").unlink()
+    assert main([*arguments, "--density", "0.4"]) == 2
+    assert "sparsest point has a density of 0.500" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "c.front.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--fit", "--method", "budget"], "budget has no settings that are fitted to a model"),
+        (["--trials", "5"], "--trials goes with --fit only"),
+        (["--density", "0.5"], "--density goes with --fit only"),
+        (["--fit", "--trials", "0"], "--trials 0: give a whole number from 1 up"),
+        (["--fit", "--tuning", "0"], "--tuning 0: give a whole number from 1 up"),
+        (["--fit", "--density", "nan"], "--density nan: give a share"),
+        (["--fit", "--prompts", "two.txt"], "two.txt has 2 prompts: 3 are needed, 2 of them to tune on"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_fitted_is_refused_before_the_model_is_loaded(
+    tiny: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("two.txt").write_text("a red circle, still, over grey\na red square, still, over grey\n")
+    assert says in _refused(capsys, "calibrate", "--model", "tiny", "-o", "c", *arguments)
+    assert tiny == []
+    assert [path.name for path in tmp_path.iterdir()] == ["two.txt"]
+
+
 def test_generate_refuses_weights_of_another_format_or_model(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

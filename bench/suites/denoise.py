@@ -26,7 +26,7 @@ from calibatt.bench.suites.suite import Job, Kept
 from calibatt.bench.telemetry import read
 from calibatt.bench.timer import timed
 from calibatt.bench.video import Round, Rounds, Video
-from calibatt.bench.video_metrics import eight_bit, psnr_db, ssim
+from calibatt.models.video_metrics import eight_bit, psnr_db, ssim
 
 NAME: Suite = "denoise"
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
+from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import packed, unpacked
 from calibatt.kernels.plan import anchor_rows
 from calibatt.methods.blocks import video_blocks, video_table
@@ -17,7 +18,7 @@ from calibatt.methods.calibatt.levels import MOST_LEVEL, common_levels, loss_lev
 from calibatt.methods.calibatt.repetition import row_similarity
 from calibatt.methods.calibatt.schedule import Schedule
 from calibatt.methods.energy import block_energy
-from calibatt.methods.selection import top_p
+from calibatt.methods.selection import mass_before, top_p
 from calibatt.methods.site import Site
 
 
@@ -32,20 +33,23 @@ class CalibAttLearner:
 
     Args:
         block: tokens of a query block and of a key block.
-        schedule: attention mass to keep at each step, of what lies in blocks without text; None takes the paper's fit
-            for many-step models, by the length of the video.
+        schedule: attention mass to keep at each step, of what lies in blocks without text; None takes one of the
+            paper's fits, by steps and the length of the video (`Schedule.published`).
         rho: share of prompts that must need a block, in (0, 1]: 0.5 is the majority, next to 0 is any prompt.
+        gamma: heads whose similarity over rows is at least this are repetitive. Nothing is learnt by it; it is kept
+            with the masks that it was chosen with.
         anchors: anchor rows of a frame.
         similarity_prompts: measure repetition on this many prompts only, which saves time; None is all of them.
         levels: also learn what `CalibAttConfig.loss` needs to be another than 1: a byte a block.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: a value is out of range, or gamma is no number.
     """
 
     block: tuple[int, int]
     schedule: Schedule | None
     rho: float
+    gamma: float
     anchors: int
     similarity_prompts: int | None
     levels: bool
@@ -54,6 +58,8 @@ class CalibAttLearner:
         # written so that NaN fails too
         if not 0 < self.rho <= 1:
             raise ValueError(f"rho is a share of the prompts, above 0 and up to 1: got {self.rho}")
+        if not math.isfinite(self.gamma):
+            raise ValueError(f"calibatt's gamma is a similarity: got {self.gamma}")
         if min(self.block) < 1:
             raise ValueError(f"a block has at least one token: got {self.block}")
         if self.anchors < 1:
@@ -79,24 +85,19 @@ class CalibAttLearner:
         Raises:
             ValueError: a frame has no more rows than there are anchors.
         """
-        geometry = site.geometry
-        rows, columns = (video_blocks(geometry, size) for size in self.block)
-        energy = block_energy(q, k, block_q=self.block[0], block_k=self.block[1])[:, rows, columns]
-        if geometry.text_tokens:
-            # a row whose attention all goes to text has no energy here, and so no order
-            energy = energy.clamp(min=torch.finfo(energy.dtype).tiny)
-        mass = (self.schedule or Schedule.many_step(geometry.video_tokens)).mass(site.step, site.steps)
-        notes = {"bits": packed(video_table(top_p(energy, mass), geometry, self.block, left_over=True))}
-        if self.similarity_prompts is None or prompt < self.similarity_prompts:
-            notes["similarity"] = row_similarity(q, k, geometry, anchor_rows(geometry.grid[1], self.anchors))
-        else:
-            notes["similarity"] = q.new_zeros(geometry.heads, dtype=torch.float32)
+        geometry, energy = site.geometry, self._energy(q, k, site.geometry)
+        mass = (self.schedule or Schedule.published(geometry.video_tokens, site.steps)).mass(site.step, site.steps)
+        notes = {
+            "bits": packed(video_table(top_p(energy, mass), geometry, self.block, left_over=True)),
+            "similarity": self._similarity(q, k, geometry, prompt),
+        }
         if self.levels:
-            notes["levels"] = video_table(loss_levels(energy, mass), geometry, self.block, left_over=MOST_LEVEL)
+            levels = loss_levels(1 - mass_before(energy), mass)
+            notes["levels"] = video_table(levels, geometry, self.block, left_over=MOST_LEVEL)
         return notes
 
     def merge(self, notes: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """The vote over the prompts.
+        """The vote over the prompts, by this learner's notes or a `MassLearner`'s.
 
         Returns:
             bits: the blocks that enough prompts need, packed as in `BlockMask`.
@@ -104,6 +105,7 @@ class CalibAttLearner:
             similarity: of each head, mean over the prompts that it was measured on.
             levels: where asked for, the loss at which enough prompts still need each block.
         """
+        notes = [self._decided(note) for note in notes]
         needed = votes_needed(len(notes), self.rho)
         bits = [note["bits"] for note in notes]
         votes = sum((unpacked(one, 8 * one.shape[-1]) for one in bits), start=torch.zeros((), dtype=torch.int32))
@@ -120,6 +122,76 @@ class CalibAttLearner:
         if self.levels:
             merged["levels"] = common_levels(torch.stack([note["levels"] for note in notes]), needed)
         return merged
+
+    def _decided(self, note: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A note as this learner makes it, of a `MassLearner`'s; its own as they are."""
+        if "withstood" not in note:
+            return note
+        # which of the paper's fits it would be depends on more than was noted
+        assert self.schedule is not None
+        mass = self.schedule.mass(*note["step"].tolist())
+        withstood = note["withstood"].double()
+        decided = {"bits": packed(withstood > 1 - mass), "similarity": note["similarity"]}
+        if self.levels:
+            decided["levels"] = loss_levels(withstood, mass)
+        return decided
+
+    def _energy(
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        geometry: Geometry,
+    ) -> Float[Tensor, "heads q_blocks k_blocks"]:
+        """Of the blocks without text; every row has some."""
+        rows, columns = (video_blocks(geometry, size) for size in self.block)
+        energy = block_energy(q, k, block_q=self.block[0], block_k=self.block[1])[:, rows, columns]
+        # a row whose attention all goes to text has no energy here, and so no order
+        return energy.clamp(min=torch.finfo(energy.dtype).tiny) if geometry.text_tokens else energy
+
+    def _similarity(
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        geometry: Geometry,
+        prompt: int,
+    ) -> Float[Tensor, "heads"]:
+        """How alike rows are; zeros where it is not measured on this prompt."""
+        if self.similarity_prompts is not None and prompt >= self.similarity_prompts:
+            return q.new_zeros(geometry.heads, dtype=torch.float32)
+        return row_similarity(q, k, geometry, anchor_rows(geometry.grid[1], self.anchors))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MassLearner(CalibAttLearner):
+    """Notes by which a `CalibAttLearner` with any schedule, rho and gamma can vote: two bytes a block.
+
+    It comes to what it would learn by itself, but for blocks that are as near to its schedule as half precision rounds,
+    0.05 % of what the schedule leaves out.
+    """
+
+    def note(
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
+        prompt: int,
+    ) -> Mapping[str, Tensor]:
+        """What every block withstands, and how alike the call's rows are.
+
+        Returns:
+            withstood: share of its row's energy that is not in heavier blocks, half precision; infinite for a block
+                that is always kept. A block is needed where this is more than the schedule leaves out.
+            similarity: as `CalibAttLearner.note`.
+            step: the site's, and their number.
+        """
+        geometry, energy = site.geometry, self._energy(q, k, site.geometry)
+        withstood = (1 - mass_before(energy)).half()
+        return {
+            "withstood": video_table(withstood, geometry, self.block, left_over=math.inf),
+            "similarity": self._similarity(q, k, geometry, prompt),
+            "step": torch.tensor([site.step, site.steps]),
+        }
 
 
 def votes_needed(prompts: int, rho: float) -> int:

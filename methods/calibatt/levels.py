@@ -8,8 +8,6 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from calibatt.methods.selection import mass_before
-
 # Losses are quantised to (j / 64)²: 1, what the schedule leaves out, is one of them, steps near it are 3 % apart, and a
 # byte reaches 15.75. At a schedule's late steps nothing is left at 5 to 11 times what it leaves out.
 _STEPS = 64
@@ -18,16 +16,16 @@ MOST_LOSS = ((MOST_LEVEL - 1) / _STEPS) ** 2
 
 
 def loss_levels(
-    energy: Float[Tensor, "heads q_blocks k_blocks"], mass: float
+    withstood: Float[Tensor, "heads q_blocks k_blocks"], mass: float
 ) -> UInt8[Tensor, "heads q_blocks k_blocks"]:
     """For each block, the largest step of loss at which the smallest set that reaches the remaining mass contains it.
 
     Args:
-        energy: attention mass of each block.
+        withstood: share of its row's energy that is not in heavier blocks (1 − `mass_before`).
         mass: share of a row's energy to keep at a loss of 1. At a loss of x that is 1 - x · (1 - mass).
     """
-    withstood = (1 - mass_before(energy)) / max(1 - mass, torch.finfo(torch.float64).tiny)
-    return withstood.sqrt().mul(_STEPS).ceil().clamp(max=MOST_LEVEL).to(torch.uint8)
+    losses = withstood / max(1 - mass, torch.finfo(torch.float64).tiny)
+    return losses.sqrt().mul(_STEPS).ceil().clamp(max=MOST_LEVEL).to(torch.uint8)
 
 
 def common_levels(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -12,41 +11,47 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import block_count, packed, row_bytes
 from calibatt.kernels.plan import Plan
-from calibatt.methods.base import Knob, Method
-from calibatt.methods.calibatt.learner import CalibAttLearner
+from calibatt.methods.base import Fit, Knob, Method
+from calibatt.methods.calibatt.learner import CalibAttLearner, MassLearner
 from calibatt.methods.calibatt.plans import Plans
 from calibatt.methods.calibatt.schedule import Schedule
 from calibatt.methods.facts import read_settings
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
 
+# The numbers that the paper fits. Its values lie well inside: masses of 0.76 to 0.99, decays of 5.6 and 16, ρ = 0.5,
+# γ = 0.87. ρ next to 0 is any prompt; a similarity of 1 has nobody, and nobody would call one of 0.5 alike.
+_FITTED: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {"late": (0.5, 1.0), "early": (0.5, 1.0), "decay": (0.0, 32.0), "rho": (0.05, 1.0), "gamma": (0.5, 1.0)}
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibAttConfig:
     """Settings of CalibAtt; the defaults are the paper's.
 
-    The first three count when a video is made. The others are its learner's (`CalibAttLearner`): they count when
+    The first two count when a video is made. The others are its learner's (`CalibAttLearner`): they count when
     calibrating, and a method that is built on a calibration has the calibration's.
 
     Args:
         repetition: repetitive heads compute their anchor rows only; without it they have a block mask like the others.
         loss: attention mass that masks may lose, in multiples of what the schedule that was calibrated with leaves out.
             Another than 1 needs a calibration with levels.
-        gamma: heads whose similarity over rows is at least this are repetitive.
-        block, schedule, rho, anchors, similarity_prompts, levels: as in `CalibAttLearner`.
+        block, schedule, rho, gamma, anchors, similarity_prompts, levels: as in `CalibAttLearner`.
 
     Raises:
-        ValueError: the loss is negative, gamma is no number, or a setting of the learner is out of range.
+        ValueError: the loss is negative, or a setting of the learner is out of range.
     """
 
     repetition: bool = True
     loss: float = 1.0
-    gamma: float = 0.87
     block: tuple[int, int] = (128, 128)
     schedule: Schedule | None = None
     rho: float = 0.5
+    gamma: float = 0.87
     anchors: int = 5
     similarity_prompts: int | None = None
     levels: bool = False
@@ -55,8 +60,6 @@ class CalibAttConfig:
         # written so that NaN fails too
         if not self.loss >= 0:
             raise ValueError(f"calibatt's loss is a multiple, 0 or more: got {self.loss}")
-        if not math.isfinite(self.gamma):
-            raise ValueError(f"calibatt's gamma is a similarity: got {self.gamma}")
         # refuses its own
         self.learner()
 
@@ -97,6 +100,23 @@ class CalibAtt(Method):
         """The config with the learner's settings as they were when it learnt."""
         own = read_settings(CalibAttLearner, learnt.settings)
         return replace(config, **{field.name: getattr(own, field.name) for field in fields(own)})
+
+    @classmethod
+    def fit(cls, config: CalibAttConfig, geometry: Geometry, steps: int) -> Fit:
+        """The schedule, ρ and γ, which the paper fits for each model, from one set of notes."""
+        own = config.learner()
+        schedule = config.schedule or Schedule.published(geometry.video_tokens, steps)
+
+        def learner(values: Mapping[str, float]) -> CalibAttLearner:
+            fitted = Schedule(early=values["early"], late=values["late"], decay=values["decay"])
+            return replace(own, schedule=fitted, rho=values["rho"], gamma=values["gamma"])
+
+        return Fit(
+            ranges=_FITTED,
+            published={**asdict(schedule), "rho": own.rho, "gamma": own.gamma},
+            noting=MassLearner(**{field.name: getattr(own, field.name) for field in fields(own)}),
+            learner=learner,
+        )
 
     @classmethod
     def check_tables(cls, learnt: Learnt) -> None:

@@ -10,6 +10,8 @@ _MANY_EARLY, _MANY_DECAY = 0.99, 16.0
 _MANY_LATE, _MANY_LATE_PER_TOKEN = 0.796, 1.41e-6
 # … and the 4-step distilled LightX2V
 _DISTILLED_EARLY, _DISTILLED_LATE, _DISTILLED_DECAY = 0.863, 0.763, 5.64
+# as many as it was fitted to: that model is distilled to need no more, and nothing is fitted between 4 and 50
+_FEW_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,19 @@ class Schedule:
         # written so that NaN fails too
         if not (0 < self.early <= 1 and 0 < self.late <= 1 and 0 <= self.decay < math.inf):
             raise ValueError(f"a schedule needs masses in (0, 1] and a decay of 0 or more: got {self}")
+
+    @classmethod
+    def published(cls, tokens: int, steps: int) -> Schedule:
+        """The paper's fit that comes nearest: the distilled model's for up to 4 steps, the many-step one for more.
+
+        Args:
+            tokens: length of the sequence.
+            steps: of a generation.
+
+        Raises:
+            ValueError: as `many_step`.
+        """
+        return cls.distilled() if steps <= _FEW_STEPS else cls.many_step(tokens)
 
     @classmethod
     def many_step(cls, tokens: int) -> Schedule:

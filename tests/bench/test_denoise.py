@@ -19,7 +19,7 @@ from calibatt.bench.record import Record
 from calibatt.bench.suites.denoise import run
 from calibatt.bench.suites.suite import Kept
 from calibatt.bench.video import Rounds, in_order
-from calibatt.bench.video_metrics import PSNR_CAP_DB, eight_bit, psnr_db
+from calibatt.models.video_metrics import PSNR_CAP_DB, eight_bit, psnr_db
 
 # calls before the first video: one at the first probe of either layer, then one a probe; and those of a video
 CHECKED, A_VIDEO = 5, 8

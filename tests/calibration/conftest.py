@@ -36,6 +36,7 @@ class HandMade:
         not_finite: the site whose queries hold a NaN.
         runs: steps that the pipeline says it runs, where that is not `steps`.
         stop: a prompt whose video is broken off by this error after the first step.
+        contrast: by how much the video is stretched, so that eight bits tell the means of other attention apart.
         visible: whether there is a video, a mean of all that attention computes, or only calls to watch.
     """
 
@@ -52,6 +53,7 @@ class HandMade:
     not_finite: tuple[int, int] | None = None
     runs: int | None = None
     stop: tuple[str, BaseException] | None = None
+    contrast: float = 1.0
     visible: bool = True
     shown: list[tuple[str, int]] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
@@ -86,7 +88,7 @@ class HandMade:
             after_step()
             if self.stop is not None and self.stop[0] == prompt:
                 raise self.stop[1]
-        return video if self.visible else None
+        return video * self.contrast if self.visible else None
 
 
 @pytest.fixture

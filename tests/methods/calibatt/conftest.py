@@ -27,7 +27,7 @@ def learner() -> Callable[..., CalibAttLearner]:
     """A learner with other settings than some."""
 
     def made(**other: Any) -> CalibAttLearner:
-        settings: dict[str, Any] = {"block": (16, 8), "schedule": SCHEDULE, "rho": 0.5, "anchors": 2}
+        settings: dict[str, Any] = {"block": (16, 8), "schedule": SCHEDULE, "rho": 0.5, "gamma": 0.87, "anchors": 2}
         return CalibAttLearner(**{**settings, "similarity_prompts": None, "levels": False, **other})
 
     return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -15,14 +15,14 @@ from calibatt.kernels.mask import block_count, packed, unpacked
 from calibatt.kernels.plan import anchor_rows
 from calibatt.methods.blocks import video_blocks
 from calibatt.methods.calibatt import learner as module
-from calibatt.methods.calibatt.learner import CalibAttLearner, agreement, majority, votes_needed
+from calibatt.methods.calibatt.learner import CalibAttLearner, MassLearner, agreement, majority, votes_needed
 from calibatt.methods.calibatt.levels import loss_levels
 from calibatt.methods.calibatt.repetition import row_similarity
 from calibatt.methods.calibatt.schedule import Schedule
 from calibatt.methods.energy import block_energy
 from calibatt.methods.facts import read_settings
 from calibatt.methods.learning import settings_of
-from calibatt.methods.selection import top_p
+from calibatt.methods.selection import mass_before, top_p
 
 Made = Callable[..., Any]
 
@@ -59,17 +59,17 @@ def test_a_note_is_the_smallest_set_the_similarity_and_the_levels_of_the_call(
     energy = block_energy(q, k, block_q=16, block_k=8)
     mass = Schedule(early=0.9, late=0.6, decay=3.0).mass(1, 2)
     assert torch.equal(notes["bits"], packed(top_p(energy, mass)))
-    assert torch.equal(notes["levels"], loss_levels(energy, mass))
+    assert torch.equal(notes["levels"], loss_levels(1 - mass_before(energy), mass))
     assert torch.equal(notes["similarity"], row_similarity(q, k, where.geometry, anchor_rows(6, 2)))
     assert "levels" not in learner().note(q, k, v, where, 0)
 
 
-def test_without_a_schedule_the_papers_fit_for_the_length_of_the_video_is_taken(
-    learner: Made, site: Made, inputs: Made
+@pytest.mark.parametrize(("steps", "fit"), [(4, Schedule.distilled()), (6, Schedule.many_step(60))])
+def test_without_a_schedule_the_papers_fit_for_the_steps_and_the_length_of_the_video_is_taken(
+    learner: Made, site: Made, inputs: Made, steps: int, fit: Schedule
 ) -> None:
     q, k, v = inputs()
-    own = learner(schedule=None).note(q, k, v, site(), 0)
-    given = learner(schedule=Schedule.many_step(60)).note(q, k, v, site(), 0)
+    own, given = (learner(schedule=one).note(q, k, v, site(steps=steps), 0) for one in (None, fit))
     assert torch.equal(own["bits"], given["bits"])
 
 
@@ -86,6 +86,26 @@ def test_the_merge_keeps_what_enough_prompts_need_and_says_how_far_they_agree(
     assert torch.equal(unpacked(merged["bits"], 8), expected)
     overlaps = (masks & expected).sum((0, 2, 3)) / (masks | expected).sum((0, 2, 3))
     torch.testing.assert_close(merged["agreement"], overlaps.float())
+
+
+@pytest.mark.parametrize("text", [0, 17])
+def test_notes_of_masses_come_to_what_each_learner_learns_by_itself(
+    learner: Made, site: Made, inputs: Made, text: int
+) -> None:
+    geometry = replace(site().geometry, text_tokens=text)
+    calls = [(*inputs(geometry, seed), site(1, geometry=geometry), seed) for seed in range(3)]
+    base = learner(similarity_prompts=2)
+    noting = MassLearner(**{field.name: getattr(base, field.name) for field in fields(base)})
+    masses = [noting.note(*call) for call in calls]
+    for mass, rho in ((0.5, 0.5), (0.9, 0.9), (1.0, 0.1)):
+        schedule = Schedule(early=0.9, late=mass, decay=3.0)
+        one = learner(schedule=schedule, rho=rho, similarity_prompts=2, levels=True)
+        own, voted = one.merge([one.note(*call) for call in calls]), one.merge(masses)
+        assert own.keys() == voted.keys()
+        for name in ("bits", "agreement", "similarity"):
+            assert torch.equal(own[name], voted[name]), name
+        # half precision may be on the other side of a step
+        assert (own["levels"].int() - voted["levels"].int()).abs().max() <= 1
 
 
 def test_one_prompt_gives_the_mask_of_its_own_attention(learner: Made, site: Made, inputs: Made) -> None:
@@ -166,7 +186,15 @@ def test_a_video_smaller_than_a_block_keeps_everything_beside_text(learner: Made
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"rho": 0.0}, {"rho": 1.5}, {"rho": math.nan}, {"block": (0, 64)}, {"similarity_prompts": 0}, {"anchors": 0}],
+    [
+        {"rho": 0.0},
+        {"rho": 1.5},
+        {"rho": math.nan},
+        {"block": (0, 64)},
+        {"gamma": math.nan},
+        {"similarity_prompts": 0},
+        {"anchors": 0},
+    ],
     ids=str,
 )
 def test_settings_out_of_range_are_refused(learner: Made, wrong: dict[str, Any]) -> None:

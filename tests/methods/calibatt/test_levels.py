@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from calibatt.methods.calibatt.levels import MOST_LOSS, common_levels, keep_at, loss_levels
-from calibatt.methods.selection import top_p
+from calibatt.methods.selection import mass_before, top_p
 
 
 def energies(videos: int = 1, seed: int = 0) -> torch.Tensor:
@@ -18,13 +18,13 @@ def test_at_every_step_of_loss_a_video_keeps_the_top_p_that_reaches_what_is_left
     energy, mass = energies()[0], 0.9
     loss = (step / 64) ** 2
     expected = top_p(energy, 1 - loss * (1 - mass))
-    assert torch.equal(keep_at(loss_levels(energy, mass), loss), expected)
+    assert torch.equal(keep_at(loss_levels(1 - mass_before(energy), mass), loss), expected)
 
 
 def test_no_loss_keeps_every_block_that_has_any_mass_and_the_most_keeps_one_a_row() -> None:
     energy = energies()[0]
     energy[:, :, ::3] = 0
-    levels = loss_levels(energy, 0.9)
+    levels = loss_levels(1 - mass_before(energy), 0.9)
     assert torch.equal(keep_at(levels, 0.0), energy > 0)
     assert (keep_at(levels, MOST_LOSS).sum(-1) == 1).all()
 
@@ -32,7 +32,7 @@ def test_no_loss_keeps_every_block_that_has_any_mass_and_the_most_keeps_one_a_ro
 def test_a_schedule_that_loses_nothing_keeps_every_block_that_has_any_mass_at_every_loss() -> None:
     energy = energies()[0]
     energy[:, :, ::3] = 0
-    assert torch.equal(keep_at(loss_levels(energy, 1.0), 4.0), energy > 0)
+    assert torch.equal(keep_at(loss_levels(1 - mass_before(energy), 1.0), 4.0), energy > 0)
 
 
 @pytest.mark.parametrize("needed", [1, 3, 5])
@@ -40,7 +40,9 @@ def test_a_schedule_that_loses_nothing_keeps_every_block_that_has_any_mass_at_ev
 def test_levels_in_common_are_votes_at_every_loss(needed: int, loss: float) -> None:
     energy, mass = energies(videos=5), 0.95
     votes = sum(top_p(video, 1 - loss * (1 - mass)).long() for video in energy)
-    keep = keep_at(common_levels(torch.stack([loss_levels(video, mass) for video in energy]), needed), loss)
+    keep = keep_at(
+        common_levels(torch.stack([loss_levels(1 - mass_before(video), mass) for video in energy]), needed), loss
+    )
     enough = torch.as_tensor(votes >= needed)
     rows = enough.any(-1)
     assert torch.equal(keep[rows], enough[rows])
@@ -51,4 +53,4 @@ def test_levels_in_common_are_votes_at_every_loss(needed: int, loss: float) -> N
 @pytest.mark.parametrize("loss", [-0.1, 15.8, float("nan")])
 def test_a_loss_that_a_byte_does_not_reach_is_refused(loss: float) -> None:
     with pytest.raises(ValueError, match=r"from 0 to 15\.75"):
-        keep_at(loss_levels(energies()[0], 0.9), loss)
+        keep_at(loss_levels(1 - mass_before(energies()[0]), 0.9), loss)

@@ -159,7 +159,7 @@ def test_outputs_of_text_queries_are_dense_attention(
     learnt: Made, learner: Made, site: Made, inputs: Made, side: TextSide
 ) -> None:
     geometry = replace(site().geometry, text_side=side)
-    method = build("calibatt", calibration=learnt(learner(), texts=(17, 40), geometry=geometry), gamma=2.0)
+    method = build("calibatt", calibration=learnt(learner(gamma=2.0), texts=(17, 40), geometry=geometry))
     own = replace(geometry, text_tokens=25)
     where = site(1, 1, geometry=own)
     q, k, v = inputs(own, seed=5)
@@ -194,7 +194,7 @@ def test_presets_share_one_calibration(
     assert method.learnt is made
 
 
-@pytest.mark.parametrize("wrong", [{"loss": -0.5}, {"loss": math.nan}, {"gamma": math.nan}], ids=str)
+@pytest.mark.parametrize("wrong", [{"loss": -0.5}, {"loss": math.nan}], ids=str)
 def test_settings_of_use_out_of_range_are_refused(learnt: Made, learner: Made, wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="got"):
         build("calibatt", calibration=learnt(learner()), **wrong)

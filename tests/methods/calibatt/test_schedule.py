@@ -23,6 +23,11 @@ def test_the_mass_falls_by_the_decay_over_the_whole_generation() -> None:
     assert schedule.mass(1, 2) == schedule.mass(25, 50)
 
 
+def test_the_fit_of_the_distilled_model_is_taken_for_as_few_steps_as_it_has() -> None:
+    taken = [Schedule.published(32_760, steps) for steps in (1, 4, 5, 6, 50)]
+    assert taken == [Schedule.distilled()] * 2 + [Schedule.many_step(32_760)] * 3
+
+
 @pytest.mark.parametrize("wrong", [{"early": 0.0}, {"late": 1.1}, {"decay": -1.0}, {"late": math.nan}])
 def test_an_impossible_schedule_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="masses in"):

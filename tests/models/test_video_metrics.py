@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from calibatt.bench.video_metrics import PSNR_CAP_DB, eight_bit, psnr_db, ssim
+from calibatt.models.video_metrics import PSNR_CAP_DB, eight_bit, psnr_db, ssim
 
 
 def test_bytes_are_those_of_a_video_file() -> None:
