@@ -15,7 +15,9 @@ from calibatt.kernels import oracle
 from calibatt.kernels.base import Attender
 from calibatt.kernels.permute import permute
 from calibatt.kernels.plan import Plan
+from calibatt.methods.call import Attention
 from calibatt.methods.energy import CHUNK, exponentials
+from calibatt.methods.site import Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +27,7 @@ class Truth:
     Args:
         kernel_error, kernel_error_budget: largest absolute error against fp64 under the same plan, and what it may be,
             on the probe where it comes nearest to its budget.
-        method_error: relative L2 error of attention outputs against dense fp64 attention, mean.
+        method_error: relative L2 error of attention outputs against dense attention, both in fp64, pooled by norm.
         recall: attention mass in the kept blocks, mean over heads that compute all their queries; None without any.
     """
 
@@ -38,6 +40,90 @@ class Truth:
     def right(self) -> bool:
         """Whether the kernel stayed within its budget."""
         return self.kernel_error <= self.kernel_error_budget
+
+
+class PooledError:
+    """Relative L2 error of attention outputs, pooled by norm over calls: sqrt(Σ‖out − dense‖² / Σ‖dense‖²).
+
+    Attributes:
+        calls: that are in it.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._squares: Float[Tensor, "2"] | None = None
+
+    def add(
+        self,
+        out: Float[Tensor, "batch heads tokens head_dim"],
+        dense: Float[Tensor, "batch heads tokens head_dim"],
+    ) -> None:
+        """Add one call; nothing waits for the device.
+
+        Args:
+            out: what an arm computes.
+            dense: what dense attention does.
+        """
+        if self._squares is None:
+            self._squares = torch.zeros(2, dtype=torch.float64, device=out.device)
+        # a head at a time: all heads of a large model take gigabytes in fp64
+        for own, reference in zip(out.unbind(1), dense.unbind(1), strict=True):
+            exact = reference.double()
+            self._squares += torch.stack(((own.double() - exact).square().sum(), exact.square().sum()))
+        self.calls += 1
+
+    def value(self) -> float:
+        """The error; waits for the device.
+
+        Raises:
+            ValueError: no call is in it, or outputs have NaN or infinite values, or are all zero.
+        """
+        if self._squares is None:
+            raise ValueError("no attention call was seen: is the pipeline's self-attention replaced?")
+        difference, reference = self._squares.tolist()
+        error = math.sqrt(difference / reference) if reference else math.nan
+        if not math.isfinite(error):
+            raise ValueError("attention outputs have NaN or infinite values, or those of dense attention are all zero")
+        return error
+
+
+class Shadow:
+    """Dense attention, beside which an arm plans and computes every call: what goes on into the model is dense.
+
+    Args:
+        arm: what is compared.
+        dense: what it is compared with.
+
+    Attributes:
+        error: of the arm's outputs, over the calls of the video.
+    """
+
+    def __init__(self, arm: Attention, dense: Attention) -> None:
+        self.error = PooledError()
+        self._arm = arm
+        self._dense = dense
+
+    def start_video(self) -> None:
+        """A new video."""
+        self.error = PooledError()
+        self._arm.start_video()
+        self._dense.start_video()
+
+    def __call__(
+        self,
+        q: Float[Tensor, "1 heads tokens head_dim"],
+        k: Float[Tensor, "1 heads tokens head_dim"],
+        v: Float[Tensor, "1 heads tokens head_dim"],
+        site: Site,
+    ) -> Float[Tensor, "1 heads tokens head_dim"]:
+        """The dense output, once the arm's has been compared with it.
+
+        Raises:
+            ValueError: the arm does not take these inputs.
+        """
+        out = self._dense(q, k, v, site)
+        self.error.add(self._arm(q, k, v, site), out)
+        return out
 
 
 def judge(
@@ -55,10 +141,10 @@ def judge(
         heads: which to check.
 
     Raises:
-        ValueError: the kernel does not apply to a plan.
+        ValueError: the kernel does not apply to a plan, or dense outputs are all zero.
     """
     errors: list[tuple[float, float]] = []
-    method_errors: list[float] = []
+    method_error = PooledError()
     recalls: list[float] = []
     for plan, probe, reference in zip(plans, probes, dense, strict=True):
         out = kernel.attend(probe.q, probe.k, probe.v, plan)[:, heads]
@@ -67,13 +153,13 @@ def judge(
         q, k, v = (x[:, heads] for x in (probe.q, probe.k, probe.v))
         exact = oracle.attend(q, k, v, plan)
         errors.append((_largest_error(out, exact), oracle.error_budget(q, k, v, plan, exact)))
-        method_errors.append(((exact - reference).norm() / reference.norm()).item())
+        method_error.add(exact, reference)
         recalls.extend(recall(q[0], k[0], plan))
     worst = max(errors, key=lambda pair: pair[0] / pair[1])
     return Truth(
         kernel_error=worst[0],
         kernel_error_budget=worst[1],
-        method_error=sum(method_errors) / len(method_errors),
+        method_error=method_error.value(),
         recall=sum(recalls) / len(recalls) if recalls else None,
     )
 

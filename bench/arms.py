@@ -146,7 +146,6 @@ def passed(context: Context, suite: Suite, one: Ready) -> dict[str, Any]:
         "recall": one.truth.recall,
         "kernel_error": one.truth.kernel_error,
         "kernel_error_budget": one.truth.kernel_error_budget,
-        "method_error": one.truth.method_error,
         "preparation_s": one.preparation_s,
         "checked_heads": len(context.checked_heads),
     }

@@ -122,8 +122,13 @@ class Record:
         density: kept fraction of the block products over all calls, text and dense steps included.
         recall: attention mass kept, mean.
         kernel_error: largest error against fp64 under the same plan; kernel_error_budget is what it may be.
-        method_error: relative error of attention outputs against dense ones.
-        checked_heads: heads of which the last four were taken.
+        method_error: relative L2 error of attention outputs against dense ones, pooled by norm over calls:
+            sqrt(Σ‖out − dense‖² / Σ‖dense‖²). In the denoise suite over all calls (steps, layers, branches, heads) of
+            the dense video of the first round's prompt and seed, beside which the arm plans and its kernel computes
+            every call; in the attention suite over the probes, in fp64, of the heads that are checked.
+        error_calls: how many calls are pooled; absent in older files, whose method_error is the mean of the relative
+            errors of some calls.
+        checked_heads: heads of which recall and the kernel error were taken, and the method error of probes.
         psnr_db, ssim: generated video against the same-seed dense one.
         alignment, alignment_dense: how much of the caption can be read back from the video, 0 to 1.
         mask_agreement: overlap (intersection over union) of the masks of different prompts.
@@ -184,6 +189,7 @@ class Record:
     kernel_error: float | None = None
     kernel_error_budget: float | None = None
     method_error: float | None = None
+    error_calls: int | None = None
     checked_heads: int | None = None
     psnr_db: Samples | None = None
     ssim: Samples | None = None

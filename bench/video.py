@@ -26,6 +26,7 @@ class Video:
         alignment: where the model has one.
         psnr_db, ssim: against the dense video of its round, where there is one.
         density, plan_memory_bytes: of the first video's plans.
+        method_error, error_calls: of the dense video of the first round, and the calls that it is pooled over.
     """
 
     seconds: float
@@ -39,6 +40,8 @@ class Video:
     ssim: float | None = None
     density: float | None = None
     plan_memory_bytes: int | None = None
+    method_error: float | None = None
+    error_calls: int | None = None
 
 
 # of every arm, under its name, its video in a round, or why it has no more

@@ -45,7 +45,10 @@ class RandomMask(Method):
     label: ClassVar[str] = "Random mask"
     colour: ClassVar[str] = "#8C8C8C"
     marker: ClassVar[str] = "X"
-    presets: ClassVar[Mapping[str, RandomMaskConfig]] = MappingProxyType({"default": RandomMaskConfig()})
+    presets: ClassVar[Mapping[str, RandomMaskConfig]] = MappingProxyType(
+        # one draw says little of what the next would have: from several, how far they differ
+        {"default": RandomMaskConfig()} | {f"draw-{i + 1}": RandomMaskConfig(seed=i) for i in range(1, 5)}
+    )
     knob: ClassVar[Knob | None] = Knob(field="density", low=0.0, high=1.0)
 
     def __init__(self, config: RandomMaskConfig, learnt: Learnt | None = None) -> None:

@@ -131,10 +131,11 @@ COLUMNS: Sequence[Column] = (
     Column("recall", "attention mass kept", lambda row: _percent(row.record.recall), brief=True),
     Column(
         "method error",
-        "of attention outputs, against dense",
+        "of attention outputs against dense, over the calls of a dense video, or some of them",
         lambda row: _number(row.record.method_error, "{:.2f}"),
         brief=True,
     ),
+    Column("of calls", "that the method error is pooled over", lambda row: _number(row.record.error_calls, "{:d}")),
     Column("estimate", "time that choosing the blocks takes", lambda row: _phases(row, "plan"), brief=True),
     Column(
         "moves",

@@ -110,6 +110,8 @@ def _record(context: Context, course: _Course, dense: _Course | None) -> Record:
         baseline_samples_s=None if dense is None else tuple(dense.seconds),
         phases_s={name: tuple(samples) for name, samples in course.phases.items()},
         tflops=operations / statistics.median(course.phases["attend"]) / 1e12,
+        method_error=one.truth.method_error,
+        error_calls=len(context.probes),
         plan_memory_bytes=max(plan.nbytes() for plan in one.plans),
         density=density,
     )

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from calibatt.bench.accuracy import PooledError, Shadow
 from calibatt.bench.arms import Ready, failed, passed, ready
 from calibatt.bench.cells import DENSE, AnyArm, Arm, Cell
 from calibatt.bench.context import Context
@@ -26,6 +27,8 @@ from calibatt.bench.suites.suite import Job, Kept
 from calibatt.bench.telemetry import read
 from calibatt.bench.timer import timed
 from calibatt.bench.video import Round, Rounds, Video
+from calibatt.methods.call import SparseAttention
+from calibatt.methods.catalogue import build
 from calibatt.models.video_metrics import eight_bit, psnr_db, ssim
 
 NAME: Suite = "denoise"
@@ -72,8 +75,9 @@ def run(
 ) -> Iterator[tuple[Arm, Record]]:
     """Check arms, and let those that are right make videos.
 
-    A round is kept when all its videos have been compared, so that an arm and its baseline are always of one run. One
-    that failed has no more turns, in a run that goes on either.
+    Before an arm's first video, its method error is taken beside the dense one of the same prompt and seed, and kept
+    with that round. A round is kept when all its videos have been compared, so that an arm and its baseline are always
+    of one run. One that failed has no more turns, in a run that goes on either.
 
     Args:
         context: what they share.
@@ -167,6 +171,8 @@ def _take_turns(
 
 def _one_video(context: Context, course: _Course, round_: int) -> Frames:
     device = context.device
+    # before what is timed
+    error = _method_error(context, course.one) if round_ == 0 else None
     # the plans of one video show the method's density
     observers = [course.plans] if round_ == 0 else []
     meter = Meter(course.one.method, course.one.kernel, device, observers=observers)
@@ -188,11 +194,21 @@ def _one_video(context: Context, course: _Course, round_: int) -> Frames:
         made.alignment = context.alignment(video, context.prompts[round_])
     if round_ == 0:
         made.density, made.plan_memory_bytes = course.plans.density(), course.plans.nbytes
+    if error is not None:
+        made.method_error, made.error_calls = error.value(), error.calls
     frames = eight_bit(video)
     if len(course.shown) < _SHOWN_VIDEOS:
         course.shown.append(frames)
     course.videos.append(made)
     return frames
+
+
+def _method_error(context: Context, one: Ready) -> PooledError:
+    """Over all calls of the first round's dense video, which no arm has learnt from or turned its knob on."""
+    shadow = Shadow(SparseAttention(one.method, one.kernel), SparseAttention(build("dense"), context.dense))
+    context.video(shadow, 0)
+    context.log(f"one dense video, {one.arm} beside it: method error {shadow.error.value():.3g}")
+    return shadow.error
 
 
 def _compare(made: Video, video: Frames, reference: Frames) -> None:
@@ -227,6 +243,8 @@ def _record(context: Context, course: _Course, dense: _Course | None, artifacts:
         phases_s={name: tuple(video.phases[name] for video in videos) for name in videos[0].phases},
         plan_memory_bytes=videos[0].plan_memory_bytes,
         density=videos[0].density,
+        method_error=videos[0].method_error,
+        error_calls=videos[0].error_calls,
         **more,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
@@ -21,7 +21,7 @@ from calibatt.kernels.base import Task, Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan
-from calibatt.methods.call import Attention
+from calibatt.methods.call import Attention, SparseAttention
 from calibatt.methods.site import BRANCHES, Site
 
 GEOMETRY = Geometry(grid=(2, 2, 4), heads=2, head_dim=8)
@@ -118,23 +118,32 @@ class Fakes:
             probes.append(Probe(site=site(step, layer), q=q, k=k, v=v))
         return Context(
             name="fake-tiny-2", device=torch.device("cpu"), prompts=tuple(f"prompt {i}" for i in range(prompts)),
-            probes=tuple(probes), checked_heads=(0, 1), dense=self.kernels[DENSE], kernel=self.kernels.__getitem__,
-            method=self.methods.__getitem__, prepared=lambda arm: None, preparation_s=lambda method: None,
-            film=self._film, alignment=None, guidance=3.0, facts={"model": "fake"}, log=self.said.append,
+            probes=tuple(probes), checked_heads=(0, 1), dense=FakeKernel("dense", self.clock, (0.0,)),
+            kernel=self.kernels.__getitem__, method=self.methods.__getitem__, prepared=lambda arm: None,
+            preparation_s=lambda method: None, film=self._film, alignment=None, guidance=3.0, facts={"model": "fake"},
+            log=self.said.append,
         )  # fmt: skip
 
     def _film(self, attention: Attention, prompt: str, seed: int) -> Tensor:
         self.alive.append(sum(video() is not None for video in self.videos))
         attention.start_video()
-        x = torch.zeros(1, 2, 16, 8)
-        for step in range(STEPS):
-            for branch in BRANCHES:
-                for layer in range(LAYERS):
-                    attention(x, x, x, site(step, layer, branch))
-        level = -0.5 + seed / 10 + self.brightness.get(attention.kernel.name, 0.0)  # type: ignore[attr-defined]
-        video = torch.full((3, 2, 16, 16), level)
+        for q, k, v, where in calls(seed):
+            attention(q, k, v, where)
+        # beside an arm, it is the dense video
+        name = attention.kernel.name if isinstance(attention, SparseAttention) else "dense"
+        video = torch.full((3, 2, 16, 16), -0.5 + seed / 10 + self.brightness.get(name, 0.0))
         self.videos.append(weakref.ref(video))
         return video
+
+
+def calls(seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Site]]:
+    """Inputs and places of all attention calls of a fake video."""
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(STEPS):
+        for branch in BRANCHES:
+            for layer in range(LAYERS):
+                q, k, v = torch.randn(3, 1, 2, 16, 8, generator=generator)
+                yield q, k, v, site(step, layer, branch)
 
 
 def site(step: int, layer: int, branch: Any = "cond") -> Site:
@@ -154,6 +163,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def fakes(clock: Clock) -> Fakes:
     """Arms to be made by the test."""
     return Fakes(clock)
+
+
+@pytest.fixture
+def calls_of_video() -> Callable[[int], Iterator[tuple[Tensor, Tensor, Tensor, Site]]]:
+    """Gives the attention calls of the fake video of a seed."""
+    return calls
 
 
 @pytest.fixture

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from calibatt.bench.accuracy import Truth, judge, recall
+from calibatt.bench.accuracy import PooledError, Shadow, Truth, judge, recall
 from calibatt.bench.arms import block_of
 from calibatt.bench.observers import Probe
 from calibatt.kernels import oracle
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, VariableBlockMask
 from calibatt.kernels.plan import Plan, TokenOrder
+from calibatt.methods.call import SparseAttention
 from calibatt.methods.site import Site
 
 GEOMETRY = Geometry(grid=(2, 6, 8), heads=2, head_dim=16)
@@ -70,6 +71,71 @@ def test_dense_has_no_method_error_and_full_recall(probe: Probe) -> None:
     truth = _judged(Plan.dense(GEOMETRY), Kernel(0.0), probe)
     assert truth.method_error == 0.0
     assert truth.recall == 1.0
+
+
+def test_the_method_error_of_probes_is_pooled_by_norm(probe: Probe, plan: Plan) -> None:
+    # outputs a hundred times as large, computed densely
+    large = Probe(site=probe.site, q=probe.q, k=probe.k, v=100 * probe.v)
+    dense = [oracle.attend(one.q, one.k, one.v, Plan.dense(GEOMETRY)) for one in (probe, large)]
+    truth = judge([plan, Plan.dense(GEOMETRY)], Kernel(0.0), [probe, large], dense, [0, 1])
+    lost = (oracle.attend(probe.q, probe.k, probe.v, plan) - dense[0]).norm()
+    assert truth.method_error == pytest.approx((lost / torch.stack(dense).norm()).item())
+
+
+class WrongAt:
+    """Plans by a mask at one call of a video, counted from its reset, and densely at all others."""
+
+    def __init__(self, call: int | None, plan: Plan) -> None:
+        self._wrong_at, self._plan = call, plan
+        self._calls = 0
+
+    def reset(self) -> None:
+        self._calls = 0
+
+    def plan(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Site) -> Plan:
+        self._calls += 1
+        return self._plan if self._calls - 1 == self._wrong_at else Plan.dense(GEOMETRY)
+
+
+def _shadow(call: int | None, plan: Plan) -> Shadow:
+    kernel = Kernel(0.0)
+    return Shadow(SparseAttention(WrongAt(call, plan), kernel), SparseAttention(WrongAt(None, plan), kernel))
+
+
+@pytest.mark.parametrize("call", [0, 2])
+def test_beside_a_dense_video_an_arm_that_is_wrong_at_one_call_has_the_pooled_error(
+    probe: Probe, plan: Plan, call: int
+) -> None:
+    scales = (1.0, 5.0, 20.0)
+    shadow = _shadow(call, plan)
+    # the second video is as the first: state and error are its own
+    for _ in range(2):
+        shadow.start_video()
+        outs = [shadow(probe.q, probe.k, scale * probe.v, probe.site) for scale in scales]
+        dense = oracle.attend(probe.q, probe.k, probe.v, Plan.dense(GEOMETRY))
+        for out, scale in zip(outs, scales, strict=True):
+            torch.testing.assert_close(out, (scale * dense).float())
+        lost = scales[call] * (oracle.attend(probe.q, probe.k, probe.v, plan) - dense).norm()
+        size = dense.norm() * sum(scale**2 for scale in scales) ** 0.5
+        assert shadow.error.value() == pytest.approx((lost / size).item(), rel=1e-5)
+        assert shadow.error.calls == 3
+
+
+def test_beside_a_dense_video_a_dense_arm_has_no_error(probe: Probe, plan: Plan) -> None:
+    shadow = _shadow(None, plan)
+    shadow.start_video()
+    shadow(probe.q, probe.k, probe.v, probe.site)
+    assert shadow.error.value() == 0.0
+
+
+@pytest.mark.parametrize("out", [math.nan, math.inf])
+def test_an_output_that_is_no_number_gives_no_error(probe: Probe, out: float) -> None:
+    error = PooledError()
+    with pytest.raises(ValueError, match="no attention call"):
+        error.value()
+    error.add(torch.full_like(probe.q, out), probe.q)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        error.value()
 
 
 def test_recall_is_the_softmax_mass_of_the_kept_blocks(probe: Probe, plan: Plan) -> None:

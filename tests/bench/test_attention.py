@@ -67,5 +67,6 @@ def test_density_memory_and_truth_are_those_of_the_probes(fakes: Any) -> None:
     assert records[arms[1]].plan_memory_bytes is not None
     assert records[arms[1]].plan_memory_bytes > 0
     assert records[DENSE].method_error == 0.0
+    assert records[arms[1]].error_calls == 3
     assert records[arms[1]].recall is not None
     assert 0 < records[arms[1]].recall < 1

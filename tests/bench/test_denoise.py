@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,22 @@ from calibatt.bench.record import Record
 from calibatt.bench.suites.denoise import run
 from calibatt.bench.suites.suite import Kept
 from calibatt.bench.video import Rounds, in_order
+from calibatt.kernels import oracle
+from calibatt.kernels.mask import BlockMask
+from calibatt.kernels.plan import Plan
 from calibatt.models.video_metrics import PSNR_CAP_DB, eight_bit, psnr_db
 
-# calls before the first video: one at the first probe of either layer, then one a probe; and those of a video
+# calls that check an arm, one at the first probe of either layer, then one a probe; and those of a video
 CHECKED, A_VIDEO = 5, 8
+# before the first video that is timed: those beside a dense one too
+BEFORE = CHECKED + A_VIDEO
 
 
 def test_times_and_videos_are_compared_with_dense_ones_of_the_same_round(
     fakes: Any, by_round: Callable[..., list[float]]
 ) -> None:
-    dense = by_round(CHECKED, A_VIDEO, [1.0, 2.0, 3.0])
-    sparse = by_round(CHECKED, A_VIDEO, [0.5, 1.0, 1.5])
+    dense = by_round(BEFORE, A_VIDEO, [1.0, 2.0, 3.0])
+    sparse = by_round(BEFORE, A_VIDEO, [0.5, 1.0, 1.5])
     arms = [fakes.arm("dense", dense), fakes.arm("sparse", sparse)]
     fakes.brightness["sparse"] = 0.25
     record = dict(run(fakes.context(), arms, rounds=3, artifacts=None))[arms[1]]
@@ -50,6 +55,21 @@ def test_the_same_video_is_as_near_as_can_be(fakes: Any) -> None:
     assert record.ssim == pytest.approx((1.0,) * 2)
 
 
+def test_the_method_error_is_of_all_calls_of_the_first_dense_video(
+    fakes: Any, calls_of_video: Callable[[int], Iterator[Any]]
+) -> None:
+    arms = [fakes.arm("dense"), fakes.arm("sparse")]
+    records = dict(run(fakes.context(), arms, rounds=2, artifacts=None))
+    mask = BlockMask.from_keep(torch.tensor([[[True, False], [True, False]]]), tokens=16, block_q=8, block_k=8)
+    outs = []
+    for q, k, v, where in calls_of_video(0):
+        dense = oracle.attend(q, k, v, Plan.dense(where.geometry))
+        outs.append((oracle.attend(q, k, v, Plan.masked(mask, 2)), dense))
+    own, dense = (torch.stack(some) for some in zip(*outs, strict=True))
+    assert records[arms[1]].method_error == pytest.approx(((own - dense).norm() / dense.norm()).item(), rel=1e-5)
+    assert (records[DENSE].method_error, records[DENSE].error_calls, records[arms[1]].error_calls) == (0.0, 8, 8)
+
+
 def test_one_video_is_in_memory_at_a_time_and_of_each_arm_three_are_kept(
     fakes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,14 +85,15 @@ def test_one_video_is_in_memory_at_a_time_and_of_each_arm_three_are_kept(
     monkeypatch.setattr("calibatt.bench.suites.denoise.eight_bit", reduced)
     arms = [fakes.arm("dense"), fakes.arm("a"), fakes.arm("b")]
     dict(run(fakes.context(prompts=5), arms, rounds=5, artifacts=None))
-    assert len(fakes.videos) == 15
+    # and one dense video beside each arm
+    assert len(fakes.videos) == 15 + 3
     # when the next begins, the last is gone
     assert max(fakes.alive) == 0
     # from the fourth round on, those of the round that is under way come on top
     assert kept[9:] == [9, 10, 11, 9, 10, 11]
 
 
-@pytest.mark.parametrize("lasts", [0, CHECKED + A_VIDEO + 3])
+@pytest.mark.parametrize("lasts", [0, CHECKED + 3, BEFORE + A_VIDEO + 3])
 def test_an_arm_that_runs_out_of_memory_says_so_and_the_others_go_on(fakes: Any, lasts: int) -> None:
     arms = [fakes.arm("dense"), fakes.arm("large", lasts=lasts), fakes.arm("small", [0.25])]
     records = dict(run(fakes.context(), arms, rounds=3, artifacts=None))
@@ -84,7 +105,7 @@ def test_an_arm_that_runs_out_of_memory_says_so_and_the_others_go_on(fakes: Any,
 
 
 def test_without_its_baseline_an_arm_keeps_its_times(fakes: Any) -> None:
-    arms = [fakes.arm("dense", lasts=CHECKED + A_VIDEO + 3), fakes.arm("sparse")]
+    arms = [fakes.arm("dense", lasts=BEFORE + A_VIDEO + 3), fakes.arm("sparse")]
     records = dict(run(fakes.context(), arms, rounds=3, artifacts=None))
     assert records[DENSE].outcome == "out_of_memory"
     sparse = records[arms[1]]
@@ -151,8 +172,8 @@ class Disk:
 def test_a_run_that_is_killed_goes_on_with_the_next_round(
     fakes: Any, by_round: Callable[..., list[float]], tmp_path: Path
 ) -> None:
-    def arms(*rounds: float) -> list[Arm]:
-        return [fakes.arm(name, by_round(CHECKED, A_VIDEO, rounds)) for name in ("dense", "sparse")]
+    def arms(*rounds: float, before: int = BEFORE) -> list[Arm]:
+        return [fakes.arm(name, by_round(before, A_VIDEO, rounds)) for name in ("dense", "sparse")]
 
     fakes.brightness["sparse"] = 0.25
     all_arms = arms(1.0, 2.0, 3.0, 4.0, 5.0)
@@ -164,11 +185,13 @@ def test_a_run_that_is_killed_goes_on_with_the_next_round(
         dict(run(fakes.context(prompts=5), all_arms, rounds=5, artifacts=tmp_path / "a", kept=disk.session()))
     assert [(one.first, len(one.rounds)) for one in disk.kept] == [(0, 3), (3, 1)]
     made = len(fakes.videos)
-    all_arms = arms(5.0)
+    # the method error is that of the run that was killed
+    all_arms = arms(5.0, before=CHECKED)
     records = dict(run(fakes.context(prompts=5), all_arms, rounds=5, artifacts=tmp_path / "a", kept=disk.session()))
     # one of each
     assert len(fakes.videos) == made + 2
     for arm in all_arms:
+        assert whole[arm].error_calls == A_VIDEO
         expected = replace(whole[arm], artifact=None)
         assert replace(records[arm], artifact=None) == expected
         shown = np.load(tmp_path / str(records[arm].artifact))
@@ -191,7 +214,7 @@ def test_a_round_that_could_not_be_written_is_made_again(fakes: Any) -> None:
     assert len(in_order(disk.kept)) == 6
 
 
-@pytest.mark.parametrize("lasts", [0, CHECKED + A_VIDEO + 3])
+@pytest.mark.parametrize("lasts", [0, CHECKED + 3, BEFORE + A_VIDEO + 3])
 def test_an_arm_that_has_failed_is_not_tried_again_in_any_later_run(fakes: Any, lasts: int) -> None:
     disk = Disk(lasts=1)
 

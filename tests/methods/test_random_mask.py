@@ -111,6 +111,12 @@ def test_the_same_is_drawn_again_and_for_the_other_branch(made: Made) -> None:
     assert torch.equal(kept(made()[0], branch="uncond"), first)
 
 
+def test_the_presets_are_five_draws_at_one_density() -> None:
+    draws = [kept(build("random", preset=preset, block=BLOCK, density=0.35)) for preset in RandomMask.presets]
+    assert len({tuple(draw.flatten().tolist()) for draw in draws}) == len(draws) == 5
+    assert {draw.sum().item() for draw in draws} == {draws[0].sum().item()}
+
+
 @pytest.mark.parametrize("elsewhere", [{"step": 4}, {"layer": 3}, {"seed": 1}])
 def test_another_site_and_another_seed_draw_anew(made: Made, elsewhere: dict[str, int]) -> None:
     settings = {key: value for key, value in elsewhere.items() if key == "seed"}
