@@ -18,7 +18,7 @@ ALWAYS = LEVELS - 1
 PER_OCTAVE = 4
 # level 1 is 2⁻⁴⁸, the square of fp32's rounding: smaller changes of an output are lost in it; level 254 is 2^15.25
 _LEAST = -48.0
-# attention that counts as left at least: a hundred roundings of fp32 of a sum of a few hundred masses
+# attention that counts as left at least: several times what fp32 rounds a sum of a few hundred masses by
 LEAST_LEFT = 1e-4
 
 

@@ -59,7 +59,7 @@ class BudgetConfig:
     queries: int = 8
     together: bool = True
     over_prompts: Literal["mean", "max"] = "mean"
-    # prompts differ by 12 dB at one step, the first steps from the last by 25 (docs/methods/budget.md)
+    # of one prompt alone, a video whose layout turns over would decide by itself
     trials: int = 2
 
     def __post_init__(self) -> None:
@@ -107,7 +107,11 @@ class Budget(Method):
     def __init__(self, config: BudgetConfig, learnt: Learnt) -> None:
         super().__init__(config, learnt)
         # rows by themselves need to know of no others
-        self._cut = None if config.scope == "row" else self._cut_of(learnt)
+        self._cut = (
+            None
+            if config.scope == "row"
+            else Cut.of(learnt, density=config.density, together=config.scope == "all", weighed=config.weighed)
+        )
         self._plans: dict[tuple[Geometry, int, int, torch.device], Plan] = {}
 
     @classmethod
@@ -144,7 +148,8 @@ class Budget(Method):
             return None
         method = cls(BudgetConfig(block=learner.block, weighed=False), learnt)
         groups = step_groups(learnt.provenance.steps)
-        left_out = method._cut_of(learnt).left_out(tallies(learnt)[0], level_values())
+        assert method._cut is not None
+        left_out = method._cut.left_out(tallies(learnt)[0], level_values())
         return Trials(
             planners=[AtSteps(method, steps) for steps in groups],
             prompts=learner.trials,
@@ -177,10 +182,6 @@ class Budget(Method):
         own, device = self.learnt.provenance, self.learnt.tables["levels"].device
         sites = [(step, layer) for step in range(own.steps) for layer in range(own.layers)]
         return sum(self._mask(*site, own.geometry, device).density().mean().item() for site in sites) / len(sites)
-
-    def _cut_of(self, learnt: Learnt) -> Cut:
-        config = self.config
-        return Cut.of(learnt, density=config.density, together=config.scope == "all", weighed=config.weighed)
 
     def _mask(self, step: int, layer: int, geometry: Geometry, device: torch.device) -> BlockMask:
         block, tokens = self.config.block, geometry.tokens
