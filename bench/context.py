@@ -97,7 +97,7 @@ def take_probes(
     """
     last_step, last_layer = videos.steps - 1, videos.layers - 1
     taker = ProbeTaker({(round(last_step * share), round(last_layer * share)) for share in shares})
-    videos.show(SparseAttention(build("dense"), kernel, observers=[taker]), prompt=prompt, seed=seed)
+    videos.show(SparseAttention(build("dense"), kernel, observers=[taker]), prompts=(prompt,), seed=seed)
     return tuple(taker.probes)
 
 

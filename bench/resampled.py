@@ -8,7 +8,8 @@ structure of a small one's heads stands in for it; a record of such inputs says 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -101,43 +102,49 @@ class ResampledVideos:
         return f"resampled from {self._videos.origin().model}, {self._videos.geometry}"
 
     def show(
-        self, attention: Attention, *, prompt: str, seed: int, after_step: Callable[[], object] = lambda: None
+        self,
+        attention: Attention,
+        *,
+        prompts: Sequence[str],
+        seed: int,
+        after_step: Callable[[], object] = lambda: None,
     ) -> None:
-        """Make one video of the small model; the attention is shown one call of each of its steps.
+        """Make videos of the small model; the attention is shown one call of each step of each.
 
         Args:
-            attention: what is shown the calls; what it computes does not enter the video.
-            prompt, seed: of the video.
+            attention: what is shown the calls; what it computes does not enter the videos.
+            prompts, seed: of the videos.
             after_step: called when a step is done.
 
         Raises:
-            ValueError: the prompt is empty or not in the small model's language.
+            ValueError: a prompt is empty or not in the small model's language.
         """
         attention.start_video()
         gatherer = _Gatherer(self.geometry, attention)
         dense = SparseAttention(build("dense"), self._kernel, observers=[gatherer])
-        self._videos.show(dense, prompt=prompt, seed=seed, after_step=after_step)
+        self._videos.show(dense, prompts=prompts, seed=seed, after_step=after_step)
 
 
 class _Gatherer:
-    """Collects the heads of a step's layers, and shows them as one call."""
+    """Collects the heads of a step's layers of each video, and shows them as one call."""
 
     def __init__(self, geometry: Geometry, attention: Attention) -> None:
         self._geometry = geometry
         self._attention = attention
-        self._layers: list[tuple[Tensor, ...]] = []
+        self._layers: dict[int, list[tuple[Tensor, ...]]] = defaultdict(list)
 
     def saw(self, call: Call) -> None:
         """Take one layer's heads; after the last layer of a step, show them all."""
         site = call.site
         if site.branch != "cond":
             return
-        self._layers.append((call.q[0], call.k[0], call.v[0]))
+        layers = self._layers[site.sample]
+        layers.append((call.q[0], call.k[0], call.v[0]))
         if site.layer < site.layers - 1:
             return
         scale = product_scale(site.geometry.head_dim, self._geometry.head_dim)
         q, k, v = (
-            resample(torch.cat(parts), site.geometry.grid, self._geometry) for parts in zip(*self._layers, strict=True)
+            resample(torch.cat(parts), site.geometry.grid, self._geometry) for parts in zip(*layers, strict=True)
         )
-        self._layers.clear()
+        layers.clear()
         self._attention(q * scale, k * scale, v, replace(site, geometry=self._geometry, layer=0, layers=1))

@@ -284,7 +284,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         with _kept(units):
             run.note(units, rank=rank, world=world, progress=True)
         with units.alone():
-            if len(units.finished()) < len(prompts):
+            done, wanted = units.videos()
+            if done < wanted:
                 print(f"process {rank} has ended; the last of {world} to end writes {arguments.out}")
                 return 0
             calibration = run.merge(units, progress=True)
@@ -294,8 +295,9 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if not units.finished():
             raise
+        done, wanted = units.videos()
         _complain(
-            f"calibatt calibrate: stopped with {len(units.finished())} of {len(prompts)} videos done, kept in "
+            f"calibatt calibrate: stopped with {done} of {wanted} videos done, kept in "
             f"{units.folder}: run the same command again to resume"
         )
         return EXIT_INTERRUPTED

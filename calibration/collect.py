@@ -8,11 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from calibatt.calibration.artifact import Calibration
 from calibatt.calibration.files import UnusableCalibration
@@ -20,12 +23,13 @@ from calibatt.calibration.shards import Units, UnitWriter
 from calibatt.calibration.videos import DenseVideos, Videos
 from calibatt.kernels.base import Attender
 from calibatt.kernels.catalogue import DEFAULT
+from calibatt.kernels.mask import block_count
 from calibatt.methods.base import Trials
 from calibatt.methods.call import Call, SparseAttention
 from calibatt.methods.catalogue import METHODS, build, learns_from
 from calibatt.methods.catalogue import learner as learner_of
 from calibatt.methods.facts import one_line
-from calibatt.methods.learning import Learner, Origin, Provenance, settings_of
+from calibatt.methods.learning import Learner, Origin, Provenance, Seen, TogetherLearner, settings_of
 from calibatt.methods.site import Site
 from calibatt.models.entry import ModelEntry
 
@@ -193,7 +197,16 @@ class Run:
                 "guidance": self.videos.guidance,
                 "versions": _versions(),
             },
+            self.groups,
         )
+
+    @property
+    def groups(self) -> list[range]:
+        """Indices of the prompts whose videos are made side by side, as many as the learner wants or one less."""
+        count = len(self.prompts)
+        groups = block_count(count, self.learner.beside) if isinstance(self.learner, TogetherLearner) else count
+        ends = [count * number // groups for number in range(groups + 1)]
+        return [range(*ends_of) for ends_of in pairwise(ends)]
 
     def note(
         self, units: Units, *, kernel: Attender = DEFAULT, rank: int = 0, world: int = 1, progress: bool = False
@@ -203,7 +216,7 @@ class Run:
         Args:
             units: of this run.
             kernel: computes the dense attention.
-            rank, world: of `world` processes, that number `rank` takes prompts rank, rank + world, …
+            rank, world: of `world` processes, that number `rank` takes units rank, rank + world, …
             progress: whether to show a progress bar over prompts × steps on stderr.
 
         Raises:
@@ -213,17 +226,19 @@ class Run:
         """
         from tqdm import tqdm
 
-        own = range(rank, len(self.prompts), world)
+        own = self.groups[rank::world]
         steps = self.videos.steps
-        with units.claimed(own):
-            done = [prompt for prompt in units.finished() if prompt in own]
+        with units.claimed([group.start for group in own]):
+            finished = units.finished()
+            done = sum(len(group) for group in own if group.start in finished)
             with tqdm(
-                total=len(own) * steps, initial=len(done) * steps, desc="calibrating", unit="step", disable=not progress
-            ) as bar:
-                for prompt in own:
-                    if prompt not in done:
-                        with units.writing(prompt) as unit:
-                            self._note_one(prompt, unit, kernel, bar)
+                total=sum(map(len, own)) * steps, initial=done * steps, desc="calibrating", unit="step",
+                disable=not progress,
+            ) as bar:  # fmt: skip
+                for group in own:
+                    if group.start not in finished:
+                        with units.writing(group.start) as unit:
+                            self._note(group, unit, kernel, bar)
 
     def merge(self, units: Units, *, progress: bool = False) -> Calibration:
         """What the notes of all prompts come to, and the trials that the method makes with that.
@@ -276,23 +291,34 @@ class Run:
             for number, prompt in enumerate(prompts):
                 reference = None
                 for which, planner in enumerate(planners):
-                    video = self.videos.show(
-                        SparseAttention(planner, DEFAULT), prompt=prompt, seed=self.seed + number,
+                    shown = self.videos.show(
+                        SparseAttention(planner, DEFAULT), prompts=(prompt,), seed=self.seed + number,
                         after_step=bar.update,
                     )  # fmt: skip
-                    if video is None:
+                    if shown is None:
                         return calibration
+                    (video,) = shown
                     if reference is None:
                         reference = video
                     else:
                         distances[which - 1, number] = (video - reference).square().mean()
         return replace(calibration, tables={**calibration.tables, **trials.learn(distances)})
 
-    def _note_one(self, prompt: int, unit: UnitWriter, kernel: Attender, bar: Any) -> None:
-        watcher = _Watcher(self.learner, self.videos, prompt, unit)
+    def _note(self, group: range, unit: UnitWriter, kernel: Attender, bar: Any) -> None:
+        watcher = _Watcher(self.learner, self.videos, group, unit)
         attention = SparseAttention(build("dense"), kernel, observers=(watcher,))
         start = time.perf_counter()
-        self.videos.show(attention, prompt=self.prompts[prompt], seed=self.seed + prompt, after_step=bar.update)
+        try:
+            self.videos.show(
+                attention, prompts=[self.prompts[prompt] for prompt in group], seed=self.seed + group.start,
+                after_step=partial(bar.update, len(group)),
+            )  # fmt: skip
+        except torch.OutOfMemoryError:
+            if len(group) == 1:
+                raise
+            raise ValueError(
+                f"{len(group)} videos side by side take more memory than there is: learn with a smaller `beside`"
+            ) from None
         total = time.perf_counter() - start
         watcher.check_complete()
         unit.finish(total=total, watching=watcher.seconds)
@@ -331,22 +357,24 @@ def notes_in(folder: Path | None) -> Iterator[Path]:
 
 
 class _Watcher:
-    """Has a learner note the conditional calls of one video, each site once.
+    """Has a learner note the conditional calls of some videos that are made side by side, each site once.
 
     Attributes:
         seconds: that notes took; a GPU has finished before and after.
     """
 
-    def __init__(self, learner: Learner, videos: Videos, prompt: int, unit: UnitWriter) -> None:
+    def __init__(self, learner: Learner, videos: Videos, group: range, unit: UnitWriter) -> None:
         self.seconds = 0.0
         self._learner = learner
         self._videos = videos
-        self._prompt = prompt
+        self._group = group
         self._unit = unit
         self._seen: set[tuple[int, int]] = set()
+        # of the site at hand
+        self._calls: list[Seen] = []
 
     def saw(self, call: Call) -> None:
-        """Note the call.
+        """Note the call, or keep it until all videos' are there.
 
         Raises:
             ValueError: it is of another geometry or number of steps or layers than was announced, comes a second time,
@@ -358,26 +386,35 @@ class _Watcher:
         if site.branch != "cond":
             return
         where = f"step {site.step}, layer {site.layer}"
-        if (site.step, site.layer) in self._seen:
+        if (site.step, site.layer) in self._seen or site.sample != len(self._calls):
             raise ValueError(
-                f"attention was called twice at {where} of one video: calibrate one video at a time, with a scheduler "
-                "that calls the model once a step"
+                f"attention was called twice at {where} of one video: calibrate with a scheduler that calls the model "
+                "once a step"
             )
         start = _now(call.q.device)
         if not bool(call.out.isfinite().all()):
             raise ValueError(
                 f"attention at {where} is not finite: the weights hold NaN or infinity, or overflow in {call.q.dtype}"
             )
-        notes = self._learner.note(call.q[0], call.k[0], call.v[0], site, self._prompt)
-        wrong = [name for name, note in notes.items() if note.is_floating_point() and bool(note.isnan().any())]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)} at {where} is NaN: nothing can be learnt from this call")
-        self._unit.put(site.step * site.layers + site.layer, notes)
-        self._seen.add((site.step, site.layer))
+        self._calls.append((call.q[0], call.k[0], call.v[0], site))
+        if len(self._calls) == len(self._group):
+            notes = self._notes()
+            wrong = [name for name, note in notes.items() if note.is_floating_point() and bool(note.isnan().any())]
+            if wrong:
+                raise ValueError(f"{', '.join(wrong)} at {where} is NaN: nothing can be learnt from this call")
+            self._unit.put(site.step * site.layers + site.layer, notes)
+            self._seen.add((site.step, site.layer))
+            self._calls.clear()
         self.seconds += _now(call.q.device) - start
 
+    def _notes(self) -> Mapping[str, Tensor]:
+        if isinstance(self._learner, TogetherLearner):
+            return self._learner.note_together(self._calls)
+        ((q, k, v, site),) = self._calls
+        return self._learner.note(q, k, v, site, self._group.start)
+
     def check_complete(self) -> None:
-        """Refuse a video that lacked a call.
+        """Refuse videos that lacked a call.
 
         Raises:
             ValueError: naming the first that was missing.
@@ -387,8 +424,8 @@ class _Watcher:
         if missing:
             step, layer = missing[0]
             raise ValueError(
-                f"prompt {self._prompt}'s video had no conditional attention call at step {step}, layer {layer}, nor "
-                f"at {len(missing) - 1} of {len(every)} others: does the pipeline skip layers, or was it stopped?"
+                f"prompt {self._group.start}'s video had no conditional attention call at step {step}, layer {layer}, "
+                f"nor at {len(missing) - 1} of {len(every)} others: does the pipeline skip layers, or was it stopped?"
             )
 
     def _check_announced(self, site: Site) -> None:

@@ -215,10 +215,10 @@ class Fitting:
     def _video(self, planner: Planner, number: int) -> UInt8[Tensor, "3 frames height width"]:
         seed = self.run.seed + len(self.run.prompts) + number
         attention = SparseAttention(planner, self.kernel)
-        video = self.run.videos.show(attention, prompt=self.tuning[number], seed=seed)
-        if video is None:
+        shown = self.run.videos.show(attention, prompts=self.tuning[number : number + 1], seed=seed)
+        if shown is None:
             raise ValueError("these videos do not show what attention computes: nothing can be fitted to them")
-        return eight_bit(video)
+        return eight_bit(shown[0])
 
     def _study(self, folder: Path) -> Any:
         """The trials so far of this fit; another one's, in the same folder, are left alone."""

@@ -35,20 +35,22 @@ _CHECKSUM_BYTES = hashlib.sha256().digest_size
 class Units:
     """The notes of one run's videos, in a folder that no other run shares.
 
-    Opening it makes the folder, or finds what an earlier process of the same run left there.
+    A unit is of one prompt, or of some whose videos are made side by side; it goes by the first of them. Opening it
+    makes the folder, or finds what an earlier process of the same run left there.
 
     Args:
         folder: of the units; what else lies there is left alone.
-        run: all that the notes depend on, as JSON values, with `prompts`, `steps` and `layers`.
+        run: all that the notes depend on, as JSON values, with `steps` and `layers`.
+        groups: indices of the prompts of each unit.
 
     Raises:
         UnusableCalibration: the folder holds the units of another run.
         OSError: it cannot be written.
     """
 
-    def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, run: Mapping[str, Any], groups: Sequence[range]) -> None:
         self.folder = folder
-        self.prompts = len(run["prompts"])
+        self.groups = {group.start: group for group in groups}
         self.sites = (int(run["steps"]), int(run["layers"]))
         text = json.dumps(run, sort_keys=True)
         self._run = hashlib.sha256(text.encode()).hexdigest()
@@ -79,8 +81,12 @@ class Units:
                 self.remove()
 
     def finished(self) -> list[int]:
-        """Indices of the prompts whose notes are complete."""
-        return [prompt for prompt in range(self.prompts) if self._path(prompt).exists()]
+        """The units that are complete, by their first prompts."""
+        return [prompt for prompt in self.groups if self._path(prompt).exists()]
+
+    def videos(self) -> tuple[int, int]:
+        """Of how many videos the notes are complete, and of how many they are wanted."""
+        return sum(len(self.groups[prompt]) for prompt in self.finished()), sum(map(len, self.groups.values()))
 
     def seconds(self) -> float:
         """What the videos took whose notes are complete, notes included.
@@ -96,7 +102,7 @@ class Units:
 
     @contextmanager
     def claimed(self, prompts: Sequence[int]) -> Iterator[None]:
-        """While this context is open, no other process may work on these prompts; a dead one holds none.
+        """While this context is open, no other process may work on these units; a dead one holds none.
 
         A run that has finished no video by then leaves nothing behind.
 
@@ -132,9 +138,9 @@ class Units:
             yield UnitWriter(file, path, sites=self.sites, metadata=metadata)
 
     def merged(self, learner: Learner) -> tuple[dict[str, Tensor], float]:
-        """What the notes of all prompts come to, and the cost ratio of taking them.
+        """What the notes of all units come to, and the cost ratio of taking them.
 
-        Goes site by site: memory holds one site's notes of all prompts, and the result.
+        Goes site by site: memory holds one site's notes of all units, and the result.
 
         Returns:
             Tables by name, [steps, layers, …], and the time of the videos over that of the same videos without notes.
@@ -143,7 +149,7 @@ class Units:
             UnusableCalibration: a unit is missing, damaged, or of another run.
         """
         with ExitStack() as opened:
-            units = [opened.enter_context(self._reading(prompt)) for prompt in range(self.prompts)]
+            units = [opened.enter_context(self._reading(prompt)) for prompt in self.groups]
             tables: dict[str, Tensor] = {}
             for site in range(math.prod(self.sites)):
                 notes = [unit.notes(site) for unit in units]
@@ -163,7 +169,7 @@ class Units:
 
     def remove(self) -> None:
         """Delete the units and, where nothing else lies there, the folder."""
-        for prompt in range(self.prompts):
+        for prompt in self.groups:
             self._path(prompt).unlink(missing_ok=True)
             self._lock(prompt).unlink(missing_ok=True)
         for name in (_MANIFEST, _LOCK):
@@ -176,7 +182,7 @@ class Units:
     def _reading(self, prompt: int) -> Iterator[_Unit]:
         path = self._path(prompt)
         if not path.exists():
-            raise UnusableCalibration(f"prompt {prompt} of {self.prompts} has no notes yet: {path} is missing")
+            raise UnusableCalibration(f"prompt {prompt} of {self.videos()[1]} has no notes yet: {path} is missing")
         with reading(path, SCHEMA) as (file, metadata):
             if (metadata.get("run"), metadata.get("prompt")) != (self._run, str(prompt)):
                 raise UnusableCalibration(f"{path} holds the notes of another run or prompt: delete it")

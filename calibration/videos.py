@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from calibatt.methods.call import Attention
 from calibatt.methods.learning import Origin
 from calibatt.models.adapter import installed
 from calibatt.models.entry import ModelEntry
-from calibatt.models.generate import generate
+from calibatt.models.generate import generate_all
 from calibatt.models.identity import origin_of, transformers_of
 
 
@@ -44,21 +44,26 @@ class Videos(Protocol):
         ...
 
     def show(
-        self, attention: Attention, *, prompt: str, seed: int, after_step: Callable[[], object] = lambda: None
-    ) -> Float[Tensor, "3 frames height width"] | None:
-        """Make one video, all of whose self-attention calls go to `attention`.
+        self,
+        attention: Attention,
+        *,
+        prompts: Sequence[str],
+        seed: int,
+        after_step: Callable[[], object] = lambda: None,
+    ) -> Float[Tensor, "prompts 3 frames height width"] | None:
+        """Make videos side by side, all of whose self-attention calls go to `attention`.
 
         Args:
-            attention: called at every step and layer.
-            prompt: what to show.
-            seed: of the starting noise.
-            after_step: called when a step is done.
+            attention: called at every step and layer, for one video after the other.
+            prompts: what to show.
+            seed: prompt i starts from noise of seed + i.
+            after_step: called when a step of all is done.
 
         Returns:
-            The video, values in [-1, 1]; None where what the attention computes does not enter it.
+            The videos, values in [-1, 1]; None where what the attention computes does not enter them.
 
         Raises:
-            ValueError: the prompt is empty or not in the model's language, or the pipeline cannot be watched.
+            ValueError: a prompt is empty or not in the model's language, or the pipeline cannot be watched.
         """
         ...
 
@@ -94,12 +99,17 @@ class DenseVideos:
         return origin_of(self._pipe, self._entry.name)
 
     def show(
-        self, attention: Attention, *, prompt: str, seed: int, after_step: Callable[[], object] = lambda: None
-    ) -> Float[Tensor, "3 frames height width"]:
-        """One video by `generate`; the arguments are those of `Videos.show`.
+        self,
+        attention: Attention,
+        *,
+        prompts: Sequence[str],
+        seed: int,
+        after_step: Callable[[], object] = lambda: None,
+    ) -> Float[Tensor, "prompts 3 frames height width"]:
+        """Videos by `generate_all`; the arguments are those of `Videos.show`.
 
         Raises:
-            ValueError: the prompt is empty or not in the model's language, the pipeline is of an unknown family, or a
+            ValueError: a prompt is empty or not in the model's language, the pipeline is of an unknown family, or a
                 cache of Diffusers is on.
         """
         if any(getattr(transformer, "is_cache_enabled", False) for transformer in transformers_of(self._pipe)):
@@ -108,7 +118,7 @@ class DenseVideos:
                 "call pipe.transformer.disable_cache() first"
             )
         with installed(self._pipe, attention):
-            return generate(
-                self._entry, self._pipe, prompt=prompt, resolution=self.resolution, seed=seed, steps=self.steps,
+            return generate_all(
+                self._entry, self._pipe, prompts=prompts, resolution=self.resolution, seed=seed, steps=self.steps,
                 guidance=self.guidance, after_step=after_step,
             )  # fmt: skip

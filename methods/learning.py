@@ -48,6 +48,30 @@ class Learner(Protocol):
         ...
 
 
+# q, k and v of a call, [heads, tokens, head_dim], and where it happened
+Seen = tuple[Tensor, Tensor, Tensor, Site]
+
+
+@runtime_checkable
+class TogetherLearner(Learner, Protocol):
+    """A learner that notes the videos of several prompts as one.
+
+    Attributes:
+        beside: of how many, at most. Their videos are made side by side.
+    """
+
+    @property
+    def beside(self) -> int: ...
+
+    def note_together(self, calls: Sequence[Seen]) -> Mapping[str, Tensor]:
+        """What is to be kept of the calls of one site, one of each prompt's video; as `note` otherwise.
+
+        Args:
+            calls: in the order of the prompts; some may have fewer text tokens than others.
+        """
+        ...
+
+
 def settings_of(learner: Learner) -> dict[str, Any]:
     """A learner's fields, as JSON has them: what a calibration says that it was learnt under."""
     settings: dict[str, Any] = json.loads(json.dumps(asdict(cast("Any", learner))))

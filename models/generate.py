@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +33,48 @@ def generate(
     stop_after: int | None = None,
     after_step: Callable[[], object] = lambda: None,
 ) -> Float[Tensor, "3 frames height width"]:
-    """One video, values in [-1, 1], on the CPU.
+    """One video, values in [-1, 1], on the CPU; as `generate_all`."""
+    # callers without a type checker pass other things than texts
+    entry.check_prompt(prompt)
+    return generate_all(
+        entry, pipe, prompts=(prompt,), resolution=resolution, seed=seed, steps=steps, guidance=guidance,
+        progress=progress, stop_after=stop_after, after_step=after_step,
+    )[0]  # fmt: skip
+
+
+def generate_all(
+    entry: ModelEntry,
+    pipe: Any,
+    *,
+    prompts: Sequence[str],
+    resolution: str,
+    seed: int,
+    steps: int | None = None,
+    guidance: float | None = None,
+    progress: bool = False,
+    stop_after: int | None = None,
+    after_step: Callable[[], object] = lambda: None,
+) -> Float[Tensor, "prompts 3 frames height width"]:
+    """Videos that are made side by side, as one batch; values in [-1, 1], on the CPU.
 
     The starting noise is drawn on the CPU, so that a seed means the same video on every device.
 
     Args:
         entry, pipe: the model and its loaded pipeline.
-        prompt: what to show.
+        prompts: what to show.
         resolution: name of one of the model's resolutions.
-        seed: of the starting noise.
+        seed: prompt i starts from noise of seed + i.
         steps, guidance: the model's defaults where None.
         progress: whether to show Diffusers' progress bar over the steps.
         stop_after: do only this many of the steps, which is enough to compile and to warm up.
         after_step: called when a step is done.
 
     Raises:
-        ValueError: the prompt is empty or not in the model's language, there is less than one step, guidance is no
+        ValueError: a prompt is empty or not in the model's language, there is less than one step, guidance is no
             finite number, or the model cannot generate.
     """
-    entry.check_prompt(prompt)
+    for prompt in prompts:
+        entry.check_prompt(prompt)
     steps = entry.steps_at(resolution) if steps is None else steps
     if steps < 1:
         raise ValueError(f"a generation needs at least one step: got {steps}")
@@ -59,7 +82,8 @@ def generate(
     if not math.isfinite(guidance):
         raise ValueError(f"guidance is a finite number: got {guidance}")
     family, size = entry.checked_family(), entry.resolution(resolution)
-    noise = torch.randn(entry.latent_shape(resolution), generator=torch.Generator().manual_seed(seed))
+    shape = entry.latent_shape(resolution)
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(len(prompts))]
     pipe.set_progress_bar_config(disable=not progress)
 
     def interrupt(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -70,16 +94,16 @@ def generate(
         return tensors
 
     frames = pipe(
-        prompt=prompt,
+        prompt=list(prompts),
         num_inference_steps=steps,
         guidance_scale=guidance,
-        latents=noise.to(pipe.device),
+        latents=torch.cat(noise).to(pipe.device),
         output_type="pt",
         callback_on_step_end=interrupt,
         **family.keywords(entry, size),
-    ).frames[0]
-    video: Tensor = frames.float().cpu().permute(1, 0, 2, 3).mul(2).sub(1)
-    return video
+    ).frames
+    videos: Tensor = frames.float().cpu().permute(0, 2, 1, 3, 4).mul(2).sub(1)
+    return videos
 
 
 def save_video(video: Float[Tensor, "3 frames height width"], path: Path, *, fps: int = 8) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import torch
 from jaxtyping import Bool, Float, Float64, Int, UInt8
 from torch import Tensor
@@ -23,57 +27,113 @@ LEAST_LEFT = 1e-4
 
 
 def importance(
-    q: Float[Tensor, "heads tokens head_dim"],
-    k: Float[Tensor, "heads tokens head_dim"],
-    v: Float[Tensor, "heads tokens head_dim"],
+    samples: Sequence[Sample],
     *,
     block: tuple[int, int],
     queries: int,
     together: bool = True,
-    columns: slice = slice(None),
-) -> Float[Tensor, "heads q_blocks columns"]:
+) -> Float[Tensor, "heads rows columns"]:
     """How much outputs move without each block: squared, mean over its queries, and relative to the layer's outputs.
 
-    Computed in fp32, some query blocks of one head at a time.
+    Of several samples, the mean of all: a block is left out of all of them, or of none. Computed in fp32, some query
+    blocks of one head at a time.
 
     Args:
-        q, k, v: what attention sees.
+        samples: of one site, each with as many rows and columns as the others.
         block: tokens of a query and of a key block.
         queries: of each query block that are looked at.
         together: whether a block counts beside those that are left out before it, by `eliminated`; otherwise alone, to
             first order in its attention.
-        columns: key blocks that can be left out; the others always count as computed.
     """
-    (heads, tokens, channels), (block_q, block_k) = q.shape, block
-    place, real = looked_at(tokens, block_q, queries, q.device)
-    blocks, left_over = block_count(tokens, block_k), -tokens % block_k
-    moved = q.new_empty(heads, len(place), len(range(blocks)[columns]), dtype=torch.float32)
-    squares = q.new_zeros((), dtype=torch.float32)
-    width = max(place.shape[1] * max(block_k, channels), blocks)
+    heads, _, channels = samples[0].q.shape
+    rows, columns = samples[0].size(block)
+    blocks = max(block_count(len(sample.k[0]), block[1]) for sample in samples)
+    width = max(min(queries, block[0]) * max(block[1], channels), blocks)
     at_once = max(1, CHUNK // (blocks * width))
+    moved = samples[0].q.new_empty(heads, rows, columns, dtype=torch.float32)
+    squares = moved.new_zeros(heads, rows)
     for head in range(heads):
-        values = pad(v[head].float(), (0, 0, 0, left_over)).view(blocks, block_k, channels)
-        for some in torch.arange(len(place), device=q.device).split(at_once):
-            weights = exponentials(q[head, place[some].flatten()], k[head])
-            weights /= weights.sum(-1, keepdim=True)
-            by_block = pad(weights, (0, left_over)).view(-1, blocks, block_k).transpose(0, 1)
-            parts = by_block @ values
-            out, mass = parts.sum(0), by_block.sum(-1)
-            # in place, since the parts are as large as the weights
-            parts = parts.addcmul_(mass[..., None], out, value=-1)[columns]
-            counted = real[some]
-            share = counted / counted.sum(-1, keepdim=True)
-            square = out.square().sum(-1).view(share.shape)
-            if together:
-                each = parts.view(len(parts), *share.shape, channels).mul_(share.sqrt()[..., None])
-                rows = each.transpose(0, 1).flatten(2)
-                mean_mass = (mass[columns].view(len(parts), *share.shape) * share).sum(-1).T
-                moved[head, some] = eliminated(rows @ rows.mT, mean_mass, (square * share).sum(-1))
-            else:
-                moved[head, some] = (parts.square_().sum(-1).view(len(parts), *share.shape) * share).sum(-1).T
-            squares += (square * counted).sum()
-    mean = squares / (heads * real.sum())
+        looks = [_Look(sample, head, block, queries) for sample in samples]
+        for some in torch.arange(rows, device=moved.device).split(at_once):
+            # added up one by one: inner products of all samples are as large as the weights
+            sums = functools.reduce(_added, (look.moved(some, together) for look in looks))
+            each, mass, whole = (total / len(looks) for total in sums)
+            moved[head, some] = eliminated(each, mass, whole) if together else each
+            squares[head, some] = whole
+    # a shorter row has fewer queries in it
+    counts = block_sizes(samples[0].q.shape[1], block[0], moved.device)[samples[0].rows].clamp(max=queries)
+    mean = (squares * counts).sum() / (heads * counts.sum())
     return moved / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+
+
+def _all_blocks() -> slice:
+    return slice(None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """What attention sees of one sample, and which blocks of it can be left out; the others count as computed.
+
+    Args:
+        q, k, v: queries, keys and values.
+        rows, columns: blocks of queries and of keys; all of them by default.
+    """
+
+    q: Float[Tensor, "heads tokens head_dim"]
+    k: Float[Tensor, "heads tokens head_dim"]
+    v: Float[Tensor, "heads tokens head_dim"]
+    rows: slice = field(default_factory=_all_blocks)
+    columns: slice = field(default_factory=_all_blocks)
+
+    def size(self, block: tuple[int, int]) -> tuple[int, int]:
+        """Of rows and of columns, how many there are."""
+        counts = (block_count(self.q.shape[1], size) for size in block)
+        rows, columns = (len(range(n)[part]) for n, part in zip(counts, (self.rows, self.columns), strict=True))
+        return rows, columns
+
+
+_Movements = tuple[Float[Tensor, "rows ..."], Float[Tensor, "rows columns"], Float[Tensor, "rows"]]
+
+
+def _added(one: _Movements, other: _Movements) -> _Movements:
+    return one[0] + other[0], one[1] + other[1], one[2] + other[2]
+
+
+class _Look:
+    """Looks at some queries of each row of one head of a sample."""
+
+    def __init__(self, sample: Sample, head: int, block: tuple[int, int], queries: int) -> None:
+        self._q, self._k, v = sample.q[head], sample.k[head], sample.v[head].float()
+        self._columns = sample.columns
+        tokens, channels = v.shape
+        place, real = looked_at(tokens, block[0], queries, v.device)
+        self._place, self._real = place[sample.rows], real[sample.rows]
+        self._left_over = -tokens % block[1]
+        self._values = pad(v, (0, 0, 0, self._left_over)).view(-1, block[1], channels)
+
+    def moved(self, some: Int[Tensor, "rows"], together: bool) -> _Movements:
+        """Of some rows, means over their queries.
+
+        Returns:
+            Inner products of the movements a_c − p_c·o of each two blocks, or, where blocks do not count together, of
+            each with itself; the attention p to each block; and the squared outputs.
+        """
+        counted = self._real[some]
+        share = counted / counted.sum(-1, keepdim=True)
+        weights = exponentials(self._q[self._place[some].flatten()], self._k)
+        weights /= weights.sum(-1, keepdim=True)
+        by_block = pad(weights, (0, self._left_over)).view(len(weights), *self._values.shape[:2]).transpose(0, 1)
+        parts = by_block @ self._values
+        out, mass = parts.sum(0), by_block.sum(-1)
+        # in place, since the parts are as large as the weights
+        parts = parts.addcmul_(mass[..., None], out, value=-1)[self._columns]
+        whole = (out.square().sum(-1).view(share.shape) * share).sum(-1)
+        mean_mass = (mass[self._columns].view(len(parts), *share.shape) * share).sum(-1).T
+        if not together:
+            return (parts.square_().sum(-1).view(len(parts), *share.shape) * share).sum(-1).T, mean_mass, whole
+        each = parts.view(len(parts), *share.shape, -1).mul_(share.sqrt()[..., None])
+        by_row = each.transpose(0, 1).flatten(2)
+        return by_row @ by_row.mT, mean_mass, whole
 
 
 def eliminated(

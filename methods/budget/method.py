@@ -43,7 +43,7 @@ class BudgetConfig:
         scope: what shares one budget: all steps, layers, heads and rows; each site, that is a step and layer; or each
             row of blocks, so that all rows are equal.
         weighed: whether importances are multiplied by the sensitivity of their step before steps are compared.
-        block, queries, together, over_prompts, trials: as in `BudgetLearner`.
+        block, queries, together, beside, over_prompts, trials: as in `BudgetLearner`.
 
     Raises:
         ValueError: the density is outside 0 to 1, or a setting of the learner is out of range.
@@ -58,6 +58,8 @@ class BudgetConfig:
     # a sixteenth of a block, which makes learning cheaper than a dense call
     queries: int = 8
     together: bool = True
+    # the more the better (docs/methods/budget.md), but a model's activations must fit as often
+    beside: int = 8
     over_prompts: Literal["mean", "max"] = "mean"
     # of one prompt alone, a video whose layout turns over would decide by itself
     trials: int = 2
@@ -96,8 +98,10 @@ class Budget(Method):
             "unweighed": BudgetConfig(weighed=False),
             # a block is as important as it is by itself
             "alone": BudgetConfig(together=False),
+            # each prompt's blocks are left out by themselves, and the mean of what that comes to counts
+            "apart": BudgetConfig(beside=1),
             # a block is as important as to the prompt that needs it most
-            "max": BudgetConfig(over_prompts="max"),
+            "max": BudgetConfig(beside=1, over_prompts="max"),
         }
     )
     knob: ClassVar[Knob | None] = Knob(field="density", low=0.0, high=1.0)
@@ -116,7 +120,7 @@ class Budget(Method):
 
     @classmethod
     def learner(cls, config: BudgetConfig) -> BudgetLearner:
-        """Learns importances; the same for all presets but `alone` and `max`."""
+        """Learns importances; the same for all presets but `alone`, `apart` and `max`."""
         return config.learner()
 
     @classmethod

@@ -52,8 +52,14 @@ class Toy:
         return Origin(model="toy", weights="ab", scheduler="Euler")
 
     def show(
-        self, attention: Attention, *, prompt: str, seed: int, after_step: Callable[[], object] = lambda: None
+        self,
+        attention: Attention,
+        *,
+        prompts: Sequence[str],
+        seed: int,
+        after_step: Callable[[], object] = lambda: None,
     ) -> None:
+        (prompt,) = prompts
         if prompt == self.killed_at:
             raise Killed
         self.shown.append(prompt)

@@ -52,7 +52,7 @@ def test_text_and_other_head_dims_are_refused() -> None:
 
 
 class TwoLayers:
-    """One video of one step, two layers and both branches, of constant inputs that tell the layers apart."""
+    """Videos of one step, two layers and both branches, of constant inputs that tell layers and videos apart."""
 
     resolution = "tiny"
     geometry, steps, layers, guidance = SMALL, 1, 2, 3.0
@@ -61,16 +61,22 @@ class TwoLayers:
         return Origin(model="small", weights="ab", scheduler="flow")
 
     def show(
-        self, attention: Attention, *, prompt: str, seed: int, after_step: Callable[[], object] = lambda: None
+        self,
+        attention: Attention,
+        *,
+        prompts: Sequence[str],
+        seed: int,
+        after_step: Callable[[], object] = lambda: None,
     ) -> None:
         attention.start_video()
         branches: tuple[Branch, ...] = ("cond", "uncond")
         for branch in branches:
             for layer in range(2):
-                site = Site(geometry=SMALL, step=0, steps=1, sigma=1.0, branch=branch, layer=layer, layers=2)
-                x = torch.full((1, 2, 24, 8), float(layer) + (10 if branch == "uncond" else 0))
-                x[:, 1] += 0.5
-                attention(x, x, x, site)
+                where = {"geometry": SMALL, "step": 0, "steps": 1, "sigma": 1.0, "layer": layer, "layers": 2}
+                for sample in range(len(prompts)):
+                    x = torch.full((1, 2, 24, 8), float(layer) + 20 * sample + (10 if branch == "uncond" else 0))
+                    x[:, 1] += 0.5
+                    attention(x, x, x, Site(**where, branch=branch, sample=sample))
         after_step()
 
 
@@ -93,9 +99,11 @@ def test_the_heads_of_all_layers_make_one_call_of_the_conditional_pass() -> None
     seen, steps = Seen(), []
     large = Geometry(grid=(3, 4, 5), heads=6, head_dim=8)
     videos = ResampledVideos(TwoLayers(), KERNELS["sdpa-math"], model="large", resolution="480p", geometry=large)
-    videos.show(seen, prompt="a", seed=0, after_step=lambda: steps.append(1))
-    ((site, q),) = seen.calls
+    videos.show(seen, prompts=("a", "b"), seed=0, after_step=lambda: steps.append(1))
+    (site, q), (other, of_other) = seen.calls
     assert (seen.videos, len(steps)) == (1, 1)
+    assert (site.sample, other.sample) == (0, 1)
+    torch.testing.assert_close(of_other, q + 20)
     assert (site.geometry, site.layer, site.layers, site.steps, site.branch) == (large, 0, 1, 1, "cond")
     # layer 0's two heads, layer 1's two, and layer 0's again
     torch.testing.assert_close(q[0, :, 7, 3], torch.tensor([0.0, 0.5, 1.0, 1.5, 0.0, 0.5]))

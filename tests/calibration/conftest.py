@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,32 +63,39 @@ class HandMade:
         return Origin(model="toy", weights=self.weights, scheduler="Euler")
 
     def show(
-        self, attention: Attention, *, prompt: str, seed: int, after_step: Callable[[], object] = lambda: None
+        self,
+        attention: Attention,
+        *,
+        prompts: Sequence[str],
+        seed: int,
+        after_step: Callable[[], object] = lambda: None,
     ) -> torch.Tensor | None:
-        self.shown.append((prompt, seed))
+        self.shown += [(prompt, seed + number) for number, prompt in enumerate(prompts)]
         self.asked.append("show")
         attention.start_video()
-        geometry = replace(self.geometry, text_tokens=self.texts.get(prompt, self.geometry.text_tokens))
-        generator = torch.Generator().manual_seed(seed)
-        video = torch.zeros(3, 1, 2, 2)
+        generators = [torch.Generator().manual_seed(seed + number) for number in range(len(prompts))]
+        videos = torch.zeros(len(prompts), 3, 1, 2, 2)
         for step in range(self.steps):
             for branch in self.branches:
                 for layer in range(self.layers):
-                    qkv = torch.randn(3, 1, geometry.heads, geometry.tokens, geometry.head_dim, generator=generator)
-                    q, k, v = qkv.mul(2)
-                    if (step, layer) == self.not_finite:
-                        q[0, 0, 0, 0] = float("nan")
-                    site = Site(
-                        geometry=geometry, step=step, steps=self.runs or self.steps, sigma=1.0, branch=branch,
-                        layer=layer, layers=self.layers,
-                    )  # fmt: skip
-                    calls = 0 if (step, layer) in self.skipped else 2 if (step, layer) in self.twice else 1
-                    for _ in range(calls):
-                        video += attention(q, k, v, site).mean()
+                    for number, prompt in enumerate(prompts):
+                        text = self.texts.get(prompt, self.geometry.text_tokens)
+                        geometry = replace(self.geometry, text_tokens=text)
+                        shape = (3, 1, geometry.heads, geometry.tokens, geometry.head_dim)
+                        q, k, v = torch.randn(shape, generator=generators[number]).mul(2)
+                        if (step, layer) == self.not_finite:
+                            q[0, 0, 0, 0] = float("nan")
+                        site = Site(
+                            geometry=geometry, step=step, steps=self.runs or self.steps, sigma=1.0, branch=branch,
+                            layer=layer, layers=self.layers, sample=number,
+                        )  # fmt: skip
+                        calls = 0 if (step, layer) in self.skipped else 2 if (step, layer) in self.twice else 1
+                        for _ in range(calls):
+                            videos[number] += attention(q, k, v, site).mean()
             after_step()
-            if self.stop is not None and self.stop[0] == prompt:
+            if self.stop is not None and self.stop[0] in prompts:
                 raise self.stop[1]
-        return video * self.contrast if self.visible else None
+        return videos * self.contrast if self.visible else None
 
 
 @pytest.fixture

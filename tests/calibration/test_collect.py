@@ -67,8 +67,7 @@ def test_every_site_is_learnt_from_the_conditional_calls_of_all_prompts(hand_mad
             return q
 
     videos = hand_made()
-    for number, prompt in enumerate(("one", "two")):
-        videos.show(Spy(), prompt=prompt, seed=7 + number)
+    videos.show(Spy(), prompts=("one", "two"), seed=7)
     made = run(prompts=("one", "two"))
     for (step, layer), calls in seen.items():
         notes = [learner.note(*call, number) for number, call in enumerate(calls)]

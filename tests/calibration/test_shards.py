@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from calibatt.calibration import shards
-from calibatt.calibration.collect import Run
+from calibatt.calibration.collect import Run, calibrate_on
 from calibatt.calibration.files import UnusableCalibration
 from calibatt.calibration.shards import Units
 from calibatt.kernels.catalogue import KERNELS
@@ -59,6 +59,45 @@ def test_two_ranks_come_to_the_bits_of_one(hand_made: Made, run: Made, same: Mad
         shared.merge(units)
     shared.note(shared.units(tmp_path), kernel=SDPA, rank=0, world=2)
     assert same(shared.merge(units), run(prompts=["one", "two", "three", "four"]))
+
+
+def test_prompts_that_are_noted_as_one_are_a_unit_and_their_videos_are_made_side_by_side(
+    hand_made: Made, same: Made, tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {"method": "budget", "block": (16, 8), "beside": 2, "trials": 0, "seed": 7}
+    prompts = ["one", "two", "three", "four", "five"]
+    videos = hand_made()
+    whole = Run.of(videos, prompts=prompts, **how)
+    # as even as it goes
+    assert whole.groups == [range(1), range(1, 3), range(3, 5)]
+    units = whole.units(tmp_path / "whole")
+    whole.note(units, kernel=SDPA)
+    assert videos.asked.count("show") == 3
+    assert videos.shown == [(prompt, 7 + number) for number, prompt in enumerate(prompts)]
+    assert (units.finished(), units.videos()) == ([0, 1, 3], (5, 5))
+    made = whole.merge(units)
+    assert made.provenance.prompts == tuple(prompts)
+    # stopped in the last unit, and gone on with by two processes
+    stopped = Run.of(hand_made(stop=("five", KeyboardInterrupt())), prompts=prompts, **how)
+    parts = stopped.units(tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        stopped.note(parts, kernel=SDPA)
+    assert parts.videos() == (3, 5)
+    for rank in range(2):
+        Run.of(hand_made(), prompts=prompts, **how).note(parts, kernel=SDPA, rank=rank, world=2)
+    assert same(whole.merge(parts), made)
+    # what is noted as one is not the mean of what is noted by itself
+    how["beside"] = 1
+    assert not torch.equal(calibrate_on(hand_made(), prompts=prompts, **how).tables["levels"], made.tables["levels"])
+
+
+def test_videos_side_by_side_that_do_not_fit_say_what_to_do(hand_made: Made, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"method": "budget", "block": (16, 8), "trials": 0, "seed": 7}
+    videos = hand_made(stop=("two", torch.OutOfMemoryError("no room")))
+    with pytest.raises(ValueError, match=r"^2 videos side by side take more memory than there is.*smaller `beside`$"):
+        calibrate_on(videos, prompts=["one", "two"], **how)
+    with pytest.raises(torch.OutOfMemoryError):
+        calibrate_on(videos, prompts=["two"], **how)
 
 
 def test_a_run_that_finished_no_video_leaves_nothing(
@@ -218,7 +257,7 @@ def test_the_manifest_says_what_the_units_depend_on(run: Made, tmp_path: Path) -
 
 
 def test_notes_that_differ_in_shape_between_sites_are_refused(tmp_path: Path) -> None:
-    units = Units(tmp_path, {"prompts": ["a"], "steps": 1, "layers": 2})
+    units = Units(tmp_path, {"steps": 1, "layers": 2}, [range(1)])
     with units.writing(0) as unit:
         unit.put(0, {"x": torch.zeros(3)})
         with pytest.raises(ValueError, match="the same at every site"):

@@ -73,7 +73,7 @@ def test_the_masks_are_those_of_the_pipelines_own_attention(pipe: Any, learn: Ca
                 compared.append((site.step, site.layer))
 
     attention = SparseAttention(build("dense"), SDPA, observers=[Compare()])
-    DenseVideos(TINY, pipe, resolution="small").show(attention, prompt=PROMPTS[0], seed=5)
+    DenseVideos(TINY, pipe, resolution="small").show(attention, prompts=PROMPTS[:1], seed=5)
     assert sorted(compared) == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
@@ -116,9 +116,9 @@ def test_a_stopped_pipeline_teaches_nothing(
     pipe: Any, learn: Callable[..., Calibration], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from calibatt.calibration import videos
-    from calibatt.models.generate import generate
+    from calibatt.models.generate import generate_all
 
-    monkeypatch.setattr(videos, "generate", lambda *where, **how: generate(*where, **how, stop_after=1))
+    monkeypatch.setattr(videos, "generate_all", lambda *where, **how: generate_all(*where, **how, stop_after=1))
     with pytest.raises(ValueError, match=r"at step 1, layer 0, nor at 1 of 4 others: .* was it stopped"):
         learn(pipe)
 

@@ -20,6 +20,7 @@ from calibatt.methods.budget import importance as importances
 from calibatt.methods.budget.importance import (
     ALWAYS,
     LEVELS,
+    Sample,
     importance,
     level_values,
     looked_at,
@@ -118,7 +119,7 @@ def test_importance_is_what_leaving_a_block_out_does_to_the_output_to_first_orde
     q, k, v = qkv(0, ragged)
     moved, mass, squares = left_out(q, k, v, 40)
     # each query is a row: what is left is weighed up by 1 / (1 - p), which is 1 to first order
-    found = importance(q, k, v, block=(1, 40), queries=1, together=False)
+    found = importance([Sample(q, k, v)], block=(1, 40), queries=1, together=False)
     exact = moved * (1 - mass).square() / squares.mean()
     torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-9)
     small = mass < 0.05
@@ -128,23 +129,34 @@ def test_importance_is_what_leaving_a_block_out_does_to_the_output_to_first_orde
 
 def test_a_row_has_the_mean_of_its_queries_and_a_shorter_one_of_its_own(ragged: Geometry) -> None:
     q, k, v = qkv(1, ragged)
-    rows = importance(q, k, v, block=(1, 12), queries=1, together=False).split(17, dim=1)
+    rows = importance([Sample(q, k, v)], block=(1, 12), queries=1, together=False).split(17, dim=1)
     expected = torch.stack([one.mean(1) for one in rows], 1)
-    torch.testing.assert_close(importance(q, k, v, block=(17, 12), queries=17, together=False), expected)
+    torch.testing.assert_close(importance([Sample(q, k, v)], block=(17, 12), queries=17, together=False), expected)
     # more than there are
-    torch.testing.assert_close(importance(q, k, v, block=(17, 12), queries=40, together=False), expected)
+    torch.testing.assert_close(importance([Sample(q, k, v)], block=(17, 12), queries=40, together=False), expected)
 
 
-def greedy(q: Tensor, k: Tensor, v: Tensor, block: tuple[int, int]) -> Tensor:
+def greedy(samples: Sequence[Inputs], block: tuple[int, int]) -> Tensor:
     """In fp64 and from the definition: try every block that is left, leave out the best, of each row by itself."""
-    q, k, v = q.double(), k.double(), v.double()
-    weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
-    out = weights @ v
-    starts = range(0, k.shape[1], block[1])
-    found = torch.zeros(len(q), block_count(q.shape[1], block[0]), len(starts), dtype=torch.float64)
-    for head in range(len(q)):
-        for row, some in enumerate(weights[head].split(block[0])):
-            mine = out[head, row * block[0] : row * block[0] + len(some)]
+    doubled = [[x.double() for x in qkv] for qkv in samples]
+    weights = torch.cat([(q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) for q, k, _ in doubled], 1)
+    values = [v for *_, v in doubled]
+    heads, tokens, _ = values[0].shape
+    # all samples' queries of a block, one sample after the other
+    rows = [
+        torch.cat([torch.arange(first, min(tokens, first + block[0])) + n * tokens for n in range(len(samples))])
+        for first in range(0, tokens, block[0])
+    ]
+
+    def outputs(some: Tensor, head: int) -> Tensor:
+        return torch.cat([part @ v[head] for part, v in zip(some.chunk(len(values)), values, strict=True)])
+
+    starts = range(0, tokens, block[1])
+    found = torch.zeros(heads, len(rows), len(starts), dtype=torch.float64)
+    for head in range(heads):
+        for row, places in enumerate(rows):
+            some = weights[head, places]
+            mine = outputs(some, head)
             kept, error, most = list(range(len(starts))), 0.0, 0.0
             while len(kept) > 1:
                 tried = {}
@@ -155,7 +167,7 @@ def greedy(q: Tensor, k: Tensor, v: Tensor, block: tuple[int, int]) -> Tensor:
                             own = slice(starts[other], starts[other] + block[1])
                             rest[:, own] = some[:, own]
                     # all queries of the row are weighed up by what is left of their mean
-                    moved = (rest @ v[head] - rest.sum(-1, keepdim=True) * mine) / rest.sum(-1).mean()
+                    moved = (outputs(rest, head) - rest.sum(-1, keepdim=True) * mine) / rest.sum(-1).mean()
                     tried[block_k] = moved.square().sum(-1).mean().item()
                 best = min(tried, key=lambda one: tried[one])
                 most = max(most, tried[best] - error)
@@ -163,13 +175,45 @@ def greedy(q: Tensor, k: Tensor, v: Tensor, block: tuple[int, int]) -> Tensor:
                 found[head, row, best] = most
                 kept.remove(best)
             found[head, row, kept[0]] = max(most, mine.square().sum(-1).mean().item() - error)
-    return found / out.square().sum(-1).mean()
+    each = [outputs(weights[head], head) for head in range(heads)]
+    return found / torch.stack(each).square().sum(-1).mean()
 
 
-def test_blocks_are_left_out_together_as_the_definition_has_it(ragged: Geometry) -> None:
-    q, k, v = qkv(0, ragged)
-    found = importance(q, k, v, block=(64, 40), queries=64)
-    torch.testing.assert_close(found.double(), greedy(q, k, v, (64, 40)), rtol=1e-2, atol=1e-6)
+@pytest.mark.parametrize("count", [1, 2])
+def test_blocks_are_left_out_together_as_the_definition_has_it(ragged: Geometry, count: int) -> None:
+    samples = [qkv(seed, ragged) for seed in range(count)]
+    found = importance([Sample(*one) for one in samples], block=(64, 40), queries=64)
+    torch.testing.assert_close(found.double(), greedy(samples, (64, 40)), rtol=1e-2, atol=1e-6)
+
+
+def test_alone_the_importance_of_several_samples_is_their_mean() -> None:
+    samples = [Sample(*qkv(seed)) for seed in range(3)]
+    # in shares of the same
+    whole = [((s.q @ s.k.mT / math.sqrt(8)).softmax(-1) @ s.v)[:, :1000].square().sum(-1).mean() for s in samples]
+    every = {"block": (16, 16), "queries": 16, "together": False}
+    each = torch.stack([importance([one], **every) * part for one, part in zip(samples, whole, strict=True)])
+    expected = each.mean(0) / torch.stack(whole).mean()
+    torch.testing.assert_close(importance(samples, **every), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_of_one_order_for_all_prompts_less_is_lost_than_of_each_ones_own() -> None:
+    samples = [Sample(*qkv(seed)) for seed in range(4)]
+    orders = {
+        "beside": importance(samples, block=BLOCK, queries=BLOCK[0]),
+        "apart": torch.stack([importance([one], block=BLOCK, queries=BLOCK[0]) for one in samples]).mean(0),
+    }
+    errors = {}
+    for name, found in orders.items():
+        keep = found >= found.flatten().quantile(0.65)
+        keep |= found == found.amax(-1, keepdim=True)
+        seen = keep.repeat_interleave(BLOCK[0], 1).repeat_interleave(BLOCK[1], 2)[:, :1000, :1000]
+        lost = []
+        for sample in samples:
+            weights = (sample.q @ sample.k.mT / math.sqrt(8)).softmax(-1)
+            rest = weights * seen
+            lost.append((rest / rest.sum(-1, keepdim=True) @ sample.v - weights @ sample.v).square().mean())
+        errors[name] = torch.stack(lost).mean()
+    assert errors["beside"] < errors["apart"]
 
 
 def test_together_errors_are_smaller_than_by_blocks_alone() -> None:
@@ -177,7 +221,7 @@ def test_together_errors_are_smaller_than_by_blocks_alone() -> None:
     weights = (q.double() @ k.double().mT / math.sqrt(q.shape[-1])).softmax(-1)
     errors = {}
     for together in (True, False):
-        found = importance(q, k, v, block=BLOCK, queries=BLOCK[0], together=together)
+        found = importance([Sample(q, k, v)], block=BLOCK, queries=BLOCK[0], together=together)
         keep = found >= found.flatten().quantile(0.75)
         keep |= found == found.amax(-1, keepdim=True)
         seen = keep.repeat_interleave(BLOCK[0], 1).repeat_interleave(BLOCK[1], 2)[:, : q.shape[1], : k.shape[1]]
@@ -188,8 +232,8 @@ def test_together_errors_are_smaller_than_by_blocks_alone() -> None:
 
 def test_columns_that_are_always_computed_are_not_candidates() -> None:
     q, k, v = qkv(9)
-    some = importance(q, k, v, block=(64, 100), queries=8, columns=slice(2, 9))
-    whole = importance(q, k, v, block=(64, 100), queries=8)
+    some = importance([Sample(q, k, v, columns=slice(2, 9))], block=(64, 100), queries=8)
+    whole = importance([Sample(q, k, v)], block=(64, 100), queries=8)
     assert some.shape == whole[..., 2:9].shape
     # what never goes leaves more attention, so that the rest costs less
     assert some.median() < whole[..., 2:9].median()
@@ -198,33 +242,34 @@ def test_columns_that_are_always_computed_are_not_candidates() -> None:
 def test_importance_has_no_unit() -> None:
     q, k, v = qkv(2)
     torch.testing.assert_close(
-        importance(q, k, 64 * v, block=BLOCK, queries=8), importance(q, k, v, block=BLOCK, queries=8)
+        importance([Sample(q, k, 64 * v)], block=BLOCK, queries=8),
+        importance([Sample(q, k, v)], block=BLOCK, queries=8),
     )
 
 
 def test_a_block_of_values_like_the_output_can_be_left_out_however_much_attention_it_has() -> None:
     q, k, v = qkv(3)
     v = torch.ones_like(v)
-    found = importance(q, k, v, block=BLOCK, queries=8)
+    found = importance([Sample(q, k, v)], block=BLOCK, queries=8)
     # one has to stay
     assert (found.sort(-1).values[..., :-1] < 1e-9).all()
-    assert (importance(q, k, v, block=BLOCK, queries=8, together=False) < 1e-12).all()
+    assert (importance([Sample(q, k, v)], block=BLOCK, queries=8, together=False) < 1e-12).all()
     # and where there is no output, nothing is important
-    assert not importance(q, k, 0 * v, block=BLOCK, queries=8).any()
+    assert not importance([Sample(q, k, 0 * v)], block=BLOCK, queries=8).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_single(dtype: torch.dtype) -> None:
     halves = [x.to(dtype) for x in qkv(4)]
-    found = importance(*halves, block=BLOCK, queries=8)
+    found = importance([Sample(*halves)], block=BLOCK, queries=8)
     assert found.dtype == torch.float32
-    assert torch.equal(found, importance(*(x.float() for x in halves), block=BLOCK, queries=8))
+    assert torch.equal(found, importance([Sample(*(x.float() for x in halves))], block=BLOCK, queries=8))
 
 
 def test_how_much_is_held_at_a_time_plays_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = importance(*qkv(5), block=BLOCK, queries=8)
+    whole = importance([Sample(*qkv(5))], block=BLOCK, queries=8)
     monkeypatch.setattr(importances, "CHUNK", 1)
-    torch.testing.assert_close(importance(*qkv(5), block=BLOCK, queries=8), whole)
+    torch.testing.assert_close(importance([Sample(*qkv(5))], block=BLOCK, queries=8), whole)
 
 
 def test_queries_are_the_middles_of_equal_parts_and_a_short_block_has_its_own() -> None:
@@ -237,7 +282,7 @@ def test_queries_are_the_middles_of_equal_parts_and_a_short_block_has_its_own() 
 
 def test_eight_queries_of_a_block_tell_nearly_what_all_of_them_tell() -> None:
     q, k, v = qkv(6, replace(GEOMETRY, grid=(8, 16, 16)))
-    some, every = (importance(q, k, v, block=(64, 64), queries=queries).double() for queries in (8, 64))
+    some, every = (importance([Sample(q, k, v)], block=(64, 64), queries=queries).double() for queries in (8, 64))
     off = (some / every).log2().abs()
     # what a byte may be off is below what is off by sampling, and both are far below how blocks differ
     assert math.log2(ROUNDED) < off.median() < every.log2().std() / 4
@@ -274,10 +319,12 @@ def test_what_lies_beyond_the_scale_is_nothing_or_the_most_and_never_always() ->
 def test_a_note_is_importance_for_what_a_block_costs() -> None:
     q, k, v = qkv(7)
     note = config().learner().note(q, k, v, site(), 0)
-    expected = importance(q, k, v, block=BLOCK, queries=8) / (block_sizes(GEOMETRY.tokens, 16) / 16)
+    expected = importance([Sample(q, k, v)], block=BLOCK, queries=8) / (block_sizes(GEOMETRY.tokens, 16) / 16)
     assert torch.equal(note["levels"], to_levels(expected))
     # the last block of keys has a half
-    assert not torch.equal(note["levels"][..., -1], to_levels(importance(q, k, v, block=BLOCK, queries=8))[..., -1])
+    assert not torch.equal(
+        note["levels"][..., -1], to_levels(importance([Sample(q, k, v)], block=BLOCK, queries=8))[..., -1]
+    )
 
 
 def test_the_block_that_a_row_always_has_is_none_that_text_leaves_over() -> None:
@@ -321,6 +368,24 @@ def test_prompts_of_several_lengths_share_a_table_and_text_is_always_computed(si
         assert keep[:, text].all()
         # in some rows the blocks without text are all but one left out
         assert (~keep).any()
+
+
+@pytest.mark.parametrize("side", ["first", "last"])
+def test_prompts_of_several_lengths_are_noted_as_one_in_the_blocks_that_all_have(side: Any) -> None:
+    texts = (28, 9, 0)
+    calls = []
+    for seed, text in enumerate(texts):
+        geometry = replace(TEXT, text_tokens=text, text_side=side)
+        calls.append((*qkv(seed, geometry), site(geometry)))
+    learner = config().learner()
+    levels = learner.note_together(calls)["levels"]
+    assert levels.shape == (3, *(block_count(TEXT.video_tokens, size) for size in BLOCK))
+    # of 972 tokens of video, whole blocks where text follows; the last may be shorter where it ends the sequence
+    rows, columns = {"last": (30, 60), "first": (30, 61)}[side]
+    assert (levels[:, :rows, :columns] != ALWAYS).all()
+    assert (levels[:, rows:] == ALWAYS).all() and (levels[..., columns:] == ALWAYS).all()
+    # whatever their order
+    assert torch.equal(levels, learner.note_together(calls[::-1])["levels"])
 
 
 # --- spending --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 
 from calibatt.kernels.names import UnknownName
 from calibatt.models.catalogue import MODELS
-from calibatt.models.generate import generate, read_prompts, save_video
+from calibatt.models.generate import generate, generate_all, read_prompts, save_video
 from calibatt.models.identity import origin_of
 from calibatt.models.shapes.pipeline import assemble, load_pipeline, new_transformer
 
@@ -35,6 +35,14 @@ def test_a_seed_means_one_video(pipe: Any) -> None:
     assert first.shape == (3, 8, 64, 96)
     assert torch.equal(first, _video(pipe))
     assert not torch.equal(first, _video(pipe, seed=1))
+
+
+def test_videos_that_are_made_side_by_side_are_those_that_are_made_one_by_one(pipe: Any) -> None:
+    prompts = (PROMPT, "a blue square, still, over dots", "a green cross moving up, over grey")
+    together = generate_all(MODELS["shapes"], pipe, prompts=prompts, resolution="quick", seed=3, steps=2)
+    assert together.shape == (3, 3, 8, 64, 96)
+    for number, prompt in enumerate(prompts):
+        torch.testing.assert_close(together[number], _video(pipe, prompt=prompt, seed=3 + number), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
