@@ -25,7 +25,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """Read the options; a wrong one is one line and exit code 4, before anything runs."""
     from calibatt.bench import fingerprint
     from calibatt.bench.journal import Journal
-    from calibatt.bench.options import Options, artifacts_folder, check_output, partial_of, refuse_pytest_options
+    from calibatt.bench.options import (
+        Options,
+        artifacts_folder,
+        check_output,
+        deciding,
+        partial_of,
+        refuse_pytest_options,
+    )
     from calibatt.bench.session import BenchSession, Settings
     from calibatt.bench.suites.catalogue import SUITES
 
@@ -39,12 +46,12 @@ def pytest_configure(config: pytest.Config) -> None:
         check_output(out)
         if out is not None:
             files = [options.calibration, given.prompts]
-            journal = Journal(partial_of(out), fingerprint.run(config.invocation_params.args, files))
+            journal = Journal(partial_of(out), fingerprint.run(deciding(config.invocation_params.args), files))
     except (ValueError, OSError) as error:
         raise pytest.UsageError(str(error)) from None
     settings = Settings(
         rounds=options.rounds, calibration_prompts=options.calibration_prompts, calibration=options.calibration,
-        prompts=options.prompts, artifacts=artifacts_folder(out),
+        prompts=options.prompts, artifacts=artifacts_folder(out), max_time=options.max_time,
     )  # fmt: skip
     config.stash[_OPTIONS] = options
     config.stash[_JOURNAL] = journal

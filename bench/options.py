@@ -71,6 +71,17 @@ def _number(low_open: bool, what: str) -> Callable[[str], float]:
     return read
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    # written so that NaN fails too
+    if not 0 < seconds < math.inf:
+        raise ValueError("give seconds, more than 0")
+    return seconds
+
+
 _density = _number(True, "a density above 0 and up to 1")
 _share = _number(False, "a share, from 0 to 1")
 
@@ -196,6 +207,11 @@ class Options:
     rounds: int = field(
         metadata=_option(_whole(_MOST_ROUNDS), "videos per arm; an interval needs at least 6", default="6")
     )
+    max_time: float | None = field(
+        metadata=_option(
+            _seconds, "seconds after which no further round of videos begins; repeating the command goes on from there"
+        )
+    )
     calibration_prompts: int = field(
         metadata=_option(_whole(_MOST_ROUNDS), "number of prompts to calibrate on", default="4")
     )
@@ -314,6 +330,18 @@ def refuse_pytest_options(given: Namespace) -> None:
         raise ValueError("--benchmark-disable: nothing would be measured; leave it out")
     if given.benchmark_skip:
         raise ValueError("--benchmark-skip: nothing would be measured; leave it out")
+
+
+def deciding(arguments: Sequence[str]) -> list[str]:
+    """Arguments of the command, without how long it may take: that decides no figure."""
+    kept: list[str] = []
+    others = iter(arguments)
+    for one in others:
+        if one == "--max-time":
+            next(others, None)
+        elif not one.startswith("--max-time="):
+            kept.append(one)
+    return kept
 
 
 def check_output(path: Path | None) -> None:

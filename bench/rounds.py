@@ -1,7 +1,9 @@
-"""The order in which arms take turns, and what becomes of one that fails."""
+"""The order in which arms take turns, for how long, and what becomes of one that fails."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
@@ -11,6 +13,30 @@ from typing import TypeVar
 from calibatt.bench.failure import Failure, guarded
 
 _T = TypeVar("_T")
+
+# rounds whose videos the report shows; they are made however little time there is
+SHOWN_ROUNDS = 3
+
+
+class TimeLimit:
+    """Whether there is time for another round: as much as the longest has taken since this was made.
+
+    Args:
+        seconds: from now on; None for as long as it takes.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._end = math.inf if seconds is None else time.monotonic() + seconds
+        self._last: float | None = None
+        self._longest = 0.0
+
+    def more(self) -> bool:
+        """Asked before each round."""
+        now = time.monotonic()
+        if self._last is not None:
+            self._longest = max(self._longest, now - self._last)
+        self._last = now
+        return now + self._longest <= self._end
 
 
 def in_turns(arms: Sequence[_T], rounds: int, *, first: int = 0) -> Iterator[tuple[int, _T]]:
@@ -34,6 +60,7 @@ def take_turns(
     turn: Callable[[int, _T], None],
     *,
     first: int = 0,
+    more: Callable[[int], bool] = lambda round_: True,
     after: Callable[[int], None] = lambda round_: None,
     failures: dict[_T, Failure] | None = None,
 ) -> dict[_T, Failure]:
@@ -44,6 +71,7 @@ def take_turns(
         rounds: how many turns each has.
         turn: the work of an arm in a round.
         first: the round to begin with.
+        more: asked before every round, by its number, whether to make it; after one that is not made, none is.
         after: called at the end of every round.
         failures: of arms that have no turns; to these are added those that fail here.
 
@@ -52,6 +80,8 @@ def take_turns(
     """
     failures = {} if failures is None else failures
     for round_, turns in groupby(in_turns(arms, rounds, first=first), key=itemgetter(0)):
+        if not more(round_):
+            break
         for _, arm in turns:
             if arm in failures:
                 continue

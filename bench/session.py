@@ -18,6 +18,7 @@ from calibatt.bench.opening import Prompts, open_workload
 from calibatt.bench.preparation import Preparation
 from calibatt.bench.record import Record
 from calibatt.bench.record import Suite as SuiteName
+from calibatt.bench.rounds import SHOWN_ROUNDS, TimeLimit
 from calibatt.bench.suites.catalogue import SUITES
 from calibatt.bench.suites.suite import Job, Kept, Suite
 from calibatt.bench.tuning import TUNING_PROMPTS
@@ -35,6 +36,7 @@ class Settings:
         calibration: a stored calibration instead.
         prompts: prompts for models that have none of their own; first those to calibrate on.
         artifacts: folder for the data of the report's pictures.
+        max_time: seconds after which no further round of videos begins; None for as long as it takes.
     """
 
     rounds: int
@@ -42,6 +44,7 @@ class Settings:
     calibration: Path | None
     prompts: tuple[str, ...] | None
     artifacts: Path | None
+    max_time: float | None = None
 
 
 class BenchSession:
@@ -73,6 +76,9 @@ class BenchSession:
         self._chosen: dict[tuple[SuiteName, Workload], list[AnyArm]] = {}
         self._records: dict[tuple[SuiteName, Cell], Record] = {}
         self._opened: tuple[Workload, Context] | None = None
+        self._limit = TimeLimit(settings.max_time)
+        # whose rounds ended for lack of time
+        self._cut: set[tuple[SuiteName, Workload]] = set()
 
     def choose(self, suite: SuiteName, cell: Cell) -> None:
         """Say that a cell will be asked for.
@@ -128,8 +134,8 @@ class BenchSession:
 
     @property
     def finished(self) -> bool:
-        """Whether every chosen cell has its record."""
-        return all(
+        """Whether every chosen cell has its record, of as many rounds as were asked for."""
+        return not self._cut and all(
             (suite, Cell(workload=workload, arm=arm)) in self._records
             for (suite, workload), arms in self._chosen.items()
             for arm in arms
@@ -162,16 +168,29 @@ class BenchSession:
         job = Job(
             workload=workload, rounds=self._settings.rounds, artifacts=self._settings.artifacts, console=self._console,
             open=partial(self._open, workload), kept=self._kept(suite, workload),
+            more=partial(self._more, suite, workload),
         )  # fmt: skip
         for arm, measured in self._suites[suite].measure(job, arms):
             # a baseline that nobody asked to see is measured all the same
             if arm in arms:
                 self._keep(suite, Cell(workload=workload, arm=arm), measured)
 
+    def _more(self, suite: SuiteName, workload: Workload, round_: int) -> bool:
+        """Whether there is time for a round; without, what there is goes into the file, and a repetition goes on."""
+        # asked every time, since it goes by how long rounds take
+        if self._limit.more() or round_ < SHOWN_ROUNDS:
+            return True
+        self._cut.add((suite, workload))
+        self._console.line(
+            f"{workload}: {round_} of {self._settings.rounds} rounds in the time given: repeat the command to go on"
+        )
+        return False
+
     def _keep(self, suite: SuiteName, cell: Cell, measured: Record) -> None:
         self._records[suite, cell] = measured
         journal = self._journal
-        if journal is not None:
+        # a record of fewer rounds than were asked for is none to go on from
+        if journal is not None and (suite, cell.workload) not in self._cut:
             journal.attempt(partial(journal.keep, suite, str(cell), measured), str(cell), self._console.line)
 
     def _kept(self, suite: SuiteName, workload: Workload) -> Kept:

@@ -22,7 +22,7 @@ from calibatt.bench.meter import Meter
 from calibatt.bench.observers import PlanSummary
 from calibatt.bench.options import Options, method_cells
 from calibatt.bench.record import Record, Suite
-from calibatt.bench.rounds import take_turns
+from calibatt.bench.rounds import SHOWN_ROUNDS, take_turns
 from calibatt.bench.suites.suite import Job, Kept
 from calibatt.bench.telemetry import read
 from calibatt.bench.timer import timed
@@ -32,9 +32,6 @@ from calibatt.methods.catalogue import build
 from calibatt.models.video_metrics import eight_bit, psnr_db, ssim
 
 NAME: Suite = "denoise"
-
-# videos that go into the report's pictures
-_SHOWN_VIDEOS = 3
 
 Frames = UInt8[Tensor, "3 frames height width"]
 
@@ -67,11 +64,19 @@ def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]
     """Generate one video a round with every arm and compare it with the dense one of the same prompt and seed."""
     # the baseline is measured even where nobody asked to see it
     wanted = dict.fromkeys([DENSE, *(arm for arm in arms if isinstance(arm, Arm))])
-    yield from run(job.open(), list(wanted), rounds=job.rounds, artifacts=job.artifacts, kept=job.kept)
+    yield from run(
+        job.open(), list(wanted), rounds=job.rounds, artifacts=job.artifacts, kept=job.kept, more=job.more
+    )  # fmt: skip
 
 
 def run(
-    context: Context, arms: Sequence[Arm], *, rounds: int, artifacts: Path | None, kept: Kept | None = None
+    context: Context,
+    arms: Sequence[Arm],
+    *,
+    rounds: int,
+    artifacts: Path | None,
+    kept: Kept | None = None,
+    more: Callable[[int], bool] = lambda round_: True,
 ) -> Iterator[tuple[Arm, Record]]:
     """Check arms, and let those that are right make videos.
 
@@ -85,6 +90,7 @@ def run(
         rounds: videos an arm.
         artifacts: folder for the data of the report's pictures; None leaves them out.
         kept: rounds that need not be repeated, and where others go.
+        more: whether there is time for a round, by its number.
     """
     kept = kept or Kept()
     courses: dict[Arm, _Course] = {}
@@ -103,7 +109,7 @@ def run(
         if arm in failures:
             yield arm, failed(context, NAME, arm, failures[arm])
     told = set(failures)
-    _take_turns(context, courses, rounds, artifacts, kept, failures)
+    _take_turns(context, courses, rounds, artifacts, kept, more, failures)
     dense = None if DENSE in failures else courses.get(DENSE)
     for arm in dict.fromkeys((*courses, *failures)):
         if arm in failures:
@@ -131,13 +137,13 @@ def _key(arm: Arm) -> str:
 
 def _take_turns(
     context: Context, courses: Mapping[Arm, _Course], rounds: int, artifacts: Path | None, kept: Kept,
-    failures: dict[Arm, Failure],
+    more: Callable[[int], bool], failures: dict[Arm, Failure],
 ) -> None:  # fmt: skip
     """Make the videos that are missing; arms that fail are added to the failures."""
     # videos of the round that is under way: each is gone once it has been compared with the dense one
     videos: dict[Arm, Frames] = {}
     # pictures are of the first rounds together, so these are kept together too
-    pictured = min(rounds, _SHOWN_VIDEOS)
+    pictured = min(rounds, SHOWN_ROUNDS)
     waiting: list[dict[str, Video | Failure]] = []
 
     def turn(round_: int, arm: Arm) -> None:
@@ -166,7 +172,7 @@ def _take_turns(
             kept.keep(Rounds(first=round_ + 1 - len(waiting), rounds=list(waiting)))
             waiting.clear()
 
-    take_turns(list(courses), rounds, turn, first=len(kept.found), after=over, failures=failures)
+    take_turns(list(courses), rounds, turn, first=len(kept.found), more=more, after=over, failures=failures)
 
 
 def _one_video(context: Context, course: _Course, round_: int) -> Frames:
@@ -197,7 +203,7 @@ def _one_video(context: Context, course: _Course, round_: int) -> Frames:
     if error is not None:
         made.method_error, made.error_calls = error.value(), error.calls
     frames = eight_bit(video)
-    if len(course.shown) < _SHOWN_VIDEOS:
+    if len(course.shown) < SHOWN_ROUNDS:
         course.shown.append(frames)
     course.videos.append(made)
     return frames

@@ -20,6 +20,11 @@ def _forget(rounds: Rounds) -> None:
     """Keep nothing."""
 
 
+def _any_time(round_: int) -> bool:
+    """There is time for every round."""
+    return True
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Kept:
     """Rounds that are finished, of a suite whose arms take long.
@@ -44,6 +49,7 @@ class Job:
         console: shows how far the work is.
         open: what the arms of the workload share; opened once for all suites.
         kept: rounds that need not be repeated.
+        more: whether there is time for a round, by its number; asked before each.
     """
 
     workload: Workload
@@ -52,6 +58,7 @@ class Job:
     console: Console
     open: Callable[[], Context]
     kept: Kept = field(default_factory=Kept)
+    more: Callable[[int], bool] = _any_time
 
 
 @runtime_checkable

@@ -125,6 +125,41 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     assert again.finished
 
 
+def test_a_run_that_is_out_of_time_has_records_of_what_there_is_and_can_go_on(tmp_path: Path) -> None:
+    class Filming(FakeSuite):
+        def measure(self, job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]:
+            made = len(job.kept.found)
+            while made < job.rounds and job.more(made):
+                job.kept.keep(Rounds(first=made, rounds=[{"radial": Video(seconds=1.0, phases={})}]))
+                made += 1
+            for one in arms:
+                yield one, record(str(one), samples_s=(1.0,) * made, resolution=job.workload.resolution)
+
+    path = tmp_path / "run.json.partial.jsonl"
+    cell = Cell(workload=WORKLOADS[0], arm=arm("radial"))
+
+    def run(max_time: float | None) -> tuple[BenchSession, Quiet, Record]:
+        settings = Settings(
+            rounds=5, calibration_prompts=1, calibration=None, prompts=None, artifacts=None, max_time=max_time
+        )  # fmt: skip
+        console = Quiet()
+        made = BenchSession(settings, console, journal=Journal(path, RUN), suites={"kernel": Filming()})
+        made.choose("kernel", cell)
+        return made, console, made.record("kernel", cell)
+
+    # however little it is, what is shown is made
+    first, console, short = run(1e-9)
+    assert console.lines == ["shapes-quick: 3 of 5 rounds in the time given: repeat the command to go on"]
+    assert len(short.samples_s or ()) == 3
+    assert not first.finished
+    again, console, whole = run(None)
+    assert len(whole.samples_s or ()) == 5
+    assert console.lines == []
+    assert again.finished
+    # and only that can be repeated without measuring anything
+    assert run(1e-9)[2].samples_s == whole.samples_s
+
+
 def test_every_record_is_on_the_disk_when_it_is_measured(tmp_path: Path) -> None:
     path = tmp_path / "run.json.partial.jsonl"
     running = session(FakeSuite(), path, Quiet())

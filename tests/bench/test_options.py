@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from calibatt.bench.cells import DENSE, Arm, Cell, PermutationArm, Workload
-from calibatt.bench.options import Options, add_options, check_output, refuse_pytest_options
+from calibatt.bench.options import Options, add_options, check_output, deciding, refuse_pytest_options
 from calibatt.bench.record import SUITES
 from calibatt.bench.session import Settings, prompts_for
 from calibatt.bench.suites.catalogue import SUITES as CATALOGUE
@@ -83,6 +83,8 @@ def test_an_arm_that_does_not_exist_is_refused(text: str, message: str) -> None:
         ({"kernels": "flx"}, "--kernels flx: unknown kernel 'flx': did you mean flex"),
         ({"steps": "ten"}, "--steps ten: give a whole number from 1 up"),
         ({"steps": "0"}, "whole number from 1 up"),
+        ({"max_time": "0"}, "--max-time 0: give seconds, more than 0"),
+        ({"max_time": "nan"}, "--max-time nan: give seconds"),
         ({"rounds": "0"}, "--rounds 0: give a whole number from 1 to 10,000"),
         ({"rounds": "1000000000"}, "from 1 to 10,000"),
         ({"calibration_prompts": "-1"}, "--calibration-prompts -1: give a whole number"),
@@ -253,3 +255,8 @@ def test_too_few_prompts_are_refused_in_a_line_that_counts_them() -> None:
     with pytest.raises(ValueError, match=f"^{said}$"):
         prompts_for(cell.workload, settings, [cell.arm])
     assert prompts_for(cell.workload, settings, []).tuning == ()
+
+
+def test_how_long_a_run_may_take_does_not_make_it_another_one() -> None:
+    for limit in (["--max-time", "60"], ["--max-time=60"], []):
+        assert deciding(["bench", *limit, "--rounds", "8"]) == ["bench", "--rounds", "8"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from itertools import pairwise
 
@@ -10,7 +11,7 @@ import torch
 
 from calibatt.bench.failure import Failure, guarded
 from calibatt.bench.replay import Replay
-from calibatt.bench.rounds import in_turns, take_turns
+from calibatt.bench.rounds import TimeLimit, in_turns, take_turns
 
 
 def test_every_arm_runs_once_a_round() -> None:
@@ -72,3 +73,32 @@ def test_replayed_readings_differ_by_the_samples() -> None:
     timer.load([0.5, 2.0])
     readings = [timer() for _ in range(4)]
     assert [readings[1] - readings[0], readings[3] - readings[2]] == [0.5, 2.0]
+
+
+def test_after_a_round_that_is_not_made_there_are_no_more() -> None:
+    made, asked = [], []
+
+    def more(round_: int) -> bool:
+        asked.append(round_)
+        return round_ != 4
+
+    take_turns(["a", "b"], 9, lambda round_, arm: made.append(round_), first=2, more=more)
+    assert made == [2, 2, 3, 3]
+    assert asked == [2, 3, 4]
+
+
+def test_there_is_time_for_a_round_that_takes_as_long_as_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    limit, endless = TimeLimit(60), TimeLimit(None)
+    # nothing is known of how long a round takes; it takes 20, then 10
+    assert limit.more()
+    now[0] = 120
+    assert limit.more()
+    now[0] = 130
+    # another of 20 ends at 150
+    assert limit.more()
+    now[0] = 145
+    assert not limit.more()
+    now[0] = 1e9
+    assert endless.more()

@@ -383,7 +383,8 @@ def test_prompts_of_several_lengths_are_noted_as_one_in_the_blocks_that_all_have
     # of 972 tokens of video, whole blocks where text follows; the last may be shorter where it ends the sequence
     rows, columns = {"last": (30, 60), "first": (30, 61)}[side]
     assert (levels[:, :rows, :columns] != ALWAYS).all()
-    assert (levels[:, rows:] == ALWAYS).all() and (levels[..., columns:] == ALWAYS).all()
+    assert (levels[:, rows:] == ALWAYS).all()
+    assert (levels[..., columns:] == ALWAYS).all()
     # whatever their order
     assert torch.equal(levels, learner.note_together(calls[::-1])["levels"])
 
