@@ -17,6 +17,7 @@ CAPTION = (
     "Speedup times density: at 1 a kernel takes the density's share of the fastest dense kernel's time, which is "
     "all that leaving blocks out can give. What is below is lost to lists, uneven rows and small blocks."
 )
+KEY = "Medians: {samples}, no interval."
 
 # further lines are dashed, then dotted
 _LINES = (*COLOURS, "#333333")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibatt.bench.record import OUTSIDE_PHASES, Record
-from calibatt.reports.figures.style import INK, SMALL, legend, lines, name_lines, new_figure, plain_axes
+from calibatt.reports.figures.style import INK, SMALL, lines, mark_lines, name_lines, new_figure, plain_axes
 from calibatt.reports.rows import Row
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 TITLE = "Where the time goes"
 CAPTION = "Where the time goes: choosing blocks (plan), computing them (attend), and what is neither (other). Medians."
+KEY = "Medians: {samples}, no interval."
 
 # plan, attend, what is left, any other: Okabe and Ito's colours, each with its own hatch
 _LOOKS = {"plan": ("#E69F00", "////"), "attend": ("#56B4E9", ""), "other": ("#DDDDDD", "")}
@@ -72,7 +73,9 @@ def _figure(rows: Sequence[Row]) -> Figure:
     axes.set_xlim(0, float(left.max()) * 1.16)
     axes.set_xlabel(f"median time ({unit})")
     plain_axes(axes)
-    legend(axes, 4)
+    mark_lines(axes, rows)
+    # the axes are narrower where names are long
+    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=SMALL)
     return figure
 
 

@@ -18,6 +18,7 @@ CAPTION = (
     "their median, the bar its 95 % interval. A bar that touches the dashed line is no evidence of a difference. A "
     "hollow marker has too few rounds for an interval."
 )
+KEY = "Dots: {samples}. Marker: their median. Bar: its 95 % interval (sign test)."
 
 
 def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
