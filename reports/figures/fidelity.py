@@ -34,7 +34,7 @@ CAPTION = (
     "without bars off the front; the table has it."
 )
 KEY = (
-    "Markers: medians of {samples} (alignment: mean; method error: pooled over calls). Bars: 95 % interval of the "
+    "Markers: medians of {samples} (of alignment the mean). Bars: 95 % interval of the "
     "speedup (sign test); middle half of the videos. Front: arms that neither another arm nor dense beats in both."
 )
 
@@ -43,7 +43,7 @@ _MEASURES: Mapping[str, tuple[str, bool]] = MappingProxyType(
     {
         "psnr_db": ("PSNR against dense (dB)", True),
         "alignment": ("alignment with the caption", True),
-        "method_error": ("method error (up is better)", False),
+        "method_error": ("method error", False),
     }
 )
 # PSNR of a video and itself rounded to whole values, 10 log10(255² · 12): what is closer is the same video on a screen,
@@ -211,11 +211,22 @@ def _draw_panel(axes: Axes, panel: _Panel) -> None:
     axes.set_xlabel("speedup over dense")
     if any(point.close > _SAME_VIDEO_DB for point in panel.points):
         title += f"\n{_SAME_VIDEO_DB:.0f} and more: drawn at {_SAME_VIDEO_DB:.0f}"
+    if panel.measure == "method_error":
+        title += f" {_of_calls(rows)}\n(up is better)"
     axes.set_ylabel(title)
     plain_axes(axes)
     name_modes(axes, rows)
     if labelled := len(axes.get_legend_handles_labels()[1]):
         legend(axes, labelled)
+
+
+def _of_calls(rows: Sequence[Row]) -> str:
+    """What calls the method error is of; files that do not say have the mean of a few (`Record.error_calls`)."""
+    counts = {row.record.error_calls for row in rows}
+    known = sorted(count for count in counts if count is not None)
+    if len(known) < len(counts):
+        return "of some calls"
+    return f"of {known[0]:,} calls" if len(known) == 1 else f"of {known[0]:,} to {known[-1]:,} calls"
 
 
 def _draw_front(axes: Axes, front: Sequence[_Point]) -> None:

@@ -229,6 +229,16 @@ def test_less_method_error_is_the_better() -> None:
     assert "beaten" not in names
 
 
+@pytest.mark.parametrize(
+    ("calls", "said"), [((None, 8), "of some calls"), ((1920, 1920), "of 1,920 calls"), ((4, 8), "of 4 to 8 calls")]
+)
+def test_the_method_error_says_of_which_calls(calls: tuple[int | None, ...], said: str, make: SimpleNamespace) -> None:
+    arms = [make.arm(f"m{i}", suite="attention", psnr_db=None, alignment=None, error_calls=count)
+            for i, count in enumerate(calls)]  # fmt: skip
+    (axes,) = _one(fidelity.draw(_rows(*arms))).axes
+    assert axes.get_ylabel() == f"method error {said}\n(up is better)"
+
+
 def test_alignment_is_the_mean_and_psnr_the_median_as_the_caption_says(make: SimpleNamespace) -> None:
     values = (1.0, 1.0, 1.0, 1.0, 1.0, 0.4)
     row = _rows(make.arm("calibatt", alignment=values, psnr_db=(20.0, 20.0, 20.0, 20.0, 20.0, 80.0)))
