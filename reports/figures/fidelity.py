@@ -15,7 +15,7 @@ import numpy as np
 
 from calibatt.bench.record import plain
 from calibatt.reports.figures.style import INK, SMALL, legend, marked, name_modes, new_figure, plain_axes
-from calibatt.reports.rows import RANDOM, Row, shared_words
+from calibatt.reports.rows import RANDOM, Row, shared_words, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -284,7 +284,7 @@ def _name_points(figure: Figure, axes: Axes, panel: _Panel, shared: Sequence[str
         ],
     )
     for point in panel.named:
-        name = ", ".join(word for word in point.row.label.split(", ") if word not in shared)
+        name = short(point.row, shared)
         beyond = f": {point.close:.0f} dB" if panel.measure == "psnr_db" and point.close > _SAME_VIDEO_DB else ""
         text = axes.annotate(
             _in_lines(plain(name, _LONGEST_NAME) + beyond), (point.x, point.y), xytext=(0, 0),

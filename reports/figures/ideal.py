@@ -46,7 +46,7 @@ def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     ticks = _apart([x for points in lines.values() for x, _ in points])
-    axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("density: share of the blocks computed")
     axes.set_ylabel("speedup × density")

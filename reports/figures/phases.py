@@ -10,7 +10,7 @@ import numpy as np
 
 from calibatt.bench.record import OUTSIDE_PHASES, Record
 from calibatt.reports.figures.style import INK, SMALL, lines, mark_lines, name_lines, new_figure, plain_axes
-from calibatt.reports.rows import Row
+from calibatt.reports.rows import Row, shared_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,8 +28,9 @@ _VISIBLE = 0.005
 
 def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
     """One figure for every hundred arms whose phases are known."""
+    shared = shared_words(rows)
     for some in lines([row for row in rows if row.record.samples_s and _inside(row.record)]):
-        yield TITLE, _figure(some)
+        yield TITLE, _figure(some, shared)
 
 
 def _inside(record: Record) -> dict[str, float]:
@@ -50,7 +51,7 @@ def _bars(rows: Sequence[Row]) -> dict[str, list[float]]:
     return bars
 
 
-def _figure(rows: Sequence[Row]) -> Figure:
+def _figure(rows: Sequence[Row], shared: Sequence[str]) -> Figure:
     unit, scale = _unit(max(statistics.median(row.record.samples_s or ()) for row in rows))
     figure = new_figure(1.3 + 0.42 * len(rows))
     axes = figure.add_subplot()
@@ -69,7 +70,7 @@ def _figure(rows: Sequence[Row]) -> Figure:
             f"{end:.3g} {unit}", (end, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=SMALL,
             color=INK,
         )  # fmt: skip
-    name_lines(axes, rows)
+    name_lines(axes, rows, shared)
     axes.set_xlim(0, float(left.max()) * 1.16)
     axes.set_xlabel(f"median time ({unit})")
     plain_axes(axes)

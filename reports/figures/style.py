@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from calibatt.bench.record import Mode
-from calibatt.reports.rows import DENSE, Row
+from calibatt.reports.rows import DENSE, Row, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,18 +112,21 @@ def plain_axes(axes: Axes) -> None:
     axes.yaxis.label.set_fontsize(FONT)
 
 
-def name_lines(axes: Axes, rows: Sequence[Row]) -> None:
-    """One line an arm, from the top down, with its name."""
-    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+def name_lines(axes: Axes, rows: Sequence[Row], shared: Sequence[str]) -> None:
+    """One line an arm, from the top down, with its name, which is without the words that all share."""
+    axes.set_yticks(range(len(rows)), [short(row, shared) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
 
 
 def mark_lines(axes: Axes, rows: Sequence[Row]) -> None:
     """The marker of each line's method, between its name and the axis."""
+    from matplotlib.transforms import ScaledTranslation
+
+    # in place of the ticks, a marker's width to the left of the axis: 72 points are an inch
+    beside = ScaledTranslation(-8 / 72, 0, axes.figure.dpi_scale_trans)
     for y, row in enumerate(rows):
-        axes.plot(-0.02, y, transform=axes.get_yaxis_transform(), clip_on=False, **marked(row, size=7))
-    # half a marker more than the ticks, which it stands for
-    axes.tick_params(axis="y", length=0, pad=14)
+        axes.plot(0, y, transform=axes.get_yaxis_transform() + beside, clip_on=False, **marked(row, size=7))
+    axes.tick_params(axis="y", length=0, pad=16)
 
 
 def parts(figure: Figure, count: int) -> list[Any]:

@@ -17,7 +17,7 @@ from calibatt.bench.record import Record, Run, load_run
 from calibatt.reports.facts import imprint, samples, workloads
 from calibatt.reports.figures import catalogue, density, fidelity, frames, ideal, masks, phases, speedup
 from calibatt.reports.figures.style import new_figure, sign
-from calibatt.reports.rows import Row, illustrated, look, rows, shared_words
+from calibatt.reports.rows import Row, illustrated, look, rows, shared_words, short
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 
@@ -152,12 +152,10 @@ def test_without_an_arm_faster_than_dense_there_is_no_front(make: SimpleNamespac
 
 def _named(figure: Any, shown: Iterable[Row]) -> list[list[Any]]:
     """In each panel the names of arms, as texts."""
-    labels = {row.label for row in shown}
-    shared = shared_words(tuple(shown))
-    short = {", ".join(word for word in label.split(", ") if word not in shared) for label in labels}
+    names = {short(row, shared_words(tuple(shown))) for row in shown}
     found = []
     for axes in figure.axes:
-        texts = [text for text in axes.texts if text.get_text().replace("\n", " ").partition(": ")[0] in short]
+        texts = [text for text in axes.texts if text.get_text().replace("\n", " ").partition(": ")[0] in names]
         others = {text.get_text() for text in axes.texts if text not in texts}
         assert others <= {"", "dense videos"}
         found.append(texts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from calibatt.bench.record import MARKERS, Record
-from calibatt.reports.rows import COLOURS, GLYPHS, labels, look, rows, shared_words
+from calibatt.reports.rows import COLOURS, GLYPHS, labels, look, rows, shared_words, short
 
 
 def test_names_of_arms_tell_kernels_apart(make: SimpleNamespace) -> None:
@@ -17,11 +17,14 @@ def test_a_name_stays_on_its_line(make: SimpleNamespace) -> None:
     assert labels([make.arm("a\nb", preset="\x1b[2J")]) == [r"a\nb/\x1b[2J"]
 
 
-def test_words_that_all_sparse_arms_share_are_found_wherever_they_stand(make: SimpleNamespace) -> None:
+def test_words_that_all_sparse_arms_share_are_found_wherever_they_stand_and_left_out_of_figures(
+    make: SimpleNamespace,
+) -> None:
     records = [make.arm(name, dense_steps=0.1, block_choice=size) for name, size in (("radial", "a"), ("sparge", "b"))]
     arms = rows([make.dense_arm(), *records])
     assert arms[1].label == "Radial, 10% of the steps dense, blocks a"
     assert shared_words(arms) == ("10% of the steps dense",)
+    assert [short(arm, shared_words(arms)) for arm in arms] == ["Dense", "Radial, blocks a", "SpargeAttn, blocks b"]
     # one arm shares nothing with itself, and dense alone has no words
     assert shared_words(arms[:2]) == shared_words(arms[:1]) == ()
 
