@@ -78,7 +78,7 @@ class AdaSpa(Method):
     name: ClassVar[str] = "adaspa"
     label: ClassVar[str] = "AdaSpa"
     colour: ClassVar[str] = "#CC79A7"
-    marker: ClassVar[str] = "D"
+    marker: ClassVar[str] = "X"
     presets: ClassVar[Mapping[str, AdaSpaConfig]] = MappingProxyType(
         {
             # section 4.3: sparsity 0.8, searches at steps 10 and 30, of 50 in section 5

@@ -73,8 +73,8 @@ class Blasst(Method):
 
     name: ClassVar[str] = "blasst"
     label: ClassVar[str] = "BLASST"
-    colour: ClassVar[str] = "#CC79A7"
-    marker: ClassVar[str] = "*"
+    colour: ClassVar[str] = "#E69F00"
+    marker: ClassVar[str] = "X"
     presets: ClassVar[Mapping[str, BlasstConfig]] = MappingProxyType(
         {
             # λ = 0.1, wan22_skip_softmax.py

@@ -94,7 +94,7 @@ class Jenga(Method):
     name: ClassVar[str] = "jenga"
     label: ClassVar[str] = "Jenga"
     colour: ClassVar[str] = "#D55E00"
-    marker: ClassVar[str] = "<"
+    marker: ClassVar[str] = "P"
     presets: ClassVar[Mapping[str, JengaConfig]] = MappingProxyType(
         {
             "default": _WAN,

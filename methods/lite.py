@@ -57,7 +57,7 @@ class Lite(Method):
     name: ClassVar[str] = "lite"
     label: ClassVar[str] = "LiteAttention"
     colour: ClassVar[str] = "#009E73"
-    marker: ClassVar[str] = "X"
+    marker: ClassVar[str] = "*"
     presets: ClassVar[Mapping[str, LiteConfig]] = MappingProxyType(
         {
             # the threshold of its README and constructor

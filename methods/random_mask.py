@@ -43,7 +43,7 @@ class RandomMask(Method):
 
     name: ClassVar[str] = "random"
     label: ClassVar[str] = "Random mask"
-    colour: ClassVar[str] = "#8C8C8C"
+    colour: ClassVar[str] = "#6B6B6B"
     marker: ClassVar[str] = "X"
     presets: ClassVar[Mapping[str, RandomMaskConfig]] = MappingProxyType(
         # one draw says little of what the next would have: from several, how far they differ

@@ -41,7 +41,7 @@ class Sage(Method):
     name: ClassVar[str] = "sage"
     label: ClassVar[str] = "SageAttention"
     colour: ClassVar[str] = "#CC79A7"
-    marker: ClassVar[str] = "o"
+    marker: ClassVar[str] = "^"
     presets: ClassVar[Mapping[str, SageConfig]] = MappingProxyType({"default": SageConfig()})
 
     def plan(

@@ -76,7 +76,7 @@ class Scaling(Method):
     name: ClassVar[str] = "scaling"
     label: ClassVar[str] = "ScalingAttention"
     colour: ClassVar[str] = "#E69F00"
-    marker: ClassVar[str] = "<"
+    marker: ClassVar[str] = "o"
     presets: ClassVar[Mapping[str, ScalingConfig]] = MappingProxyType(
         {
             # the paper's comparison at 45 % density; no step is dense

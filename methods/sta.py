@@ -105,7 +105,7 @@ class SlidingTile(Method):
     name: ClassVar[str] = "sta"
     label: ClassVar[str] = "STA"
     colour: ClassVar[str] = "#E69F00"
-    marker: ClassVar[str] = "^"
+    marker: ClassVar[str] = "s"
     presets: ClassVar[Mapping[str, SlidingTileConfig]] = MappingProxyType(
         {
             # one of WAN_CANDIDATES for all: that which favours no axis; skip_time_steps: 12 of 50 steps dense

@@ -116,7 +116,7 @@ class Svoo(Method):
     name: ClassVar[str] = "svoo"
     label: ClassVar[str] = "SVOO"
     colour: ClassVar[str] = "#D55E00"
-    marker: ClassVar[str] = "v"
+    marker: ClassVar[str] = "D"
     presets: ClassVar[Mapping[str, SvooConfig]] = MappingProxyType(
         {
             # --first_times_fp and --first_layers_fp of the scripts for Wan

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from calibatt.bench.record import SUITES, Record, Run
+from calibatt.bench.record import SUITES, Record, Run, plain
+from calibatt.reports.rows import DENSE, Row, shared_words
 
 # whole generations are what readers come for, the rest follows
 _SUITE_ORDER = SUITES[::-1]
 _YES_NO = {"True": "yes", "False": "no"}
+# characters of a fact below a figure: a longer one would take a line of its own
+_LONGEST_FACT = 80
+# throttled arms that are named below a figure; the table marks all of them
+_MOST_THROTTLED = 3
 
 
 def workloads(run: Run) -> list[list[Record]]:
@@ -22,10 +27,14 @@ def workloads(run: Run) -> list[list[Record]]:
 
 def title(record: Record) -> str:
     """What names a record's workload."""
+    return " · ".join([*_name(record), *(["inputs resampled"] if record.inputs else [])])
+
+
+def _name(record: Record) -> list[str]:
     parts = [record.suite, record.model, record.resolution, record.steps and f"{record.steps} steps", record.dtype]
     parts += [record.layers and f"{record.layers} layers with random weights"]
-    parts += ["compiled" if record.compiled else None, record.inputs and "inputs resampled"]
-    return " · ".join(str(part) for part in parts if part)
+    parts += ["compiled" if record.compiled else None]
+    return [str(part) for part in parts if part]
 
 
 def run_facts(run: Run) -> list[tuple[str, str]]:
@@ -50,6 +59,49 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         ("command", run.command),
     ]
     return [(name, str(value)) for name, value in facts if value]
+
+
+def imprint(run: Run, rows: Sequence[Row]) -> str:
+    """What a figure of a workload says of itself, wherever it is shown: what was run, on what, when, and what about it
+    is not as in a model's own videos. What the file does not say is left out."""
+    record = rows[0].record
+    shared = shared_words(rows)
+    masks = sorted({row.record.mask for row in rows if row.record.mask})
+    baselines = sorted({row.record.baseline for row in rows if row.record.baseline})
+    throttled = [row.label for row in rows if row.record.throttled]
+    cpu = run.machine.get("cpu") or {}
+    facts = [
+        *_name(record),
+        # of a kernel by itself nothing is a model's but the sizes
+        record.suite == "kernel" and "queries, keys and values drawn at random",
+        shared and f"every arm: {', '.join(shared)}",
+        masks and f"masks {', '.join(masks)}",
+        record.inputs and f"inputs {record.inputs}",
+        baselines and f"dense: {', '.join(baselines)}",
+        throttled and f"clock held down during {_some(throttled)}",
+        run.machine.get("gpu") or cpu.get("brand_raw"),
+        # a day tells runs apart
+        run.datetime.partition("T")[0],
+        run.path.name,
+    ]
+    # a line never starts with the dot
+    return "\N{NO-BREAK SPACE}· ".join(plain(str(fact), _LONGEST_FACT) for fact in facts if fact)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_THROTTLED
+    return ", ".join(names[:_MOST_THROTTLED]) + (f" and {more} more" if more > 0 else "")
+
+
+def samples(rows: Sequence[Row]) -> str:
+    """How many samples an arm has, in words; nothing where none is timed."""
+    counts = sorted({len(row.record.samples_s) for row in rows if row.record.samples_s and row.record.method != DENSE})
+    if not counts:
+        return ""
+    # a round of this suite is a video
+    word = "video" if rows[0].record.suite == "denoise" else "round"
+    some = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{some} {word}{'s' * (counts[-1] > 1)} an arm"
 
 
 def _commit(commit: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs nothing else, and its figures as PNG files beside it."""
+"""The report: one HTML page that needs nothing else, and its figures as PNG, SVG and PDF files beside it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,8 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
         for part in parts:
             for section in part.sections:
                 for picture in section.pictures:
-                    (new / picture.name).write_bytes(picture.png)
+                    for name, content in picture.files.items():
+                        (new / name).write_bytes(content)
         _replace(old, new, out)
     return out / PAGE
 
@@ -151,7 +152,7 @@ def _section(run: Run, records: Sequence[Record], number: str) -> Section:
         columns=[COLUMNS[i] for i in shown],
         rows=[(arm, [row[i] for i in shown]) for arm, row in zip(arms, cells, strict=True)],
         standings=standings(arms),
-        pictures=pictures(illustrated(run, arms), f"{number}-{_slug(name)}"),
+        pictures=pictures(run, illustrated(run, arms), f"{number}-{_slug(name)}"),
         untimed=[arm for arm in arms if arm.record.outcome != "ok"],
     )
 

@@ -82,6 +82,17 @@ def labels(records: Sequence[Record]) -> list[str]:
     return [plain(name) for name in names]
 
 
+def shared_words(rows: Sequence[Row]) -> tuple[str, ...]:
+    """What stands behind the first comma in the labels of all sparse arms alike, to be said once."""
+    words = [row.label.split(", ")[1:] for row in rows if row.record.method != DENSE]
+    return tuple(word for word in words[0] if all(word in others for others in words)) if len(words) > 1 else ()
+
+
+def short(row: Row, shared: Sequence[str]) -> str:
+    """The label without the words that all share."""
+    return ", ".join(word for word in row.label.split(", ") if word not in shared)
+
+
 def look(record: Record) -> tuple[str, Marker]:
     """Colour and marker of a record's method: its own, or else ones that its name alone decides."""
     chance = int.from_bytes(hashlib.sha256(record.method.encode()).digest()[:8], "big")

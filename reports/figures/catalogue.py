@@ -1,18 +1,22 @@
 """Every figure there is, in the order of the page, and how they become pictures.
 
-A figure is a module with a `TITLE`, a `CAPTION` that says how to read it, and `draw`. A new one is a file here and a
-line in `FIGURES`.
+A figure is a module with a `TITLE`, a `CAPTION` that says how to read it, a `KEY` that says what its marks are, and
+`draw`. A new one is a file here and a line in `FIGURES`.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
 
+from calibatt.bench.record import Run
+from calibatt.reports.facts import imprint, samples
 from calibatt.reports.figures import density, fidelity, frames, ideal, masks, phases, speedup
+from calibatt.reports.figures.style import sign
 from calibatt.reports.rows import Row
 
 if TYPE_CHECKING:
@@ -20,6 +24,10 @@ if TYPE_CHECKING:
 
 # sharp on a screen of two pixels a point, at seven inches across
 _DPI = 160
+# the kinds of files of a figure, and what is left out of each, so that one run makes the same files every time
+_FILES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+)
 
 
 class FigureModule(Protocol):
@@ -28,6 +36,7 @@ class FigureModule(Protocol):
     __name__: str
     TITLE: str
     CAPTION: str
+    KEY: str
 
     def draw(self, rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
         """The figures of one workload, each with its title; none where there is nothing to draw."""
@@ -41,44 +50,45 @@ class Picture:
     """A figure on the page.
 
     Args:
-        name: of its PNG file.
-        png: the file's bytes.
+        files: bytes of each of its files by name, the PNG first.
         title: stands above it.
         caption: how to read it.
     """
 
-    name: str
-    png: bytes
+    files: Mapping[str, bytes]
     title: str
     caption: str
 
     @property
     def uri(self) -> str:
         """The picture itself, as an address."""
-        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+        png = next(iter(self.files.values()))
+        return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def pictures(rows: Sequence[Row], stem: str) -> list[Picture]:
+def pictures(run: Run, rows: Sequence[Row], stem: str) -> list[Picture]:
     """Every figure that the arms of a workload have something for.
 
     Args:
+        run: where they were measured.
         rows: the arms.
         stem: what the names of the files start with.
     """
     import matplotlib
 
     found: list[Picture] = []
-    # names and prompts are shown as they are: a dollar sign is no formula
-    with matplotlib.rc_context({"text.parse_math": False}):
+    facts = imprint(run, rows)
+    # names and prompts are shown as they are: a dollar sign is no formula. Without a salt, names inside an SVG file
+    # are drawn at random
+    with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "calibatt"}):
         for module in FIGURES:
             kind = module.__name__.rpartition(".")[2]
             for title, figure in module.draw(rows):
-                name = f"{stem}-{len(found) + 1}-{kind}.png"
-                found.append(Picture(name=name, png=_png(figure), title=title, caption=module.CAPTION))
+                box = sign(figure, f"{facts}\n{module.KEY.format(samples=samples(rows))}")
+                files = {}
+                for suffix, metadata in _FILES.items():
+                    buffer = io.BytesIO()
+                    figure.savefig(buffer, format=suffix, dpi=_DPI, metadata=metadata, bbox_inches=box)
+                    files[f"{stem}-{len(found) + 1}-{kind}.{suffix}"] = buffer.getvalue()
+                found.append(Picture(files=files, title=title, caption=module.CAPTION))
     return found
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-    return buffer.getvalue()

@@ -21,6 +21,7 @@ CAPTION = (
     "What share of the block products each head computes: steps from left to right, layers from top to bottom, "
     "the heads of a layer next to each other. Bright is dense, dark is sparse."
 )
+KEY = "Share of the block products computed at each call, no interval."
 
 # letters of the font above one of two maps
 _TITLE_CHARACTERS = 32

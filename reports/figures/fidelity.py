@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from calibatt.bench.record import plain
-from calibatt.reports.figures.style import FAINT, INK, SMALL, marked, name_modes, new_figure, plain_axes
-from calibatt.reports.rows import Row
+from calibatt.reports.figures.style import INK, SMALL, legend, marked, name_modes, new_figure, plain_axes
+from calibatt.reports.rows import RANDOM, Row, shared_words, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.path import Path
     from matplotlib.transforms import Bbox
 
 TITLE = "Fidelity against speedup"
 CAPTION = (
     "Right is faster, up is better. The marker is the median (for alignment the mean); the bars are the interval of "
     "the speedup and the middle half of the videos. A full marker has a method's own settings, a half-filled one those "
-    "that give it what was asked for. A point above and to the right of another is better in both. Where there are "
-    "more than a dozen arms, those are named that no other beats in both, and the outermost; the table has the rest."
+    "that give it what was asked for. The stepped line is the front: its arms are those that neither another arm nor "
+    "dense attention beats in both. Where there are more than a dozen arms, a dozen at most are named: six of the "
+    "front, evenly along it, then the fastest and the closest, the slowest and the farthest, random masks that no "
+    "others beat, and the rest of the front. What has no name is told by the legend, by method, and is small and "
+    "without bars off the front; the table has it."
+)
+KEY = (
+    "Markers: medians of {samples} (of alignment the mean). Bars: 95 % interval of the "
+    "speedup (sign test); middle half of the videos. Front: arms that neither another arm nor dense beats in both."
 )
 
 # what fidelity is read from, in this order, and whether more of it is better
@@ -30,40 +43,76 @@ _MEASURES: Mapping[str, tuple[str, bool]] = MappingProxyType(
     {
         "psnr_db": ("PSNR against dense (dB)", True),
         "alignment": ("alignment with the caption", True),
-        "method_error": ("method error (up is better)", False),
+        "method_error": ("method error", False),
     }
 )
-# names that can be read beside each other, and whose places are found in a second
+# PSNR of a video and itself rounded to whole values, 10 log10(255² · 12): what is closer is the same video on a screen,
+# and would press all others together
+_SAME_VIDEO_DB = 10 * math.log10(255**2 * 12)
+# names that can be read beside each other, and how many of them the front may take: six are left for the fastest and
+# the closest, the slowest and the farthest, and two controls
 _MOST_NAMES = 12
-# where the name of a point may stand, nearest first: points away from it, and (right, up, alignment of the text)
-_DISTANCES = (9, 18, 28, 40, 54, 70)
-_Side = tuple[float, float, str, str]
-_SIDES: tuple[_Side, ...] = (
-    (1, 0, "left", "center"), (-1, 0, "right", "center"), (0, 1, "center", "bottom"), (0, -1, "center", "top"),
-    (0.8, 0.8, "left", "bottom"), (0.8, -0.8, "left", "top"), (-0.8, 0.8, "right", "bottom"),
-    (-0.8, -0.8, "right", "top"),
-)  # fmt: skip
+_MOST_FRONT = 6
+# letters of a name, in up to three lines; and of a line of it: a third of the width
+_LONGEST_NAME = 90
+_LINE_OF_NAME = 30
+# where a name may stand around its point: in so many directions, points away; farther it needs a line that leads there
+_DIRECTIONS = 16
+_DISTANCES = (7, 12, 18, 27, 38, 52, 70, 95)
+_NO_LEADER = 12
+# and anywhere else, on so many places across
+_ACROSS = 9
+# what is spoilt by a name is worth as many points of distance: a line that crosses another or a name, a marker that is
+# covered, a bar
+_CROSSING_COST = 60
+_MARKER_COST = 60
+_BAR_COST = 6
 _LEGEND_COLUMNS = 4
+# inches of a panel, and of one in which most marks have no name
+_HEIGHT = 4.4
+_CROWDED = 5.4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Point:
-    """An arm between speed (x) and fidelity (y)."""
+    """An arm between speed (x) and fidelity (y).
+
+    Args:
+        row: the arm.
+        x, y: where it is drawn.
+        close: the fidelity itself, the higher the closer to dense.
+        x_span, y_span: ends of its bars.
+    """
 
     row: Row
     x: float
     y: float
+    close: float
     x_span: tuple[float, float]
     y_span: tuple[float, float]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Panel:
+    """One measure: its points, those on the front, and those that are named."""
+
+    measure: str
+    points: Sequence[_Point]
+    front: Sequence[_Point]
+    named: Sequence[_Point]
+
+
 def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
     """One figure, with a panel each for the first two measures that there are."""
-    panels = [(measure, points) for measure in _MEASURES if (points := _points(rows, measure))]
+    panels = []
+    for measure in _MEASURES:
+        if points := _points(rows, measure):
+            front = _front(points, _dense(rows, measure))
+            panels.append(_Panel(measure=measure, points=points, front=front, named=_named(points, front)))
     # attention outputs stand in where no videos were made
     panels = panels[:2]
     if panels:
-        yield TITLE, _figure(panels)
+        yield TITLE, _figure(panels, shared_words(rows))
 
 
 def _points(rows: Sequence[Row], measure: str) -> list[_Point]:
@@ -78,52 +127,121 @@ def _points(rows: Sequence[Row], measure: str) -> list[_Point]:
         if measure == "alignment":
             # most videos may show all of their caption and some little of it, which a median would hide
             y = statistics.fmean(values)
+        close = y if _MEASURES[measure][1] else -y
+        if measure == "psnr_db":
+            low, y, high = (min(value, _SAME_VIDEO_DB) for value in (low, y, high))
         x = interval.median
         span = (x if interval.low is None else interval.low, x if interval.high is None else interval.high)
-        points.append(_Point(row=row, x=x, y=y, x_span=span, y_span=(low, high)))
+        points.append(_Point(row=row, x=x, y=y, close=close, x_span=span, y_span=(low, high)))
     return points
 
 
-def _figure(panels: Sequence[tuple[str, Sequence[_Point]]]) -> Figure:
-    named = [_named(points, better_high=_MEASURES[measure][1]) for measure, points in panels]
-    unnamed = any(len(names) < len(points) for names, (_, points) in zip(named, panels, strict=True))
-    looks = {point.row.record.method: point.row for _, points in panels for point in points} if unnamed else {}
-    figure = new_figure(4.2 * len(panels) + 0.25 * -(-len(looks) // _LEGEND_COLUMNS))
+def _dense(rows: Sequence[Row], measure: str) -> float:
+    """How close dense attention is, on the scale of the points."""
+    if measure == "alignment":
+        return _dense_alignment(rows)
+    return math.inf if measure == "psnr_db" else 0.0
+
+
+def _dense_alignment(rows: Sequence[Row]) -> float:
+    """What dense videos reach themselves; less than anything where that was not measured."""
+    values = [value for row in rows for value in row.record.alignment_dense or ()]
+    return statistics.fmean(values) if values else -math.inf
+
+
+def _beats(one: _Point, other: _Point) -> bool:
+    """Whether it is better than the other in speed or fidelity, and in neither worse."""
+    return all((one.x >= other.x, one.close >= other.close, (one.x, one.close) != (other.x, other.close)))
+
+
+def _unbeaten(points: Sequence[_Point]) -> list[_Point]:
+    """Those that none of them beats, slowest first."""
+    return sorted((p for p in points if not any(_beats(other, p) for other in points)), key=lambda p: (p.x, -p.close))
+
+
+def _front(points: Sequence[_Point], dense: float) -> list[_Point]:
+    """Those that neither another point nor dense attention, at a speedup of 1, beats."""
+    return [point for point in _unbeaten(points) if point.x > 1 or point.close > dense]
+
+
+def _named(points: Sequence[_Point], front: Sequence[_Point]) -> list[_Point]:
+    """The points that are named, as the caption says."""
+    if len(points) <= _MOST_NAMES:
+        return list(points)
+    along = np.linspace(0, len(front) - 1, min(_MOST_FRONT, len(front))).round().astype(int)
+    keys = (lambda point: point.x, lambda point: point.close)
+    outermost = [choose(points, key=key) for choose in (max, min) for key in keys]
+    controls = _unbeaten([point for point in points if point.row.record.method == RANDOM])
+    return list(dict.fromkeys([*(front[i] for i in along), *outermost, *controls, *front]))[:_MOST_NAMES]
+
+
+def _figure(panels: Sequence[_Panel], shared: Sequence[str]) -> Figure:
+    unnamed = any(len(panel.named) < len(panel.points) for panel in panels)
+    looks = {point.row.record.method: point.row for panel in panels for point in panel.points} if unnamed else {}
+    figure = new_figure((_CROWDED if unnamed else _HEIGHT) * len(panels) + 0.25 * -(-len(looks) // _LEGEND_COLUMNS))
     grid = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for axes, (measure, points) in zip(grid, panels, strict=True):
-        _panel(axes, measure, points)
+    for axes, panel in zip(grid, panels, strict=True):
+        _draw_panel(axes, panel)
     if looks:
         _name_methods(figure, grid[0], list(looks.values()))
-    for axes, names, (_, points) in zip(grid, named, panels, strict=True):
-        _name_points(figure, axes, names, points)
+    for axes, panel in zip(grid, panels, strict=True):
+        _name_points(figure, axes, panel, shared)
     return figure
 
 
-def _panel(axes: Axes, measure: str, points: Sequence[_Point]) -> None:
-    title, better_high = _MEASURES[measure]
-    rows = [point.row for point in points]
-    for point in points:
+def _draw_panel(axes: Axes, panel: _Panel) -> None:
+    title, better_high = _MEASURES[panel.measure]
+    rows = [point.row for point in panel.points]
+    for point in panel.points:
         colour = point.row.colour
-        axes.hlines(point.y, *point.x_span, color=colour, linewidth=1.2, alpha=0.6)
-        axes.vlines(point.x, *point.y_span, color=colour, linewidth=1.2, alpha=0.6)
-        axes.plot(point.x, point.y, zorder=4, **marked(point.row, size=9))
+        if point in panel.named or point in panel.front:
+            axes.hlines(point.y, *point.x_span, color=colour, linewidth=1.2, alpha=0.6)
+            axes.vlines(point.x, *point.y_span, color=colour, linewidth=1.2, alpha=0.6)
+            axes.plot(point.x, point.y, zorder=4, **marked(point.row, size=9))
+        else:
+            axes.plot(point.x, point.y, zorder=3, alpha=0.7, **marked(point.row, size=6))
     axes.axvline(1, color=INK, linewidth=1, linestyle="--", zorder=1)
-    if measure == "alignment":
+    if panel.measure == "alignment":
         _dense_level(axes, rows)
     if not better_high:
         axes.invert_yaxis()
     axes.margins(x=0.18, y=0.15)
+    if panel.front:
+        _draw_front(axes, panel.front)
     axes.set_xlabel("speedup over dense")
+    if any(point.close > _SAME_VIDEO_DB for point in panel.points):
+        title += f"\n{_SAME_VIDEO_DB:.0f} and more: drawn at {_SAME_VIDEO_DB:.0f}"
+    if panel.measure == "method_error":
+        title += f" {_of_calls(rows)}\n(up is better)"
     axes.set_ylabel(title)
     plain_axes(axes)
     name_modes(axes, rows)
+    if labelled := len(axes.get_legend_handles_labels()[1]):
+        legend(axes, labelled)
+
+
+def _of_calls(rows: Sequence[Row]) -> str:
+    """What calls the method error is of; files that do not say have the mean of a few (`Record.error_calls`)."""
+    counts = {row.record.error_calls for row in rows}
+    known = sorted(count for count in counts if count is not None)
+    if len(known) < len(counts):
+        return "of some calls"
+    return f"of {known[0]:,} calls" if len(known) == 1 else f"of {known[0]:,} to {known[-1]:,} calls"
+
+
+def _draw_front(axes: Axes, front: Sequence[_Point]) -> None:
+    """Steps from dense attention's speed on: what is below and to the left of them, an arm of the front beats."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    x = [min(1.0, front[0].x), *(point.x for point in front), front[-1].x]
+    y = [front[0].y, *(point.y for point in front), bottom]
+    axes.plot(x, y, drawstyle="steps-pre", color=INK, linewidth=1.2, alpha=0.5, zorder=2, label="front")
+    axes.set(xlim=(left, right), ylim=(bottom, top))
 
 
 def _dense_level(axes: Axes, rows: Sequence[Row]) -> None:
-    """What dense videos reach themselves."""
-    values = [value for row in rows for value in row.record.alignment_dense or ()]
-    if values:
-        level = statistics.fmean(values)
+    """A line at what dense videos reach themselves."""
+    level = _dense_alignment(rows)
+    if math.isfinite(level):
         axes.axhline(level, color=INK, linewidth=1, linestyle=":", zorder=1)
         axes.annotate(
             "dense videos", (0, level), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points",
@@ -144,78 +262,137 @@ def _name_methods(figure: Figure, axes: Axes, rows: Sequence[Row]) -> None:
         handle.remove()
 
 
-def _named(points: Sequence[_Point], *, better_high: bool) -> list[_Point]:
-    """The points that are named: all, or if there are too many the outermost ones and those that none beats in both."""
-    if len(points) <= _MOST_NAMES:
-        return list(points)
-    outermost = [
-        choose(points, key=key) for key in (lambda point: point.x, lambda point: point.y) for choose in (max, min)
-    ]
+def _name_points(figure: Figure, axes: Axes, panel: _Panel, shared: Sequence[str]) -> None:
+    """Write each name, without the words that all share, near its point, where it covers no other and little else.
 
-    def closeness(point: _Point) -> float:
-        return point.y if better_high else -point.y
-
-    front: list[_Point] = []
-    for point in sorted(points, key=lambda point: (-point.x, -closeness(point))):
-        if not front or closeness(point) > closeness(front[-1]):
-            front.append(point)
-    # evenly along the front, where that is too long
-    every = -(-len(front) // (_MOST_NAMES - len(outermost)))
-    return list(dict.fromkeys([*outermost, *front[::every]]))
-
-
-def _name_points(figure: Figure, axes: Axes, named: Sequence[_Point], points: Sequence[_Point]) -> None:
-    """Write each name where it covers as little as can be: no other name, and then no point and no bar."""
+    A name for which there is no such place is left to the table.
+    """
     from matplotlib.patheffects import withStroke
 
     figure.draw_without_rendering()
-    names = [text.get_window_extent() for text in axes.texts]
-    drawn = [box for point in points for box in _boxes(figure, axes, point)]
-    inside = axes.get_window_extent()
-
-    def faults(box: Bbox) -> tuple[bool, int, int]:
-        outside = not (inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1)
-        return outside, box.count_overlaps(names), box.count_overlaps(drawn)
-
-    places = [(distance, side) for distance in _DISTANCES for side in _SIDES]
-    for point in named:
+    scale = figure.dpi / 72
+    crowd = _Crowd(
+        inside=axes.get_window_extent(),
+        scale=scale,
+        names=[text.get_window_extent() for text in axes.texts],
+        leaders=[],
+        markers=[_box(axes, (point.x, point.x), (point.y, point.y), 5 * scale) for point in panel.points],
+        bars=[
+            _box(axes, *spans, scale)
+            for point in panel.named
+            for spans in ((point.x_span, (point.y, point.y)), ((point.x, point.x), point.y_span))
+        ],
+    )
+    for point in panel.named:
+        name = short(point.row, shared)
+        beyond = f": {point.close:.0f} dB" if panel.measure == "psnr_db" and point.close > _SAME_VIDEO_DB else ""
         text = axes.annotate(
-            point.row.label, (point.x, point.y), xytext=(0, 0), textcoords="offset points", ha="left", va="bottom",
-            fontsize=SMALL, color=INK, zorder=5, path_effects=[withStroke(linewidth=3, foreground="white")],
+            _in_lines(plain(name, _LONGEST_NAME) + beyond), (point.x, point.y), xytext=(0, 0),
+            textcoords="offset points", ha="left", va="bottom", fontsize=SMALL, color=INK, zorder=6, linespacing=1.0,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )  # fmt: skip
-        origin = text.get_window_extent()
         # the layout is done: a name must not move it
         text.set_in_layout(False)
-        boxes = [_moved(origin, place, figure.dpi / 72) for place in places]
-        # of equally good places, the nearest
-        best = min(range(len(places)), key=lambda place: faults(boxes[place]))
-        names.append(boxes[best])
-        distance, (right, up, across, down) = places[best]
-        text.set(position=(right * distance, up * distance), ha=across, va=down)
-        if distance > _DISTANCES[0]:
+        at = axes.transData.transform((point.x, point.y))
+        box = crowd.place(at, text.get_window_extent())
+        if box is None:
+            text.remove()
+            continue
+        text.set_position((box.p0 - at) / scale)
+        near = _nearest(at, box)
+        nearer = sum(crowd.distance(box, marker) <= math.dist(near, at) for marker in crowd.markers)
+        # its own marker is one of them
+        if math.dist(near, at) > _NO_LEADER * scale or nearer > 1:
             axes.annotate(
-                "", (point.x, point.y), xytext=(right * distance, up * distance), textcoords="offset points",
-                arrowprops={"arrowstyle": "-", "color": FAINT, "shrinkA": 0}, zorder=3,
+                "", (point.x, point.y), xytext=(near - at) / scale, textcoords="offset points", zorder=5,
+                arrowprops={"arrowstyle": "-", "color": point.row.colour, "linewidth": 0.9, "shrinkA": 0, "shrinkB": 4},
             ).set_in_layout(False)  # fmt: skip
 
 
-def _moved(origin: Bbox, place: tuple[float, _Side], scale: float) -> Bbox:
-    """Where a text stands at a place, which at its point, to the right and up, would stand at `origin`; in pixels."""
-    distance, (right, up, across, down) = place
-    left = {"left": 0.0, "center": 0.5, "right": 1.0}[across] * origin.width
-    below = {"bottom": 0.0, "center": 0.5, "top": 1.0}[down] * origin.height
-    return origin.translated(right * distance * scale - left, up * distance * scale - below)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Crowd:
+    """What names stand among, in pixels; `scale` of them are a point.
+
+    Args:
+        inside: the axes.
+        names, leaders: what was written, and the lines that lead to it.
+        markers, bars: what should not be covered.
+    """
+
+    inside: Bbox
+    scale: float
+    names: list[Bbox]
+    leaders: list[Path]
+    markers: Sequence[Bbox]
+    bars: Sequence[Bbox]
+
+    def place(self, at: Any, size: Bbox) -> Bbox | None:
+        """The best place for a name of a point; it is taken. None where every place covers another name."""
+        free = [box for box in self._places(at, size) if not box.count_overlaps(self.names)]
+        if not free:
+            return None
+        best = min(free, key=lambda box: self._cost(at, box))
+        self.names.append(best)
+        self.leaders.append(_leader(at, best))
+        return best
+
+    def distance(self, box: Bbox, marker: Bbox) -> float:
+        """From the middle of a marker to a name."""
+        middle = (marker.p0 + marker.p1) / 2
+        return math.dist(_nearest(middle, box), middle)
+
+    def _places(self, at: Any, size: Bbox) -> Iterator[Bbox]:
+        """Boxes of the size that are inside, around the point and all over the axes."""
+        from matplotlib.transforms import Bbox
+
+        half = np.array([size.width, size.height]) / 2
+        # not on the axes' lines
+        rim = half + 3 * self.scale
+        low, high = self.inside.p0 + rim, self.inside.p1 - rim
+        centres = [
+            at + (self.scale * distance + half) * np.array([math.cos(angle), math.sin(angle)])
+            for distance in _DISTANCES
+            for angle in np.arange(_DIRECTIONS) * (2 * math.pi / _DIRECTIONS)
+        ]
+        down = np.arange(low[1], high[1], 1.2 * size.height)
+        centres += [np.array(centre) for centre in itertools.product(np.linspace(low[0], high[0], _ACROSS), down)]
+        for centre in centres:
+            if (low <= centre).all() and (centre <= high).all():
+                yield Bbox([centre - half, centre + half])
+
+    def _cost(self, at: Any, box: Bbox) -> float:
+        """How far the name is away, and what it spoils."""
+        leader = _leader(at, box)
+        crossed = sum(leader.intersects_bbox(name) for name in self.names)
+        crossed += sum(path.intersects_bbox(box) or path.intersects_path(leader) for path in self.leaders)
+        return (
+            math.dist(_nearest(at, box), at) / self.scale
+            + _CROSSING_COST * crossed
+            + _MARKER_COST * box.count_overlaps(self.markers)
+            + _BAR_COST * box.count_overlaps(self.bars)
+        )
 
 
-def _boxes(figure: Figure, axes: Axes, point: _Point) -> Iterator[Bbox]:
-    """What a point and its bars cover, in pixels."""
+def _in_lines(name: str) -> str:
+    """A name as a narrow block, for which there is more room than for a line."""
+    parts = name.replace(" at ", "\nat ").replace(", ", ",\n").splitlines()
+    return "\n".join(line for part in parts for line in textwrap.wrap(part, _LINE_OF_NAME))
+
+
+def _leader(at: Any, box: Bbox) -> Path:
+    from matplotlib.path import Path
+
+    return Path([at, _nearest(at, box)])
+
+
+def _nearest(at: Any, box: Bbox) -> Any:
+    """The point of a box that is nearest to another."""
+    return np.clip(at, box.p0, box.p1)
+
+
+def _box(axes: Axes, x_span: tuple[float, float], y_span: tuple[float, float], pad: float) -> Bbox:
+    """What lies between two corners, in pixels, and a rim."""
     from matplotlib.transforms import Bbox
 
-    # half a marker on every side, and a hair's breadth around the bars
-    for x_span, y_span, pad in (
-        ((point.x, point.x), (point.y, point.y), 5),
-        (point.x_span, (point.y, point.y), 1),
-        ((point.x, point.x), point.y_span, 1),
-    ):
-        corners = axes.transData.transform([(x_span[0], y_span[0]), (x_span[1], y_span[1])])
-        yield Bbox.from_extents(*corners.min(axis=0), *corners.max(axis=0)).padded(pad * figure.dpi / 72)
+    corners = axes.transData.transform(list(zip(x_span, y_span, strict=True)))
+    return Bbox.from_extents(*corners.min(axis=0), *corners.max(axis=0)).padded(pad)

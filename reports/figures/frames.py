@@ -21,6 +21,7 @@ CAPTION = (
     "The same prompt and the same noise in every row, time from left to right. The figure after a name is the "
     "PSNR of that video against the dense one."
 )
+KEY = "One video of each arm, of the same prompt and noise; dB: its PSNR against the dense one."
 
 # letters of the font that fill the width
 _CAPTION_CHARACTERS = 85

@@ -17,6 +17,7 @@ CAPTION = (
     "Speedup times density: at 1 a kernel takes the density's share of the fastest dense kernel's time, which is "
     "all that leaving blocks out can give. What is below is lost to lists, uneven rows and small blocks."
 )
+KEY = "Medians: {samples}, no interval."
 
 # further lines are dashed, then dotted
 _LINES = (*COLOURS, "#333333")
@@ -45,7 +46,7 @@ def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     ticks = _apart([x for points in lines.values() for x, _ in points])
-    axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("density: share of the blocks computed")
     axes.set_ylabel("speedup × density")

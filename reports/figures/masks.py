@@ -18,6 +18,7 @@ CAPTION = (
     "A few masks as they were used. Each cell is a block of queries (down) and keys (across); dark ones are "
     "computed. Orange lines, where there are any, mark the video's frames."
 )
+KEY = "Single calls as they were computed, no sample of them."
 
 
 def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:

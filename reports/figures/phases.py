@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibatt.bench.record import OUTSIDE_PHASES, Record
-from calibatt.reports.figures.style import INK, SMALL, legend, lines, name_lines, new_figure, plain_axes
-from calibatt.reports.rows import Row
+from calibatt.reports.figures.style import INK, SMALL, lines, mark_lines, name_lines, new_figure, plain_axes
+from calibatt.reports.rows import Row, shared_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "Where the time goes"
 CAPTION = "Where the time goes: choosing blocks (plan), computing them (attend), and what is neither (other). Medians."
+KEY = "Medians: {samples}, no interval."
 
 # plan, attend, what is left, any other: Okabe and Ito's colours, each with its own hatch
 _LOOKS = {"plan": ("#E69F00", "////"), "attend": ("#56B4E9", ""), "other": ("#DDDDDD", "")}
@@ -27,8 +28,9 @@ _VISIBLE = 0.005
 
 def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
     """One figure for every hundred arms whose phases are known."""
+    shared = shared_words(rows)
     for some in lines([row for row in rows if row.record.samples_s and _inside(row.record)]):
-        yield TITLE, _figure(some)
+        yield TITLE, _figure(some, shared)
 
 
 def _inside(record: Record) -> dict[str, float]:
@@ -49,7 +51,7 @@ def _bars(rows: Sequence[Row]) -> dict[str, list[float]]:
     return bars
 
 
-def _figure(rows: Sequence[Row]) -> Figure:
+def _figure(rows: Sequence[Row], shared: Sequence[str]) -> Figure:
     unit, scale = _unit(max(statistics.median(row.record.samples_s or ()) for row in rows))
     figure = new_figure(1.3 + 0.42 * len(rows))
     axes = figure.add_subplot()
@@ -68,11 +70,13 @@ def _figure(rows: Sequence[Row]) -> Figure:
             f"{end:.3g} {unit}", (end, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=SMALL,
             color=INK,
         )  # fmt: skip
-    name_lines(axes, rows)
+    name_lines(axes, rows, shared)
     axes.set_xlim(0, float(left.max()) * 1.16)
     axes.set_xlabel(f"median time ({unit})")
     plain_axes(axes)
-    legend(axes, 4)
+    mark_lines(axes, rows)
+    # the axes are narrower where names are long
+    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=SMALL)
     return figure
 
 

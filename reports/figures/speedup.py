@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from calibatt.reports.figures.style import INK, SMALL, lines, marked, name_lines, new_figure, plain_axes
-from calibatt.reports.rows import Row
+from calibatt.reports.rows import Row, shared_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,15 +18,17 @@ CAPTION = (
     "their median, the bar its 95 % interval. A bar that touches the dashed line is no evidence of a difference. A "
     "hollow marker has too few rounds for an interval."
 )
+KEY = "Dots: {samples}. Marker: their median. Bar: its 95 % interval (sign test)."
 
 
 def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
     """One figure for every hundred arms that have a speedup."""
+    shared = shared_words(rows)
     for some in lines([row for row in rows if row.record.speedup is not None]):
-        yield TITLE, _figure(some)
+        yield TITLE, _figure(some, shared)
 
 
-def _figure(rows: Sequence[Row]) -> Figure:
+def _figure(rows: Sequence[Row], shared: Sequence[str]) -> Figure:
     figure = new_figure(0.9 + 0.42 * len(rows))
     axes = figure.add_subplot()
     for y, row in enumerate(rows):
@@ -37,7 +39,7 @@ def _figure(rows: Sequence[Row]) -> Figure:
         f"dense ({', '.join(baselines)})" if baselines else "dense", (1, 1.0), xycoords=("data", "axes fraction"),
         xytext=(0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=SMALL, color=INK,
     )  # fmt: skip
-    name_lines(axes, rows)
+    name_lines(axes, rows, shared)
     axes.margins(x=0.08)
     axes.set_xlabel("speedup over dense")
     plain_axes(axes)

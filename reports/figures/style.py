@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from calibatt.bench.record import Mode
-from calibatt.reports.rows import DENSE, Row
+from calibatt.reports.rows import DENSE, Row, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
 # inches: a page column; at this width the type below stays readable when a phone shrinks it by half
 WIDTH = 7.0
@@ -19,6 +21,9 @@ FONT = 11
 SMALL = 9.5
 INK = "#222222"
 FAINT = "#BBBBBB"
+# below every figure: type that is still read in a column of a paper at half the width, and how much of it fills a line
+_FINE = 8.0
+_FINE_CHARACTERS = 118
 
 # a marker and its colour are a method's; how much of it is filled tells the mode without colour
 _FILLS: Mapping[Mode | None, Literal["full", "left", "bottom", "top"]] = MappingProxyType(
@@ -44,6 +49,28 @@ def new_figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
 
 
+def sign(figure: Figure, text: str) -> Bbox:
+    """Write below a figure what it is of, outside of its layout, which stays as it is.
+
+    Returns:
+        what to save: the figure and the text, in inches.
+    """
+    from matplotlib.transforms import Bbox
+
+    # laid out once, so that all of its files are alike
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for one in figure.legends:
+        # or it would go down with the lower edge
+        one.set_bbox_to_anchor((0, 0, 1, 1), transform=figure.transFigure)
+    lines = [line for part in text.splitlines() for line in textwrap.wrap(part, _FINE_CHARACTERS)]
+    # 1.3 of the size is a line of this font, and 72 points are an inch
+    line = 1.3 * _FINE / 72
+    width, height = figure.get_size_inches()
+    figure.text(0.01, -0.4 * line / height, "\n".join(lines), va="top", fontsize=_FINE, color=INK, linespacing=1.3)
+    return Bbox.from_extents(0, -(len(lines) + 0.8) * line, width, height)
+
+
 def marked(row: Row, *, size: float, hollow: bool = False) -> dict[str, Any]:
     """How `Axes.plot` marks an arm.
 
@@ -59,14 +86,13 @@ def marked(row: Row, *, size: float, hollow: bool = False) -> dict[str, Any]:
 
 
 def name_modes(axes: Axes, rows: Sequence[Row]) -> None:
-    """Say above the axes what the filling of the markers means, where there are several modes."""
+    """Tell the legend what the filling of the markers means, where there are several modes."""
     there = [mode for mode in _MODES if any(row.record.mode == mode for row in rows)]
     if len(there) < 2:
         return
     for mode in there:
         axes.plot([], [], "o", color=INK, markersize=8, fillstyle=_FILLS[mode], markerfacecoloralt="white",
                   label=_MODES[mode])  # fmt: skip
-    legend(axes, len(there))
 
 
 def legend(axes: Axes, columns: int) -> None:
@@ -86,10 +112,21 @@ def plain_axes(axes: Axes) -> None:
     axes.yaxis.label.set_fontsize(FONT)
 
 
-def name_lines(axes: Axes, rows: Sequence[Row]) -> None:
-    """One line an arm, from the top down, with its name."""
-    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+def name_lines(axes: Axes, rows: Sequence[Row], shared: Sequence[str]) -> None:
+    """One line an arm, from the top down, with its name, which is without the words that all share."""
+    axes.set_yticks(range(len(rows)), [short(row, shared) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
+
+
+def mark_lines(axes: Axes, rows: Sequence[Row]) -> None:
+    """The marker of each line's method, between its name and the axis."""
+    from matplotlib.transforms import ScaledTranslation
+
+    # in place of the ticks, a marker's width to the left of the axis: 72 points are an inch
+    beside = ScaledTranslation(-8 / 72, 0, axes.figure.dpi_scale_trans)
+    for y, row in enumerate(rows):
+        axes.plot(0, y, transform=axes.get_yaxis_transform() + beside, clip_on=False, **marked(row, size=7))
+    axes.tick_params(axis="y", length=0, pad=16)
 
 
 def parts(figure: Figure, count: int) -> list[Any]:

@@ -13,9 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibatt.bench.record import Record, Run
+from calibatt.bench.record import Record, Run, load_run
+from calibatt.reports.facts import imprint, samples, workloads
 from calibatt.reports.figures import catalogue, density, fidelity, frames, ideal, masks, phases, speedup
-from calibatt.reports.rows import Row, illustrated, look, rows
+from calibatt.reports.figures.style import new_figure, sign
+from calibatt.reports.rows import Row, illustrated, look, rows, shared_words, short
+
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 
 BARE: dict[str, Any] = {"suite": "denoise", "model": "shapes", "kernel": "flex", "outcome": "ok"}
 
@@ -45,6 +49,7 @@ def test_every_module_of_the_folder_is_in_the_catalogue_and_says_how_to_read_it(
         assert module.__name__.rpartition(".")[2] in names
         assert module.TITLE
         assert module.CAPTION.endswith(".")
+        assert module.KEY.endswith(".")
 
 
 def test_one_round_is_drawn_and_said_to_have_no_interval(make: SimpleNamespace) -> None:
@@ -104,6 +109,111 @@ def test_of_many_arms_those_are_named_that_none_beats_and_the_outermost(make: Si
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {*best, "Radial"}
 
 
+def _medley(make: SimpleNamespace, count: int, seed: int) -> list[Record]:
+    """Arms all over the panel, some of them slower than dense, some with equal places, every tenth a control."""
+    rng = np.random.default_rng(seed)
+    facts = {"alignment": None, "alignment_dense": None, "method_error": None, "samples_s": (1.0,) * 6}
+    return [
+        make.arm(
+            "random" if i % 10 == 0 else "radial", preset=f"p{i}", psnr_db=(float(psnr),) * 6,
+            baseline_samples_s=(float(ratio),) * 6, **facts,
+        )
+        for i, (ratio, psnr) in enumerate(rng.uniform((0.5, 10), (2, 80), (count, 2)).round(1))
+    ]  # fmt: skip
+
+
+def _places(records: Iterable[Record]) -> list[tuple[float, float]]:
+    return [(record.speedup.median, record.psnr_db[0]) for record in records]
+
+
+@pytest.mark.parametrize("count", [1, 5, 40, 200])
+def test_the_front_is_what_neither_another_arm_nor_dense_beats(count: int, make: SimpleNamespace) -> None:
+    records = _medley(make, count, seed=count)
+    places = _places(records)
+    rivals = [*places, (1.0, np.inf)]
+    true = {(x, y) for x, y in places if not any((a >= x and b >= y) and (a > x or b > y) for a, b in rivals)}
+    axes = _one(fidelity.draw(_rows(*records))).axes[0]
+    lines = [line for line in axes.lines if line.get_label() == "front"]
+    assert len(lines) == bool(true)
+    for line in lines:
+        # from dense's speed at the left to the lower edge at the right
+        x, y = line.get_xdata(), line.get_ydata()
+        top = 10 * np.log10(255**2 * 12)
+        assert set(zip(x[1:-1], y[1:-1], strict=True)) == {(a, min(b, top)) for a, b in true}
+        assert (x[0], y[0], x[-1]) == (1.0, y[1], x[-2])
+        assert list(x) == sorted(x)
+        assert list(y) == sorted(y, reverse=True)
+
+
+def test_without_an_arm_faster_than_dense_there_is_no_front(make: SimpleNamespace) -> None:
+    axes = _one(fidelity.draw(_rows(make.arm("radial", 0.8, alignment=None), make.arm("sparge", 0.7, alignment=None))))
+    assert not [line for line in axes.axes[0].lines if line.get_label() == "front"]
+
+
+def _named(figure: Any, shown: Iterable[Row]) -> list[list[Any]]:
+    """In each panel the names of arms, as texts."""
+    names = {short(row, shared_words(tuple(shown))) for row in shown}
+    found = []
+    for axes in figure.axes:
+        texts = [text for text in axes.texts if text.get_text().replace("\n", " ").partition(": ")[0] in names]
+        others = {text.get_text() for text in axes.texts if text not in texts}
+        assert others <= {"", "dense videos"}
+        found.append(texts)
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", ["cpu/methods.json", "cpu/methods-equal.json", "h100/attention.json", "h100/videos.json"]
+)
+def test_of_the_committed_results_a_dozen_at_most_are_named_and_no_name_covers_another(name: str) -> None:
+    for records in workloads(load_run(RESULTS / name)):
+        shown = rows(records)
+        for _, figure in fidelity.draw(shown):
+            for axes, texts in zip(figure.axes, _named(figure, shown), strict=True):
+                assert 8 <= len(texts) <= 12
+                boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
+                assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+                inside = axes.get_window_extent()
+                for box in boxes:
+                    assert inside.x0 <= box.x0
+                    assert box.x1 <= inside.x1
+                    assert inside.y0 <= box.y0
+                    assert box.y1 <= inside.y1
+
+
+def test_of_many_arms_the_front_the_outermost_and_controls_are_named(make: SimpleNamespace) -> None:
+    records = _medley(make, 200, seed=3)
+    shown = _rows(*records)
+    ((*texts,),) = _named(_one(fidelity.draw(shown)), shown)
+    named = {text.get_text().partition(": ")[0] for text in texts}
+    by_label = {row.label: row.record for row in shown}
+    places = dict(zip(by_label, _places(by_label.values()), strict=True))
+    assert len(named) <= 12
+    for axis in (0, 1):
+        ends = [choose(place[axis] for place in places.values()) for choose in (min, max)]
+        assert all(any(places[label][axis] == end for label in named) for end in ends)
+    # both ends of the front
+    faster = {label: place for label, place in places.items() if place[0] > 1}
+    assert max(faster, key=lambda label: (faster[label][0], faster[label][1])) in named
+    assert max(faster, key=lambda label: (faster[label][1], faster[label][0])) in named
+    assert any(by_label[label].method == "random" for label in named)
+
+
+def test_an_unnamed_arm_is_a_small_mark_without_bars(make: SimpleNamespace) -> None:
+    shown = _rows(*_medley(make, 60, seed=1))
+    figure = _one(fidelity.draw(shown))
+    ((*texts,),) = _named(figure, shown)
+    marks = [
+        line
+        for line in figure.axes[0].lines
+        if line.get_marker() in {row.marker for row in shown} and len(line.get_xdata())
+    ]
+    assert len(marks) == 60
+    large = [mark for mark in marks if mark.get_markersize() == 9]
+    assert len(texts) <= len(large) < 30
+    assert len(figure.axes[0].collections) == 2 * len(large)
+
+
 def test_less_method_error_is_the_better() -> None:
     facts = {**BARE, "suite": "attention", "samples_s": (1.0,) * 6}
     records = [
@@ -115,6 +225,16 @@ def test_less_method_error_is_the_better() -> None:
     names = {text.get_text() for text in _one(fidelity.draw(_rows(*records, beaten))).axes[0].texts}
     assert {"m0", "m13"} < names & {record.method for record in records}
     assert "beaten" not in names
+
+
+@pytest.mark.parametrize(
+    ("calls", "said"), [((None, 8), "of some calls"), ((1920, 1920), "of 1,920 calls"), ((4, 8), "of 4 to 8 calls")]
+)
+def test_the_method_error_says_of_which_calls(calls: tuple[int | None, ...], said: str, make: SimpleNamespace) -> None:
+    arms = [make.arm(f"m{i}", suite="attention", psnr_db=None, alignment=None, error_calls=count)
+            for i, count in enumerate(calls)]  # fmt: skip
+    (axes,) = _one(fidelity.draw(_rows(*arms))).axes
+    assert axes.get_ylabel() == f"method error {said}\n(up is better)"
 
 
 def test_alignment_is_the_mean_and_psnr_the_median_as_the_caption_says(make: SimpleNamespace) -> None:
@@ -244,9 +364,12 @@ def test_a_dollar_sign_is_no_formula_in_any_figure(make: SimpleNamespace, tmp_pa
         *(_blocks(kept, 1.6, kernel=bad) for kept in (0.25, 0.5)),
         folder=tmp_path,
     )
-    drawn = catalogue.pictures(arms, "stem")
-    assert {picture.name.rpartition("-")[2] for picture in drawn} == {
-        f"{module.__name__.rpartition('.')[2]}.png" for module in catalogue.FIGURES
+    run = Run(path=tmp_path / bad, machine={"gpu": bad}, commit={}, datetime=bad, command="", records=())
+    drawn = catalogue.pictures(run, arms, "stem")
+    assert {name.rpartition("-")[2] for picture in drawn for name in picture.files} == {
+        f"{module.__name__.rpartition('.')[2]}.{suffix}"
+        for module in catalogue.FIGURES
+        for suffix in ("png", "svg", "pdf")
     }
 
 
@@ -255,3 +378,87 @@ def test_medians_of_bars_are_those_of_the_rounds(make: SimpleNamespace) -> None:
     (axes,) = _one(phases.draw(_rows(record))).axes
     plan = next(bar for bar in axes.containers if bar.get_label() == "plan")[0].get_width()
     assert plan == pytest.approx(statistics.median(record.phases_s["plan"]))
+
+
+# --- what stands below every figure ----------------------------------------------------------------------------------
+
+
+def _imprint(name: str, place: int = 0) -> tuple[str, str]:
+    run = load_run(RESULTS / name)
+    arms = rows(workloads(run)[place])
+    return imprint(run, arms).replace("\N{NO-BREAK SPACE}", " "), samples(arms)
+
+
+def test_a_figure_says_what_was_run_on_what_when_and_how_often() -> None:
+    assert _imprint("cpu/methods.json") == (
+        "denoise · shapes · quick · 6 steps · float32 · dense: sdpa-flash · AMD EPYC · 2026-11-25 · methods.json",
+        "6 videos an arm",
+    )
+    facts, videos = _imprint("h100/videos.json")
+    assert facts.startswith(
+        "denoise · shapes · large · 20 steps · bfloat16 · dense: fa3 · NVIDIA H100 80GB HBM3 · 2026-"
+    )
+    assert videos == "32 videos an arm"
+
+
+def test_a_figure_marks_what_is_resampled_drawn_or_disturbed(make: SimpleNamespace) -> None:
+    resampled, rounds = _imprint("h100/attention.json")
+    assert "inputs resampled from shapes, 16×16×24 tokens, 4 heads × 64" in resampled
+    assert "every arm: 0% of the steps dense" in resampled
+    assert rounds == "10 rounds an arm"
+    assert "queries, keys and values drawn at random · masks captured, random" in _imprint("h200/kernel.json")[0]
+    assert (
+        "10 layers with random weights · every arm: default, 128×128 · masks even, " in _imprint("h100/forward.json")[0]
+    )
+    assert "compiled" in _imprint("h100/forward.json", 1)[0]
+    run = Run(path=Path("run.json"), machine={}, commit={}, datetime="", command="", records=())
+    hot = _rows(*(make.arm(name, throttled=True, rounds=i + 1) for i, name in enumerate("abcde")), make.arm("radial"))
+    assert "clock held down during a, b, c and 2 more" in imprint(run, hot)
+    assert samples(hot) == "1 to 6 videos an arm"
+
+
+def test_a_figure_says_nothing_that_the_file_does_not() -> None:
+    run = Run(path=Path("run.json"), machine={}, commit={}, datetime="", command="", records=())
+    arms = _rows(Record(**BARE, method="new", samples_s=(1.0,), baseline_samples_s=(2.0,)))
+    assert imprint(run, arms).replace("\N{NO-BREAK SPACE}", " ") == "denoise · shapes · run.json"
+    assert samples(arms) == "1 video an arm"
+
+
+def test_every_figure_has_its_imprint_and_key_in_every_file(
+    make: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make.artifact(tmp_path / "a.npz", 0.4, 0)
+    arms = _rows(
+        make.dense_arm(artifact="a.npz"), make.arm("radial", artifact="a.npz"),
+        *(_blocks(kept, 1.6) for kept in (0.25, 0.5)), folder=tmp_path,
+    )  # fmt: skip
+    said: list[str] = []
+    monkeypatch.setattr(catalogue, "sign", lambda figure, text: said.append(text) or sign(figure, text))
+    run = Run(path=Path("run.json"), machine={"gpu": "Test data GPU"}, commit={}, datetime="2000-01-01T00:00",
+              command="", records=())  # fmt: skip
+    drawn = catalogue.pictures(run, arms, "stem")
+    assert len(said) == len(drawn) > len(catalogue.FIGURES)
+    for text in said:
+        facts, key = text.split("\n")
+        assert facts.replace("\N{NO-BREAK SPACE}", " ").endswith("Test data GPU · 2000-01-01 · run.json")
+        assert key
+        assert "{" not in key
+    assert [("95 %" in text) for text in said[:4]] == [True, True, False, False]
+
+
+def test_the_text_below_a_figure_is_inside_what_is_saved_and_moves_nothing() -> None:
+    figure = new_figure(2)
+    axes = figure.add_subplot()
+    figure.draw_without_rendering()
+    before = axes.get_position().bounds
+    box = sign(figure, "W" * 300 + "\n" + "a fact · " * 40)
+    figure.draw_without_rendering()
+    assert axes.get_position().bounds == before
+    (text,) = figure.texts
+    extent = text.get_window_extent()
+    saved = box.transformed(figure.dpi_scale_trans)
+    assert saved.y0 <= extent.y0
+    assert extent.y1 <= 0
+    # all but the widest letters fit the width
+    (text,) = (sign(other := new_figure(2), "a fact · " * 40), other.texts)[1]
+    assert text.get_window_extent().x1 <= other.bbox.width

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from calibatt.bench.record import Record, Run, UnusableFile, load_run
 from calibatt.reports.artifact import load_pictures
 from calibatt.reports.columns import COLUMNS
-from calibatt.reports.facts import run_facts, workload_facts, workloads
+from calibatt.reports.facts import imprint, run_facts, samples, workload_facts, workloads
 from calibatt.reports.findings import findings
 from calibatt.reports.gate import judge
 from calibatt.reports.rows import rows
@@ -134,6 +134,7 @@ def _shown(run: Run) -> None:
         assert all(isinstance(column.read(arm), str) for arm in arms for column in COLUMNS)
         assert all(isinstance(sentence, str) for sentence in findings(arms))
         workload_facts(records)
+        assert "\n" not in imprint(run, arms) + samples(arms)
 
 
 @pytest.fixture(scope="module")

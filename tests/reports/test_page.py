@@ -20,8 +20,8 @@ from calibatt.reports.figures.catalogue import Picture
 from calibatt.reports.page import write_report
 from calibatt.reports.rows import GLYPHS, labels, look
 
-# what makes a browser fetch something
-LOADS = re.compile(r"""(?:src|href|srcset|data|action)\s*=\s*["']?(?!data:image/png;base64,)[^"'\s>]+|url\(|@import""")
+# what makes a browser fetch something by itself
+LOADS = re.compile(r"""(?:src|srcset|data|action)\s*=\s*["']?(?!data:image/png;base64,)[^"'\s>]+|url\(|@import|<link""")
 
 
 def _text(page: Path) -> str:
@@ -33,7 +33,7 @@ def _text(page: Path) -> str:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the figures out, which take most of the time."""
-    monkeypatch.setattr("calibatt.reports.page.pictures", lambda rows, stem: [])
+    monkeypatch.setattr("calibatt.reports.page.pictures", lambda run, rows, stem: [])
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -64,7 +64,24 @@ def test_every_picture_on_the_page_is_a_file_beside_it(full_run: Path, tmp_path:
     named = set(re.findall(r'data-file="([^"]+)"', page.read_text(encoding="utf-8")))
     assert {path.name for path in page.parent.iterdir()} == named | {"index.html", "tables.md"}
     for kind in ("speedup", "fidelity", "phases", "density", "masks", "frames"):
-        assert any(name.endswith(f"-{kind}.png") for name in named)
+        for suffix in ("png", "svg", "pdf"):
+            assert any(name.endswith(f"-{kind}.{suffix}") for name in named)
+
+
+def test_each_figure_links_its_files_and_nothing_else(full_run: Path, tmp_path: Path) -> None:
+    page = write_report([full_run], tmp_path / "report")
+    linked = re.findall(r'<a href="([^"]+)"', page.read_text(encoding="utf-8"))
+    assert len(linked) == len(set(linked)) == 3 * page.read_text(encoding="utf-8").count("<figure>")
+    starts = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
+    for name in linked:
+        assert (page.parent / name).read_bytes().startswith(starts[name.rpartition(".")[2]])
+
+
+def test_the_same_run_makes_the_same_files(small_run: Path, tmp_path: Path) -> None:
+    one, other = (write_report([small_run], tmp_path / name).parent for name in ("one", "other"))
+    assert [path.read_bytes() for path in sorted(one.iterdir())] == [
+        path.read_bytes() for path in sorted(other.iterdir())
+    ]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -214,8 +231,8 @@ def test_dying_while_a_report_is_replaced_leaves_a_whole_page_that_the_next_run_
     out = tmp_path / "report"
 
     def write(*names: str) -> bytes:
-        drawn = [Picture(name=name, png=b"", title="Test data", caption="Not drawn.") for name in names]
-        monkeypatch.setattr("calibatt.reports.page.pictures", lambda rows, stem: drawn)
+        drawn = [Picture(files={name: b""}, title="Test data", caption="Not drawn.") for name in names]
+        monkeypatch.setattr("calibatt.reports.page.pictures", lambda run, rows, stem: drawn)
         return write_report([small_run], out).read_bytes()
 
     new = write("b.png", "c.png", "d.png")

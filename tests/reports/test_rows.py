@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
-from calibatt.bench.record import MARKERS, Record, load_run
-from calibatt.methods.catalogue import METHODS
-from calibatt.reports.rows import COLOURS, GLYPHS, labels, look, rows
-
-RESULTS = sorted((Path(__file__).resolve().parents[2] / "bench" / "results").rglob("*.json"))
+from calibatt.bench.record import MARKERS, Record
+from calibatt.reports.rows import COLOURS, GLYPHS, labels, look, rows, shared_words, short
 
 
 def test_names_of_arms_tell_kernels_apart(make: SimpleNamespace) -> None:
@@ -21,17 +17,16 @@ def test_a_name_stays_on_its_line(make: SimpleNamespace) -> None:
     assert labels([make.arm("a\nb", preset="\x1b[2J")]) == [r"a\nb/\x1b[2J"]
 
 
-def test_the_methods_of_the_committed_results_have_a_name_and_a_look_that_no_other_has() -> None:
-    found: dict[str, set[tuple[str | None, ...]]] = {}
-    for path in RESULTS:
-        for record in load_run(path).records:
-            if record.method in METHODS:
-                shown = (record.method_label, record.method_colour, record.method_marker)
-                found.setdefault(record.method, set()).add(shown)
-    assert set(found) == set(METHODS)
-    assert all(len(shown) == 1 and None not in next(iter(shown)) for shown in found.values())
-    looks = [next(iter(shown)) for shown in found.values()]
-    assert len({label for label, _, _ in looks}) == len({shown[1:] for shown in looks}) == len(METHODS) == 21
+def test_words_that_all_sparse_arms_share_are_found_wherever_they_stand_and_left_out_of_figures(
+    make: SimpleNamespace,
+) -> None:
+    records = [make.arm(name, dense_steps=0.1, block_choice=size) for name, size in (("radial", "a"), ("sparge", "b"))]
+    arms = rows([make.dense_arm(), *records])
+    assert arms[1].label == "Radial, 10% of the steps dense, blocks a"
+    assert shared_words(arms) == ("10% of the steps dense",)
+    assert [short(arm, shared_words(arms)) for arm in arms] == ["Dense", "Radial, blocks a", "SpargeAttn, blocks b"]
+    # one arm shares nothing with itself, and dense alone has no words
+    assert shared_words(arms[:2]) == shared_words(arms[:1]) == ()
 
 
 def test_a_method_without_a_look_has_one_of_its_names(make: SimpleNamespace) -> None:
