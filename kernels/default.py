@@ -25,9 +25,16 @@ class Default:
 
     def __init__(self, kernels: Mapping[str, Kernel]) -> None:
         self._kernels = kernels
+        self._chosen: dict[Task, Kernel | Unsupported] = {}
 
     def chosen(self, task: Task) -> Kernel | Unsupported:
         """The first in order that can do the task on this machine; why each cannot where none can."""
+        # asked at every call, of a few kinds of task
+        if task not in self._chosen:
+            self._chosen[task] = self._first(task)
+        return self._chosen[task]
+
+    def _first(self, task: Task) -> Kernel | Unsupported:
         reasons = []
         for name in _order(task):
             refusal = self._kernels[name].refusal(task)

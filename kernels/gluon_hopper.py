@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int, Int32
@@ -31,6 +32,10 @@ _LEAST_SHARE = 8
 _MERGED = 16
 # Gluon's structures have had constructors that run while compiling since then
 _LEAST_TRITON = (3, 6)
+# the most items of work that are kept with a plan, 64 KiB: where there are more, a call takes so long that the host is
+# far ahead, and thousands of plans would fill the memory
+_MOST_KEPT = 2**14
+_WORK: WeakKeyDictionary[Plan, dict[tuple[int, int, HeadKind | None], Tensor]] = WeakKeyDictionary()
 # registers of a thread of the warp that loads, the fewest there can be, and of those that compute, the most that
 # leave room for it: (65,536 - 128 × 24) / 256 threads, in steps of 8
 _PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 24, 240
@@ -91,7 +96,7 @@ class Gluon(FusedKernel):
         tile_q = shape.warpgroups * _ROWS
         tiles = block_count(tokens, tile_q)
         reused_tiles = block_count(len(given.computed), tile_q)
-        work = _work(plan, given.counts, batch, tiles, given.block_q // tile_q, reused_tiles, only)
+        work = _kept_work(plan, given.counts, batch, tiles, given.block_q // tile_q, reused_tiles, only)
         tensors = (
             _descriptor(q, _ROWS), _descriptor(k, shape.tile_k), _descriptor(v, shape.tile_k), _descriptor(out, _ROWS),
             q if lse is None else lse, given.indices, given.counts, given.kinds, given.computed, given.served, work,
@@ -192,6 +197,25 @@ def shared_out(items: int, places: int, key_tiles: int) -> tuple[int, int]:
     return (items - rest, shares) if shares > 1 else (items, 1)
 
 
+def _kept_work(
+    plan: Plan,
+    counts: Tensor,
+    batch: int,
+    tiles: int,
+    tiles_a_block: int,
+    reused_tiles: int,
+    only: HeadKind | None,
+) -> Int32[Tensor, "items"]:
+    """As `_work`, found once for a plan that comes again: offline masks are the same at every call of their site."""
+    if batch * tiles * len(plan.kinds) > _MOST_KEPT:
+        return _work(plan, counts, batch, tiles, tiles_a_block, reused_tiles, only)
+    kept = _WORK.setdefault(plan, {})
+    key = (batch, tiles, only)
+    if key not in kept:
+        kept[key] = _work(plan, counts, batch, tiles, tiles_a_block, reused_tiles, only)
+    return kept[key]
+
+
 def _work(
     plan: Plan,
     counts: Tensor,
@@ -246,9 +270,16 @@ def _triton_version() -> tuple[int, int]:
 
 
 def _descriptor(x: Tensor, rows: int) -> Any:
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
     box = [1, 1, rows, x.shape[-1]]
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, gl.NVMMASharedLayout.get_default_for(box, dtype))
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, _layout(x.dtype, rows, x.shape[-1]))
+
+
+@functools.cache
+def _layout(dtype: torch.dtype, rows: int, head_dim: int) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout.get_default_for(
+        [1, 1, rows, head_dim], gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    )

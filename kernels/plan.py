@@ -187,7 +187,8 @@ class Skip:
         return replace(self, thresholds=thresholds, low=self.low.of_heads(heads))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+# kernels keep what they make of a plan for as long as it lives
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Plan:
     """What a method decides at one site: per head a block mask, row reuse, or dense.
 

@@ -30,6 +30,8 @@ def a_gpu_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def chosen(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, **what: Any) -> str:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    # it remembers what it chose on this machine
+    monkeypatch.setattr(DEFAULT, "_chosen", {})
     found = DEFAULT.chosen(Task(**{"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 128} | what))
     assert not isinstance(found, Unsupported), found.reason
     return found.name
