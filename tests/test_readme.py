@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
 import pytest
 
@@ -30,35 +28,43 @@ def test_every_committed_result_is_quoted_as_it_is(path: Path) -> None:
         assert part.strip() in PAGES
 
 
-def stopped_run(path: Path) -> tuple[str, list[dict[str, Any]]]:
-    """The command of a run that was stopped, and of each round that it had kept the videos by arm."""
-    first, *kept = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    rounds = [round_ for one in kept if "rounds" in one for round_ in one["rounds"]]
-    return first["command"], [{arm.split(" on ")[0]: video for arm, video in round_.items()} for round_ in rounds]
+def test_the_comparison_of_whole_videos_is_summed_up_as_it_is() -> None:
+    records = [one for one in load_run(ROOT / "bench" / "results" / "h100" / "videos.json").records if one.psnr_db]
+    arms = {
+        f"{one.method}{'' if one.preset == 'default' else f'/{one.preset}'}={one.target_density}": one
+        for one in records
+    }
+    shifts: dict[str, list[float]] = {}
+    for arm, record in arms.items():
+        ours = arms[f"budget={record.target_density}"]
+        assert record.psnr_db
+        assert record.samples_s
+        assert record.alignment
+        shifts[arm] = [a - b for a, b in zip(ours.psnr_db or (), record.psnr_db, strict=True)]
+        nearer = sum(shift > 0 for shift in shifts[arm])
+        ahead = "–" if record is ours else f"+{paired_shift(shifts[arm]):.1f} dB, in {nearer} of {len(shifts[arm])}"
+        speedup = paired_ratio(record.baseline_samples_s or (), record.samples_s)
+        row = (
+            f"| `{arm}` | {median(record.psnr_db):.1f} | {ahead} | "
+            f"{speedup.median:.2f}× ({speedup.low:.2f}–{speedup.high:.2f}) | {fmean(record.alignment):.2f} |"
+        )
+        assert row in README
+    others = [shift for arm, shift in shifts.items() if not arm.startswith("budget=")]
+    assert len(others) == 17
+    assert max(holm([paired_p(shift) for shift in others])) < 1e-6
 
 
-def test_the_run_that_was_stopped_is_quoted_as_it_is() -> None:
-    command, rounds = stopped_run(ROOT / "bench" / "results" / "h100" / "videos-24.jsonl")
-    assert command in README
-    assert len(rounds) == 24
-    dense = [round_["dense"]["seconds"] for round_ in rounds]
-    for density in ("0.35", "0.25"):
-        ours = f"budget={density}"
-        shifts: dict[str, list[float]] = {}
-        for arm in (arm for arm in rounds[0] if arm.endswith(density)):
-            found = [round_[arm] for round_ in rounds]
-            shifts[arm] = [r[ours]["psnr_db"] - r[arm]["psnr_db"] for r in rounds]
-            nearer = sum(shift > 0 for shift in shifts[arm])
-            ahead = "–" if arm == ours else f"+{paired_shift(shifts[arm]):.1f} dB, in {nearer} of 24"
-            speedup = paired_ratio(dense, [video["seconds"] for video in found])
-            row = (
-                f"| `{arm}` | {median(video['psnr_db'] for video in found):.1f} | {ahead} | "
-                f"{speedup.median:.2f}× ({speedup.low:.2f}–{speedup.high:.2f}) | "
-                f"{fmean(video['alignment'] for video in found):.2f} |"
-            )
-            assert row in README
-        del shifts[ours]
-        assert max(holm([paired_p(shift) for shift in shifts.values()])) < 1e-6
+def test_what_each_part_of_budget_adds_is_quoted_as_it_is() -> None:
+    page = (ROOT / "docs" / "methods" / "budget.md").read_text(encoding="utf-8")
+    records = load_run(ROOT / "bench" / "results" / "h100" / "ablation.json").records
+    psnr = {one.preset: one.psnr_db for one in records if one.psnr_db}
+    shifts = {name: [a - b for a, b in zip(psnr["default"], psnr[name], strict=True)] for name in psnr}
+    for name, shift in shifts.items():
+        ahead = "–" if name == "default" else f"+{paired_shift(shift):.1f} dB"
+        assert f"| `{name}` | {median(psnr[name]):.1f} | {ahead} |" in page
+    del shifts["default"]
+    assert len(shifts) == 6
+    assert max(holm([paired_p(shift) for shift in shifts.values()])) < 0.05
 
 
 def test_the_tests_are_run_by_the_command_that_it_gives() -> None:

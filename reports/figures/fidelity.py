@@ -29,8 +29,8 @@ CAPTION = (
     "the speedup and the middle half of the videos. A full marker has a method's own settings, a half-filled one those "
     "that give it what was asked for. The stepped line is the front: its arms are those that neither another arm nor "
     "dense attention beats in both. Where there are more than a dozen arms, a dozen at most are named: six of the "
-    "front, evenly along it, then the fastest and the closest, the slowest and the farthest, random masks that no "
-    "others beat, and the rest of the front. What has no name is told by the legend, by method, and is small and "
+    "front, evenly along it, then the fastest and the closest, the slowest and the farthest, the closest random masks, "
+    "the rest of the front, and the next closest. What has no name is told by the legend, by method, and is small and "
     "without bars off the front; the table has it."
 )
 KEY = (
@@ -50,7 +50,7 @@ _MEASURES: Mapping[str, tuple[str, bool]] = MappingProxyType(
 # and would press all others together
 _SAME_VIDEO_DB = 10 * math.log10(255**2 * 12)
 # names that can be read beside each other, and how many of them the front may take: six are left for the fastest and
-# the closest, the slowest and the farthest, and two controls
+# the closest, the slowest and the farthest, a control, and one that is close
 _MOST_NAMES = 12
 _MOST_FRONT = 6
 # letters of a name, in up to three lines; and of a line of it: a third of the width
@@ -171,8 +171,12 @@ def _named(points: Sequence[_Point], front: Sequence[_Point]) -> list[_Point]:
     along = np.linspace(0, len(front) - 1, min(_MOST_FRONT, len(front))).round().astype(int)
     keys = (lambda point: point.x, lambda point: point.close)
     outermost = [choose(points, key=key) for choose in (max, min) for key in keys]
-    controls = _unbeaten([point for point in points if point.row.record.method == RANDOM])
-    return list(dict.fromkeys([*(front[i] for i in along), *outermost, *controls, *front]))[:_MOST_NAMES]
+    controls = [point for point in points if point.row.record.method == RANDOM]
+    others = [point for point in points if point.row.record.method != RANDOM]
+    # several draws of random masks are one control
+    control = [max(controls, key=keys[1])] if controls else []
+    closest = sorted(others, key=keys[1], reverse=True)
+    return list(dict.fromkeys([*(front[i] for i in along), *outermost, *control, *front, *closest]))[:_MOST_NAMES]
 
 
 def _figure(panels: Sequence[_Panel], shared: Sequence[str]) -> Figure:

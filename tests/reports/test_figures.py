@@ -104,7 +104,8 @@ def test_of_many_arms_those_are_named_that_none_beats_and_the_outermost(make: Si
     # it took 25 seconds when every arm was named
     assert time.perf_counter() - start < 5
     named = {text.get_text() for text in figure.axes[0].texts} & {row.label for row in shown}
-    assert named == set(best)
+    assert set(best) < named
+    assert len(named) <= 12
     # the others are told by their marker, which a legend of the methods explains
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {*best, "Radial"}
 
@@ -196,7 +197,7 @@ def test_of_many_arms_the_front_the_outermost_and_controls_are_named(make: Simpl
     faster = {label: place for label, place in places.items() if place[0] > 1}
     assert max(faster, key=lambda label: (faster[label][0], faster[label][1])) in named
     assert max(faster, key=lambda label: (faster[label][1], faster[label][0])) in named
-    assert any(by_label[label].method == "random" for label in named)
+    assert sum(by_label[label].method == "random" for label in named) >= 1
 
 
 def test_an_unnamed_arm_is_a_small_mark_without_bars(make: SimpleNamespace) -> None:
@@ -396,9 +397,9 @@ def test_a_figure_says_what_was_run_on_what_when_and_how_often() -> None:
     )
     facts, videos = _imprint("h100/videos.json")
     assert facts.startswith(
-        "denoise · shapes · large · 20 steps · bfloat16 · dense: fa3 · NVIDIA H100 80GB HBM3 · 2026-"
+        "denoise · shapes · large · 20 steps · bfloat16 · compiled · dense: fa3 · NVIDIA H100 80GB HBM3 · 2026-"
     )
-    assert videos == "32 videos an arm"
+    assert videos == "30 videos an arm"
 
 
 def test_a_figure_marks_what_is_resampled_drawn_or_disturbed(make: SimpleNamespace) -> None:
