@@ -6,7 +6,7 @@ The public names, each loaded when first used (reports can be made where torch i
     attached            the same within a with block
     build               a method by name; METHODS is the catalogue
     calibrate           what a method learns from a pipeline's videos
-    Calibration         what was learnt: load, save
+    Calibration         what was learnt: load, save, from_pretrained, push_to_hub
     generate            one video from a prompt; save_video writes it to a file
     KERNELS, MODELS     the other catalogues; ModelEntry and Resolution describe a model
     Method, Knob, Learner, Learnt   what a method is made of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,13 +13,24 @@ from typing import Any
 
 from torch import Tensor
 
-from calibatt.calibration.files import TensorFile, UnusableCalibration, described, raw, reading, replacing
+from calibatt.calibration.card import card
+from calibatt.calibration.files import (
+    TensorFile,
+    UnusableCalibration,
+    described,
+    naming,
+    raw,
+    reading,
+    replacing,
+)
 from calibatt.kernels.names import look_up
 from calibatt.methods.catalogue import METHODS
 from calibatt.methods.facts import one_line, read_facts
 from calibatt.methods.learning import Learnt, Provenance
 
 SCHEMA = "calibatt-calibration-2"
+# in a folder, or a repository of the Hub
+_FILE, _CARD = "calibration.safetensors", "README.md"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,6 +81,77 @@ class Calibration(Learnt):
         except ValueError as error:
             raise UnusableCalibration(f"{path} contradicts itself: {one_line(error)}") from None
         return own
+
+    def save_pretrained(self, folder: str | Path, *, licence: str | None = None) -> None:
+        """Write the file into a folder, with a card beside it, as repositories of the Hugging Face Hub have them.
+
+        Args:
+            folder: made where it is missing.
+            licence: of the calibration, as the Hub names licences; None leaves it open.
+
+        Raises:
+            ValueError: another card lies there.
+            OSError: it cannot be written.
+        """
+        folder = Path(folder)
+        path, text = folder / _CARD, card(self, _FILE, licence=licence).encode()
+        if path.exists() and path.read_bytes() != text:
+            raise ValueError(f"{path} is another card: delete it, or save to another folder")
+        self.save(folder / _FILE)
+        with replacing(path) as file, naming(path):
+            file.write(text)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **where: Any) -> Calibration:
+        """Read what `save_pretrained` or `push_to_hub` wrote.
+
+        Args:
+            source: a folder, or else a repository of the Hugging Face Hub, as owner/name.
+            where: for `huggingface_hub.hf_hub_download`: revision, token, cache_dir, local_files_only and others.
+
+        Raises:
+            UnusableCalibration: as `load`; or the repository cannot be had.
+        """
+        if Path(source).is_dir():
+            return cls.load(Path(source) / _FILE)
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = hf_hub_download(str(source), _FILE, **where)
+        # what it raises for a missing repository, a gated one, a wrong name and no network has this in common
+        except (OSError, ValueError) as error:
+            raise UnusableCalibration(
+                f"{source} is no folder here, and {_FILE} cannot be had from the Hub: {one_line(error)}"
+            ) from None
+        return cls.load(Path(path))
+
+    def push_to_hub(
+        self, repository: str, *, licence: str | None = None, private: bool | None = None, token: str | None = None
+    ) -> str:
+        """Put the file and its card into a repository of the Hugging Face Hub, which is made where it is missing.
+
+        Args:
+            repository: owner/name.
+            licence: as for `save_pretrained`.
+            private: whether a new repository is; None for what its owner's account says.
+            token: None for the one that is logged in with.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            OSError: the Hub cannot be reached, or refuses.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory(prefix="calibatt-") as folder:
+            self.save_pretrained(folder, licence=licence)
+            api.create_repo(repository, private=private, exist_ok=True)
+            done = api.upload_folder(
+                repo_id=repository, folder_path=folder, commit_message=f"A calibration of {self.method}"
+            )
+        return str(done.commit_url)
 
     def validate(self) -> None:
         """Refuse what no method can have learnt.
