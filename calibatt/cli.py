@@ -150,6 +150,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--baseline", type=Path, required=True, help="an earlier result file of the same benchmarks")
     command.set_defaults(run=_gate)
 
+    command = commands.add_parser("merge", help="one result file of several that were made on one kind of machine")
+    command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="result files, two or more")
+    command.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the file to write")
+    command.set_defaults(run=_merge)
+
     commands.add_parser("methods", help="list the methods").set_defaults(run=_methods)
     commands.add_parser("models", help="list the models").set_defaults(run=_models)
     commands.add_parser("kernels", help="list the kernels, and which of them run here").set_defaults(run=_kernels)
@@ -452,6 +457,14 @@ def _gate(arguments: argparse.Namespace) -> int:
     verdict = judge(load_run(arguments.file), load_run(arguments.baseline))
     print("\n".join(verdict.lines))
     return verdict.exit_code
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from calibatt.reports.merge import merge
+
+    run = merge(arguments.files, arguments.out)
+    print(f"wrote {run.path}: {len(run.records)} records of {len(arguments.files)} files")
+    return 0
 
 
 def _methods(arguments: argparse.Namespace) -> int:

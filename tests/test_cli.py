@@ -133,7 +133,7 @@ def test_a_stopped_calibration_says_how_to_go_on_and_comes_to_the_same_file(
 ) -> None:
     from calibatt.calibration import videos
     from calibatt.calibration.artifact import Calibration
-    from calibatt.models.generate import generate
+    from calibatt.models.generate import generate_all
 
     def arguments(name: str) -> list[str]:
         return ["calibrate", "--model", "tiny", "--count", "3", "-o", str(tmp_path / name)]
@@ -145,9 +145,9 @@ def test_a_stopped_calibration_says_how_to_go_on_and_comes_to_the_same_file(
         shown.append(how["seed"])
         if len(shown) == 2:
             raise KeyboardInterrupt
-        return generate(*where, **how)
+        return generate_all(*where, **how)
 
-    monkeypatch.setattr(videos, "generate", counted)
+    monkeypatch.setattr(videos, "generate_all", counted)
     capsys.readouterr()
     assert main(arguments("parts")) == 130
     said = capsys.readouterr().err.strip().splitlines()[-1]
@@ -170,7 +170,7 @@ def test_a_calibration_stopped_in_its_first_video_leaves_nothing(
     def stopped(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("calibatt.calibration.videos.generate", stopped)
+    monkeypatch.setattr("calibatt.calibration.videos.generate_all", stopped)
     assert main(["calibrate", "--model", "tiny", "--count", "1", "-o", str(tmp_path / "c")]) == 130
     assert capsys.readouterr().err.strip().splitlines()[-1] == "calibatt calibrate: stopped; nothing was written"
     assert list(tmp_path.iterdir()) == []

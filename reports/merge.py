@@ -1,0 +1,129 @@
+"""Several result files as one: of a comparison that took more than one visit to a machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from calibatt.bench.record import Record, Run, UnusableFile, load_run
+from calibatt.reports.rows import DENSE
+
+# what decides how fast something is, by its place in `machine_info`; of a processor its clock at that moment does not
+_DECIDING = (
+    ("gpu",), ("cuda",), ("cudnn",), ("driver",), ("threads",), ("python_version",),
+    *(("cpu", name) for name in ("vendor_id_raw", "family", "model", "stepping", "brand_raw", "count")),
+)  # fmt: skip
+
+
+def merge(paths: Sequence[Path], out: Path) -> Run:
+    """Write one file with the records of several; each arm keeps the dense samples that it was paired with.
+
+    Of dense attention the first file's record stands. An arm without times in one file and with some in another has
+    the latter. `merged` in the file lists what it was made from.
+
+    Args:
+        paths: the files, of one kind of machine.
+        out: the file to write; data of pictures go into the folder beside it.
+
+    Raises:
+        ValueError: there are fewer than two files, or the output exists.
+        UnusableFile: a file is none of ours; machines are unlike; or two files have times of the same arm.
+        OSError: the output cannot be written.
+    """
+    if len({path.resolve() for path in paths}) < max(2, len(paths)):
+        raise ValueError("give two files or more, each once")
+    if out.exists():
+        raise ValueError(f"{out} exists: name another file")
+    runs = [load_run(path) for path in paths]
+    for run in runs[1:]:
+        _check_alike(runs[0], run)
+    whole = [json.loads(path.read_bytes()) for path in paths]
+    folder = f"{out.stem}.artifacts"
+    copies: dict[str, Path] = {}
+    timed: dict[Any, Path] = {}
+    benchmarks, untimed = [], []
+    for run, data in zip(runs, whole, strict=True):
+        count = len(data["benchmarks"])
+        for record, benchmark in zip(run.records[:count], data["benchmarks"], strict=True):
+            if record.key in timed:
+                if record.method != DENSE:
+                    raise UnusableFile(
+                        f"{timed[record.key]} and {run.path} both have times of {record.title}: leave one of them out"
+                    )
+                continue
+            timed[record.key] = run.path
+            _take_picture(run, record, benchmark["extra_info"], folder, copies)
+            benchmarks.append(benchmark)
+    said: set[Any] = set(timed)
+    for run, data in zip(runs, whole, strict=True):
+        for record, info in zip(run.records[len(data["benchmarks"]) :], data.get("untimed", []), strict=True):
+            if record.key not in said:
+                said.add(record.key)
+                untimed.append(info)
+    merged = {
+        **whole[0],
+        "benchmarks": benchmarks,
+        "untimed": untimed,
+        "command": " && ".join(dict.fromkeys(run.command for run in runs if run.command)),
+        "merged": [
+            {"file": run.path.name, "datetime": run.datetime, "commit": run.commit.get("id"), "command": run.command}
+            for run in runs
+        ],
+    }
+    _write(merged, out, copies)
+    return load_run(out)
+
+
+def _check_alike(one: Run, other: Run) -> None:
+    packages = dict.fromkeys([*(_at(one.machine, ("versions",)) or {}), *(_at(other.machine, ("versions",)) or {})])
+    for place in (*_DECIDING, *(("versions", name) for name in packages)):
+        mine, others = (_at(run.machine, place) for run in (one, other))
+        if mine != others:
+            raise UnusableFile(
+                f"{one.path} and {other.path} are of unlike machines: {' '.join(place)} is {_shown(mine)} and "
+                f"{_shown(others)}; only files of one kind of machine go together"
+            )
+
+
+def _at(machine: Mapping[str, Any], place: Sequence[str]) -> Any:
+    found: Any = machine
+    for name in place:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = "not known" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _take_picture(run: Run, record: Record, info: dict[str, Any], folder: str, copies: dict[str, Path]) -> None:
+    """Note where the data of a record's pictures goes; without data, it has none."""
+    info.pop("artifact", None)
+    found = run.artifact(record)
+    if found is not None:
+        info["artifact"] = f"{folder}/{found.name}"
+        copies[info["artifact"]] = found
+
+
+def _write(merged: Mapping[str, Any], out: Path, copies: Mapping[str, Path]) -> None:
+    """The data of pictures first: the file is there when all of it is."""
+    aside = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for name, source in copies.items():
+            (out.parent / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, out.parent / name)
+        aside.write_text(json.dumps(merged, indent=4), encoding="utf-8")
+        os.replace(aside, out)
+    except OSError as error:
+        raise OSError(f"{out} cannot be written: {error.strerror or error}") from None
+    finally:
+        # it is not there, or its folder never was
+        with suppress(OSError):
+            aside.unlink()
