@@ -53,8 +53,8 @@ class CalibAttConfig:
 
     repetition: bool = True
     reuse_by: Literal["similarity", "output"] = "similarity"
-    # docs/methods/calibatt.md has what others come to
-    error_ratio: float = 4.0
+    # no more than masks lose; docs/methods/calibatt.md has what other ratios come to
+    error_ratio: float = 1.0
     loss: float = 1.0
     block: tuple[int, int] = (128, 128)
     schedule: Schedule | None = None
