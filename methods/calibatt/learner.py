@@ -11,15 +11,19 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.mask import packed, unpacked
+from calibatt.kernels.mask import BlockMask, packed, unpacked
 from calibatt.kernels.plan import anchor_rows
-from calibatt.methods.blocks import video_blocks, video_table
+from calibatt.methods.blocks import text_blocks, video_blocks, video_table
+from calibatt.methods.calibatt.errors import output_errors
 from calibatt.methods.calibatt.levels import MOST_LEVEL, common_levels, loss_levels
 from calibatt.methods.calibatt.repetition import row_similarity
 from calibatt.methods.calibatt.schedule import Schedule
 from calibatt.methods.energy import block_energy
 from calibatt.methods.selection import mass_before, top_p
 from calibatt.methods.site import Site
+
+# tables of `output_errors`, in its order
+OUTPUT_ERRORS = ("reuse_error", "mask_error")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +45,8 @@ class CalibAttLearner:
         anchors: anchor rows of a frame.
         similarity_prompts: measure repetition on this many prompts only, which saves time; None is all of them.
         levels: also learn what `CalibAttConfig.loss` needs to be another than 1: a byte a block.
+        output_errors: also learn what choosing by outputs needs (`CalibAttConfig.reuse_by`), on the prompts that
+            repetition is measured on: two numbers a head, for two more calls of attention at each site.
 
     Raises:
         ValueError: a value is out of range, or gamma is no number.
@@ -53,6 +59,7 @@ class CalibAttLearner:
     anchors: int
     similarity_prompts: int | None
     levels: bool
+    output_errors: bool
 
     def __post_init__(self) -> None:
         # written so that NaN fails too
@@ -81,19 +88,24 @@ class CalibAttLearner:
             bits: the mask, packed as in `BlockMask`.
             similarity: of each head; zeros, which `merge` does not read, from prompt `similarity_prompts` on.
             levels: where asked for, the loss that each block withstands.
+            reuse_error, mask_error: where asked for, of each head, how far its outputs move where it reuses rows, and
+                under this prompt's own mask (`output_errors`); zeros as for the similarity.
 
         Raises:
             ValueError: a frame has no more rows than there are anchors.
         """
         geometry, energy = site.geometry, self._energy(q, k, site.geometry)
         mass = (self.schedule or Schedule.published(geometry.video_tokens, site.steps)).mass(site.step, site.steps)
+        keep = top_p(energy, mass)
         notes = {
-            "bits": packed(video_table(top_p(energy, mass), geometry, self.block, left_over=True)),
+            "bits": packed(video_table(keep, geometry, self.block, left_over=True)),
             "similarity": self._similarity(q, k, geometry, prompt),
         }
         if self.levels:
             levels = loss_levels(1 - mass_before(energy), mass)
             notes["levels"] = video_table(levels, geometry, self.block, left_over=MOST_LEVEL)
+        if self.output_errors:
+            notes |= zip(OUTPUT_ERRORS, self._errors(q, k, v, keep, geometry, prompt), strict=True)
         return notes
 
     def merge(self, notes: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -104,6 +116,7 @@ class CalibAttLearner:
             agreement: of each head, the overlap of the prompts' masks with that one, 0 to 1; see `agreement`.
             similarity: of each head, mean over the prompts that it was measured on.
             levels: where asked for, the loss at which enough prompts still need each block.
+            reuse_error, mask_error: where asked for, likewise means.
         """
         notes = [self._decided(note) for note in notes]
         needed = votes_needed(len(notes), self.rho)
@@ -111,14 +124,14 @@ class CalibAttLearner:
         votes = sum((unpacked(one, 8 * one.shape[-1]) for one in bits), start=torch.zeros((), dtype=torch.int32))
         # padding has no votes, and every row a block with one: padding stays out
         keep = majority(votes, needed)
-        measured = [note["similarity"] for note in notes[: self.similarity_prompts]]
-        # added one by one, since how torch sums a dimension differs between machines
-        similarity = sum((alike / len(measured) for alike in measured), start=torch.zeros_like(measured[0]))
+        measured = notes[: self.similarity_prompts]
         merged = {
             "bits": packed(keep),
             "agreement": agreement(votes, keep, len(notes)),
-            "similarity": similarity,
+            "similarity": mean([note["similarity"] for note in measured]),
         }
+        if self.output_errors:
+            merged |= {name: mean([note[name] for note in measured]) for name in OUTPUT_ERRORS}
         if self.levels:
             merged["levels"] = common_levels(torch.stack([note["levels"] for note in notes]), needed)
         return merged
@@ -156,9 +169,32 @@ class CalibAttLearner:
         prompt: int,
     ) -> Float[Tensor, "heads"]:
         """How alike rows are; zeros where it is not measured on this prompt."""
-        if self.similarity_prompts is not None and prompt >= self.similarity_prompts:
+        if not self._measures(prompt):
             return q.new_zeros(geometry.heads, dtype=torch.float32)
         return row_similarity(q, k, geometry, anchor_rows(geometry.grid[1], self.anchors))
+
+    def _errors(
+        self,
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        keep: Bool[Tensor, "heads rows columns"],
+        geometry: Geometry,
+        prompt: int,
+    ) -> tuple[Float[Tensor, "heads"], Float[Tensor, "heads"]]:
+        """Output errors of reuse and of the mask that keeps these blocks of those without text, and all others."""
+        if not self._measures(prompt):
+            none = q.new_zeros(geometry.heads, dtype=torch.float32)
+            return none, none
+        whole = text_blocks(geometry, self.block, q.device).repeat(geometry.heads, 1, 1)
+        rows, columns = (video_blocks(geometry, size) for size in self.block)
+        whole[:, rows, columns] = keep
+        mask = BlockMask.from_keep(whole, tokens=geometry.tokens, block_q=self.block[0], block_k=self.block[1])
+        return output_errors(q, k, v, geometry, anchor_rows(geometry.grid[1], self.anchors), mask)
+
+    def _measures(self, prompt: int) -> bool:
+        """Whether repetition is measured on a prompt."""
+        return self.similarity_prompts is None or prompt < self.similarity_prompts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +234,12 @@ def votes_needed(prompts: int, rho: float) -> int:
     """Votes that a block needs: ceil(rho · prompts), at least one."""
     # 0.07 * 100 is a little more than 7 in floating point: that must not ask for an eighth vote
     return max(1, math.ceil(rho * prompts - 1e-9))
+
+
+def mean(values: Sequence[Float[Tensor, "heads"]]) -> Float[Tensor, "heads"]:
+    """Of one value a prompt, for each head."""
+    # added one by one, since how torch sums a dimension differs between machines
+    return sum((value / len(values) for value in values), start=torch.zeros_like(values[0]))
 
 
 def majority(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -15,7 +16,7 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import block_count, packed, row_bytes
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Fit, Knob, Method
-from calibatt.methods.calibatt.learner import CalibAttLearner, MassLearner
+from calibatt.methods.calibatt.learner import OUTPUT_ERRORS, CalibAttLearner, MassLearner
 from calibatt.methods.calibatt.plans import Plans
 from calibatt.methods.calibatt.schedule import Schedule
 from calibatt.methods.facts import read_settings
@@ -33,20 +34,27 @@ _FITTED: Mapping[str, tuple[float, float]] = MappingProxyType(
 class CalibAttConfig:
     """Settings of CalibAtt; the defaults are the paper's.
 
-    The first two count when a video is made. The others are its learner's (`CalibAttLearner`): they count when
+    The first four count when a video is made. The others are its learner's (`CalibAttLearner`): they count when
     calibrating, and a method that is built on a calibration has the calibration's.
 
     Args:
-        repetition: repetitive heads compute their anchor rows only; without it they have a block mask like the others.
+        repetition: some heads compute their anchor rows only; without it they have a block mask like the others.
+        reuse_by: which heads: those whose attention is at least as similar from row to row as gamma, the paper's
+            criterion; or those whose outputs lose as little as `error_ratio` says, ours. The latter needs
+            `output_errors`.
+        error_ratio: reuse may move a head's outputs, squared, so many times as far as its masks of the schedule do.
         loss: attention mass that masks may lose, in multiples of what the schedule that was calibrated with leaves out.
             Another than 1 needs a calibration with levels.
-        block, schedule, rho, gamma, anchors, similarity_prompts, levels: as in `CalibAttLearner`.
+        block, schedule, rho, gamma, anchors, similarity_prompts, levels, output_errors: as in `CalibAttLearner`.
 
     Raises:
-        ValueError: the loss is negative, or a setting of the learner is out of range.
+        ValueError: the loss or the ratio is negative, or a setting of the learner is out of range.
     """
 
     repetition: bool = True
+    reuse_by: Literal["similarity", "output"] = "similarity"
+    # no more than masks lose; docs/methods/calibatt.md has what other ratios come to
+    error_ratio: float = 1.0
     loss: float = 1.0
     block: tuple[int, int] = (128, 128)
     schedule: Schedule | None = None
@@ -55,11 +63,16 @@ class CalibAttConfig:
     anchors: int = 5
     similarity_prompts: int | None = None
     levels: bool = False
+    output_errors: bool = False
 
     def __post_init__(self) -> None:
         # written so that NaN fails too
         if not self.loss >= 0:
             raise ValueError(f"calibatt's loss is a multiple, 0 or more: got {self.loss}")
+        if not 0 <= self.error_ratio < math.inf:
+            raise ValueError(f"calibatt's error_ratio is a finite multiple, 0 or more: got {self.error_ratio}")
+        if self.reuse_by not in ("similarity", "output"):
+            raise ValueError(f"rows are reused by similarity or by output: got {self.reuse_by!r}")
         # refuses its own
         self.learner()
 
@@ -81,6 +94,8 @@ class CalibAtt(Method):
             "default": CalibAttConfig(),
             # block masks alone: shows what repetition adds
             "masks-only": CalibAttConfig(repetition=False),
+            # ours: reuse where outputs stand it, not where attention is alike
+            "output-reuse": CalibAttConfig(reuse_by="output", output_errors=True),
         }
     )
     # nearly all that a calibration's levels tell apart
@@ -88,11 +103,14 @@ class CalibAtt(Method):
 
     def __init__(self, config: CalibAttConfig, learnt: Learnt) -> None:
         super().__init__(config, learnt)
-        self.plans = Plans(learnt=learnt, gamma=config.gamma, loss=config.loss, repetition=config.repetition)
+        self.plans = Plans(
+            learnt=learnt, gamma=config.gamma, loss=config.loss, repetition=config.repetition,
+            error_ratio=config.error_ratio if config.reuse_by == "output" else None,
+        )  # fmt: skip
 
     @classmethod
     def learner(cls, config: CalibAttConfig) -> CalibAttLearner:
-        """Learns masks and repetition; the same for all presets."""
+        """Learns masks and repetition, and where asked for output errors; otherwise the same for all presets."""
         return config.learner()
 
     @classmethod
@@ -103,7 +121,15 @@ class CalibAtt(Method):
 
     @classmethod
     def fit(cls, config: CalibAttConfig, geometry: Geometry, steps: int) -> Fit:
-        """The schedule, ρ and γ, which the paper fits for each model, from one set of notes."""
+        """The schedule, ρ and γ, which the paper fits for each model, from one set of notes.
+
+        Raises:
+            ValueError: output errors are asked for.
+        """
+        if config.output_errors:
+            raise ValueError(
+                "output errors are those of one schedule's masks, and a fit tries many: calibrate with the fitted one"
+            )
         own = config.learner()
         schedule = config.schedule or Schedule.published(geometry.video_tokens, steps)
 
@@ -130,16 +156,23 @@ class CalibAtt(Method):
         if learner.anchors >= geometry.grid[1]:
             raise ValueError(f"anchors: a frame of {geometry.grid[1]} rows has fewer than {learner.anchors} of them")
         q_blocks, k_blocks = (block_count(geometry.video_tokens, size) for size in learner.block)
-        expected = {
+        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "bits": (torch.uint8, (geometry.heads, q_blocks, row_bytes(k_blocks))),
             "agreement": (torch.float32, (geometry.heads,)),
             "similarity": (torch.float32, (geometry.heads,)),
-        } | ({"levels": (torch.uint8, (geometry.heads, q_blocks, k_blocks))} if learner.levels else {})
+        }
+        if learner.levels:
+            expected["levels"] = (torch.uint8, (geometry.heads, q_blocks, k_blocks))
+        if learner.output_errors:
+            expected |= dict.fromkeys(OUTPUT_ERRORS, (torch.float32, (geometry.heads,)))
         learnt.check_tables(cls.label, expected)
         for name in ("agreement", "similarity"):
             # both are 0 to 1, but for rounding
             if not bool(((tables[name] >= -1e-3) & (tables[name] <= 1 + 1e-3)).all()):
                 raise ValueError(f"{name}: a value is not within 0 to 1")
+        for name in OUTPUT_ERRORS if learner.output_errors else ():
+            if not bool(((tables[name] >= 0) & tables[name].isfinite()).all()):
+                raise ValueError(f"{name}: a value is below 0, or not finite")
         # the bits of a row that belong to blocks
         own = packed(torch.ones(1, 1, k_blocks, dtype=torch.bool))
         for step, bits in enumerate(tables["bits"]):

@@ -23,7 +23,7 @@ from calibatt.methods.site import Site
 # without slots: cached_property keeps its values in the instance's dictionary
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plans:
-    """A plan for every site: repetitive heads reuse rows, the others have a mask; the same for both branches.
+    """A plan for every site: some heads reuse rows, the others have a mask; the same for both branches.
 
     Without text, masks are views of the table. Text makes a mask larger, and it is then built at every call.
 
@@ -32,17 +32,26 @@ class Plans:
         gamma: heads at least this similar over rows reuse rows.
         loss: attention mass that masks may lose, in multiples of what the schedule leaves out.
         repetition: without it, every head has its mask.
+        error_ratio: in place of gamma, heads reuse rows where that moves their outputs, squared, at most so many times
+            as far as masks of the schedule do; None for gamma.
 
     Raises:
-        ValueError: a loss other than 1 needs levels, and there are none; or levels do not reach it.
+        ValueError: a loss other than 1 needs levels, and there are none, or they do not reach it; an error ratio needs
+            output errors, and there are none.
     """
 
     learnt: Learnt
     gamma: float
     loss: float = 1.0
     repetition: bool = True
+    error_ratio: float | None = None
 
     def __post_init__(self) -> None:
+        if self.error_ratio is not None and not self._learner.output_errors:
+            raise ValueError(
+                "the calibration has no output errors to reuse rows by: "
+                "make one by `calibatt calibrate --preset output-reuse`"
+            )
         if self.loss != 1 and "levels" not in self.learnt.tables:
             raise ValueError(
                 f"the calibration has masks for a loss of 1, not for {self.loss:g}: "
@@ -77,7 +86,12 @@ class Plans:
     @cached_property
     def repetitive(self) -> Bool[Tensor, "steps layers heads"]:
         """Heads that reuse rows, on the CPU."""
-        return self.learnt.tables["similarity"].cpu() >= (self.gamma if self.repetition else torch.inf)
+        tables = self.learnt.tables
+        if not self.repetition:
+            return torch.zeros_like(tables["similarity"], dtype=torch.bool, device="cpu")
+        if self.error_ratio is None:
+            return tables["similarity"].cpu() >= self.gamma
+        return (tables["reuse_error"] <= self.error_ratio * tables["mask_error"]).cpu()
 
     def _plan(self, step: int, layer: int, geometry: Geometry, device: torch.device) -> Plan:
         kinds: tuple[HeadKind, ...] = tuple(

@@ -36,16 +36,26 @@ def row_similarity(
         anchors: ascending row indices within a frame.
     """
     frames, rows, columns = geometry.grid
-    reuse = RowReuse.of_anchor_rows(geometry, anchors)
-    video = slice(geometry.video_start, geometry.video_start + geometry.video_tokens)
-    # of each video token the one that it would be a copy of
-    copied = reuse.computed[reuse.source][video].to(q.device)
+    video = q[:, geometry.video_start : geometry.video_start + geometry.video_tokens]
+    copied = copied_tokens(geometry, anchors).to(q.device)
     if estimates.takes(q):
-        cosine = estimates.cosines(q[:, video], q[:, copied], k).view(-1, frames, rows, columns)
+        cosine = estimates.cosines(video, video[:, copied], k).view(-1, frames, rows, columns)
     else:
-        cosine = _by_columns(q[:, video], k, geometry, anchors, copied - geometry.video_start)
+        cosine = _by_columns(video, k, geometry, anchors, copied)
     others = torch.tensor([row for row in range(rows) if row not in anchors], device=q.device)
     return cosine.mean(-1)[:, :, others].flatten(1).quantile(0.5, dim=-1)
+
+
+def copied_tokens(geometry: Geometry, anchors: Sequence[int]) -> Int[Tensor, "video_tokens"]:
+    """Of each token of the video the one that it would be a copy of, both counted from the video's first.
+
+    Args:
+        geometry: layout of the tokens.
+        anchors: ascending row indices within a frame.
+    """
+    reuse = RowReuse.of_anchor_rows(geometry, anchors)
+    first = geometry.video_start
+    return reuse.computed[reuse.source][first : first + geometry.video_tokens] - first
 
 
 def _by_columns(

@@ -19,7 +19,9 @@ from torch import Tensor
 from calibatt.calibration import artifact, files
 from calibatt.calibration.artifact import SCHEMA, Calibration, check_output
 from calibatt.calibration.files import UnusableCalibration
+from calibatt.methods.calibatt.method import CalibAtt
 from calibatt.methods.calibatt.plans import Plans
+from calibatt.methods.catalogue import build
 
 Made = Callable[..., Any]
 
@@ -34,6 +36,23 @@ def test_a_saved_calibration_comes_back_bit_for_bit(calibration: Calibration, sa
     assert list(path.parent.iterdir()) == [path]
     # any reader of safetensors reads it
     assert set(safetensors.torch.load_file(path)) == set(calibration.tables)
+
+
+def test_output_errors_are_learnt_where_asked_for_and_come_back(
+    calibration: Calibration, run: Made, same: Made, tmp_path: Path
+) -> None:
+    made = run(preset="output-reuse", levels=True)
+    made.save(tmp_path / "x")
+    back = Calibration.load(tmp_path / "x")
+    assert same(back, made)
+    assert back.tables.keys() - calibration.tables.keys() == {"reuse_error", "mask_error"}
+    # what the others go by is what they would have learnt
+    assert all(torch.equal(back.tables[name], table) for name, table in calibration.tables.items())
+    # all heads, and none
+    for ratio, share in ((1e6, 1.0), (0.0, 0.0)):
+        method = build("calibatt", preset="output-reuse", calibration=back, error_ratio=ratio)
+        assert isinstance(method, CalibAtt)
+        assert method.plans.repetitive.float().mean().item() == share
 
 
 def test_tables_of_every_dtype_come_back(calibration: Calibration, tmp_path: Path, monkeypatch: Any) -> None:

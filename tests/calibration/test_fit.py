@@ -48,6 +48,11 @@ def fronted(fitting: Fitting, folder: Path, trials: int = TRIALS) -> Front:
     return fitting.front(units, trials=trials)
 
 
+def test_reuse_by_output_errors_is_not_fitted(fitting: Made) -> None:
+    with pytest.raises(ValueError, match=r"^output errors are those of one schedule's masks, and a fit tries many"):
+        fitting(preset="output-reuse")
+
+
 def test_the_first_trial_has_the_published_values_and_the_front_is_what_none_beats(
     fitting: Made, tmp_path: Path
 ) -> None:

@@ -175,6 +175,9 @@ def calibrated(method: str, learner: Learner, geometry: Geometry) -> Learnt:
     if method == "calibatt":
         # one repetitive head beside others
         tables["similarity"][:] = torch.tensor([0.0, 1.0, 0.0])
+        if "reuse_error" in tables:
+            tables["reuse_error"][:] = torch.tensor([1.0, 0.0, 1.0])
+            tables["mask_error"][:] = 0.01
     return Learnt(
         method=method, preset="default", settings=settings_of(learner), tables=tables,
         provenance=Provenance(

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from calibatt.kernels.geometry import TextSide
-from calibatt.kernels.mask import block_count, packed, unpacked
+from calibatt.kernels.mask import BlockMask, block_count, packed, unpacked
 from calibatt.kernels.plan import anchor_rows
-from calibatt.methods.blocks import video_blocks
+from calibatt.methods.blocks import text_blocks, video_blocks, video_part
 from calibatt.methods.calibatt import learner as module
+from calibatt.methods.calibatt.errors import output_errors
 from calibatt.methods.calibatt.learner import CalibAttLearner, MassLearner, agreement, majority, votes_needed
 from calibatt.methods.calibatt.levels import loss_levels
 from calibatt.methods.calibatt.repetition import row_similarity
@@ -106,6 +107,36 @@ def test_notes_of_masses_come_to_what_each_learner_learns_by_itself(
             assert torch.equal(own[name], voted[name]), name
         # half precision may be on the other side of a step
         assert (own["levels"].int() - voted["levels"].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("text", [0, 17])
+def test_output_errors_are_those_of_reuse_and_of_the_prompts_own_mask_with_all_text(
+    learner: Made, site: Made, inputs: Made, text: int
+) -> None:
+    where = site(geometry=replace(site().geometry, text_tokens=text))
+    geometry, call = where.geometry, inputs(where.geometry)
+    notes = learner(output_errors=True).note(*call, where, 0)
+    keep = text_blocks(geometry, (16, 8)).repeat(2, 1, 1)
+    rows, columns = video_blocks(geometry, 16), video_blocks(geometry, 8)
+    keep[:, rows, columns] = video_part(unpacked(notes["bits"], 8), geometry, (16, 8))
+    mask = BlockMask.from_keep(keep, tokens=geometry.tokens, block_q=16, block_k=8)
+    reused, masked = output_errors(*call, geometry, anchor_rows(6, 2), mask)
+    assert torch.equal(notes["reuse_error"], reused)
+    assert torch.equal(notes["mask_error"], masked)
+    assert min(reused.min(), masked.min()) > 0
+    assert learner().note(*call, where, 0).keys() == {"bits", "similarity"}
+
+
+def test_output_errors_are_means_over_the_prompts_that_repetition_is_measured_on(
+    learner: Made, site: Made, inputs: Made
+) -> None:
+    one = learner(output_errors=True, similarity_prompts=2)
+    notes = [one.note(*inputs(seed=prompt), site(), prompt) for prompt in range(3)]
+    merged = one.merge(notes)
+    for name in ("reuse_error", "mask_error"):
+        torch.testing.assert_close(merged[name], (notes[0][name] + notes[1][name]) / 2)
+        assert notes[2][name].tolist() == [0.0, 0.0]
+    assert merged.keys() - learner().merge(notes).keys() == {"reuse_error", "mask_error"}
 
 
 def test_one_prompt_gives_the_mask_of_its_own_attention(learner: Made, site: Made, inputs: Made) -> None:
@@ -217,6 +248,7 @@ def test_a_learner_comes_back_from_its_settings(learner: Made) -> None:
         ({"rho": "x"}, "rho: "),
         ({"rho": math.nan}, "rho: .*finite"),
         ({"levels": 1}, "levels: "),
+        ({"output_errors": "yes"}, "output_errors: "),
         ({"schedule": {"early": 2.0, "late": 0.5, "decay": 1.0}}, "schedule: .*masses in"),
         ({"mass": 0.5}, "mass: "),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from calibatt.kernels.plan import RowReuse, anchor_rows
 from calibatt.methods.base import Foreseen
 from calibatt.methods.blocks import text_blocks, video_blocks
 from calibatt.methods.calibatt.levels import keep_at
-from calibatt.methods.calibatt.method import CalibAtt
+from calibatt.methods.calibatt.method import CalibAtt, CalibAttConfig
 from calibatt.methods.calibatt.plans import Plans
 from calibatt.methods.catalogue import build
 from calibatt.methods.learning import CalibrationMismatch, Learnt
@@ -57,6 +58,59 @@ def test_a_lower_threshold_makes_all_heads_reuse_rows(four_heads: Learnt, site: 
     plan = Plans(learnt=four_heads, gamma=0.0).plan(site())
     assert plan.kinds == ("reused", "reused")
     assert plan.mask is None
+
+
+@pytest.fixture
+def errors(learnt: Made, learner: Made) -> Learnt:
+    """Errors of two heads at each layer: far less and more than four times those of masks, just that, no error."""
+    made: Learnt = learnt(learner(output_errors=True))
+    table = {
+        "reuse_error": torch.tensor([[0.01, 0.5], [0.25, 0.0]]).repeat(2, 1, 1),
+        "mask_error": torch.tensor([[0.02, 0.1], [0.0625, 0.0]]).repeat(2, 1, 1),
+    }
+    # attention that is alike counts for nothing
+    return replace(made, tables={**made.tables, **table, "similarity": torch.tensor([0.0, 1.0]).repeat(2, 2, 1)})
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kinds"),
+    [
+        (0.0, [["masked", "masked"], ["masked", "reused"]]),
+        (0.5, [["reused", "masked"], ["masked", "reused"]]),
+        (4.0, [["reused", "masked"], ["reused", "reused"]]),
+        (5.0, [["reused", "reused"], ["reused", "reused"]]),
+    ],
+)
+def test_by_outputs_heads_reuse_rows_that_lose_at_most_so_many_times_what_their_masks_do(
+    errors: Learnt, site: Made, ratio: float, kinds: list[list[str]]
+) -> None:
+    plans = Plans(learnt=errors, gamma=0.87, error_ratio=ratio)
+    assert [list(plans.plan(site(1, layer)).kinds) for layer in range(2)] == kinds
+    method = build("calibatt", preset="output-reuse", calibration=errors, error_ratio=ratio)
+    assert isinstance(method, CalibAtt)
+    assert torch.equal(method.plans.repetitive, plans.repetitive)
+    assert method.mean_density() == plans.density().mean().item()
+
+
+def test_other_presets_go_by_similarity_whatever_output_errors_there_are(errors: Learnt, site: Made) -> None:
+    for preset, kinds in (("default", ("masked", "reused")), ("masks-only", ("masked", "masked"))):
+        method = build("calibatt", preset=preset, calibration=errors)
+        assert isinstance(method, CalibAtt)
+        assert method.plans.plan(site()).kinds == kinds
+
+
+def test_without_output_errors_reuse_by_them_is_refused(four_heads: Learnt) -> None:
+    says = r"^the calibration has no output errors .*: make one by `calibatt calibrate --preset output-reuse`$"
+    for choice in ({"preset": "output-reuse"}, {"reuse_by": "output"}):
+        with pytest.raises(ValueError, match=says):
+            build("calibatt", calibration=four_heads, **choice)
+
+
+def test_a_criterion_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # as callers without a type checker meet it
+    monkeypatch.setattr(CalibAttConfig, "__init__", inspect.unwrap(CalibAttConfig.__init__))
+    with pytest.raises(ValueError, match=r"^rows are reused by similarity or by output: got 'outputs'$"):
+        CalibAttConfig(reuse_by="outputs")  # type: ignore[arg-type]
 
 
 def test_both_branches_have_the_same_plan_and_nothing_of_it_is_copied(four_heads: Learnt, site: Made) -> None:
@@ -194,7 +248,11 @@ def test_presets_share_one_calibration(
     assert method.learnt is made
 
 
-@pytest.mark.parametrize("wrong", [{"loss": -0.5}, {"loss": math.nan}], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [{"loss": -0.5}, {"loss": math.nan}, {"error_ratio": -1.0}, {"error_ratio": math.nan}, {"error_ratio": math.inf}],
+    ids=str,
+)
 def test_settings_of_use_out_of_range_are_refused(learnt: Made, learner: Made, wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="got"):
         build("calibatt", calibration=learnt(learner()), **wrong)
@@ -234,6 +292,24 @@ def test_tables_that_calibatt_cannot_have_learnt_are_refused_by_name(
     with pytest.raises(ValueError, match=says) as error:
         CalibAtt.check_tables(replace(made, tables=change(dict(made.tables))))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: {**t, "reuse_error": t["reuse_error"] - 1}, "^reuse_error: a value is below 0, or not finite$"),
+        (lambda t: {**t, "mask_error": t["mask_error"] / 0}, "^mask_error: a value is below 0, or not finite$"),
+        (lambda t: {**t, "mask_error": t["mask_error"].double()}, "mask_error: .*float32.*not .*float64"),
+        (lambda t: {name: t[name] for name in t if name != "reuse_error"}, "tables: CalibAtt has .*reuse_error"),
+    ],
+    ids=["negative", "infinite", "dtype", "missing"],
+)
+def test_output_errors_that_cannot_be_are_refused_by_name(
+    errors: Learnt, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], says: str
+) -> None:
+    CalibAtt.check_tables(errors)
+    with pytest.raises(ValueError, match=says):
+        CalibAtt.check_tables(replace(errors, tables=change(dict(errors.tables))))
 
 
 def test_settings_that_do_not_fit_the_videos_are_refused(learnt: Made, learner: Made) -> None:
