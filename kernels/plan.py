@@ -187,8 +187,8 @@ class Skip:
         return replace(self, thresholds=thresholds, low=self.low.of_heads(heads))
 
 
-# kernels keep what they make of a plan for as long as it lives
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
+# without slots: kernels refer to it weakly, to keep what they make of it for as long as it lives
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
     """What a method decides at one site: per head a block mask, row reuse, or dense.
 
