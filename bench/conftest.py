@@ -12,6 +12,7 @@ import pytest
 _OPTIONS = pytest.StashKey[Any]()
 _SESSION = pytest.StashKey[Any]()
 _JOURNAL = pytest.StashKey[Any]()
+_COMMIT = pytest.StashKey[Any]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,6 +55,8 @@ def pytest_configure(config: pytest.Config) -> None:
         prompts=options.prompts, artifacts=artifacts_folder(out), max_time=options.max_time,
     )  # fmt: skip
     config.stash[_OPTIONS] = options
+    # of the code that is measured now: it may be changed meanwhile
+    config.stash[_COMMIT] = fingerprint.commit()
     config.stash[_JOURNAL] = journal
     config.stash[_SESSION] = BenchSession(settings, _PytestConsole(config), journal=journal)
 
@@ -120,6 +123,12 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     for name in ("node", "release"):
         machine_info.pop(name, None)
     machine_info.update(fingerprint.machine())
+
+
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
+    """Name the commit of calibatt: pytest-benchmark names that of the folder where it was called, and the folder."""
+    commit_info.clear()
+    commit_info.update(config.stash[_COMMIT])
 
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:

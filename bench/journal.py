@@ -16,11 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from calibatt.bench.machine import compare
 from calibatt.bench.record import Record, Suite
 from calibatt.bench.video import Rounds
 from calibatt.methods.facts import read_facts
 
-_SCHEMA = "calibatt-partial-3"
+_SCHEMA = "calibatt-partial-4"
 
 
 class UnusableJournal(ValueError):
@@ -72,7 +73,8 @@ class Journal:
 
     Args:
         path: the file; it is written when something is first kept.
-        run: what must be the same for two runs to be one, by name: JSON values.
+        run: what must be the same for two runs to be one, by name: JSON values. Of `machine` it is what decides a
+            speed; `commit` is for readers, since the same code may have several.
 
     Attributes:
         found, rounds, knobs, learnt: what the file had when it was opened, and what was turned and learnt since.
@@ -224,7 +226,12 @@ class Journal:
     def _check(self, run: Mapping[str, Any]) -> None:
         for name in dict.fromkeys([*self._run, *run]):
             mine, other = self._run.get(name), run.get(name)
-            if mine != other:
+            if name == "machine":
+                difference = compare(mine or {}, other or {}).difference
+                if difference is None:
+                    continue
+                name, mine, other = f"{difference.name} of the machine", difference.here, difference.there
+            if mine != other and name != "commit":
                 raise UnusableJournal(
                     f"{self.path} belongs to a run with another {name} ({_shown(other)}, not {_shown(mine)}): "
                     "repeat that run to finish it, or delete the file to measure anew"

@@ -46,6 +46,8 @@ OUTSIDE_PHASES = frozenset({"launch"})
 _LARGEST = 1e30
 # a thousandth of what the finest clock tells, the nanosecond of `time.perf_counter_ns`
 _SHORTEST_S = 1e-12
+# a run that wants all CPUs, and loses this share of them, is slower by as much: by what the gate tolerates of a speedup
+_DISTURBED = 0.05
 # an error is read on a terminal, and may quote a file
 _LONGEST_LINE = 300
 # names stand in tables and figures
@@ -103,7 +105,9 @@ class Record:
         prompts: captions of the samples, in order.
     How it went:
         outcome, reason: a record other than `ok` says why and carries no times.
-        throttled: whether the GPU lowered its clocks during the measurement.
+        throttled: whether heat or the power supply held the GPU's clock down during the samples or their baseline.
+        disturbed: share of the CPUs that others had meanwhile, where a CPU computes: other processes, and of a virtual
+            machine its host. Over the rounds of all arms; in the denoise suite over an arm's videos and the baseline's.
     Time, in seconds:
         samples_s: end to end, one a round.
         baseline_samples_s: the dense arm, same rounds.
@@ -172,6 +176,7 @@ class Record:
     baseline: _Name | None = None
     prompts: tuple[str, ...] | None = None
     throttled: bool | None = None
+    disturbed: float | None = None
     samples_s: Samples | None = None
     baseline_samples_s: Samples | None = None
     phases_s: Mapping[_Name, Samples] | None = None
@@ -243,6 +248,8 @@ class Record:
             return "a block has at least one token"
         if self.density is not None and self.density < 0:
             return f"density {self.density:g} is negative"
+        if self.disturbed is not None and not 0 <= self.disturbed <= 1:
+            return f"disturbed {self.disturbed:g} is no share"
         return None
 
     def _strange_look(self) -> str | None:
@@ -280,6 +287,15 @@ class Record:
             return None
         saved = median(baseline - own for baseline, own in zip(self.baseline_samples_s, self.samples_s, strict=True))
         return self.preparation_s / saved if saved > 0 else None
+
+    @property
+    def doubt(self) -> str | None:
+        """What makes its times doubtful, if anything does."""
+        if self.throttled:
+            return "throttled"
+        if self.disturbed is not None and self.disturbed > _DISTURBED:
+            return f"disturbed: others had {self.disturbed:.0%} of the CPUs"
+        return None
 
     @property
     def computed_by(self) -> str:
@@ -389,16 +405,33 @@ class Run:
 
 
 class _Cpu(TypedDict, total=False):
+    vendor_id_raw: str | None
+    # text where an architecture names them
+    family: int | str | None
+    model: int | str | None
+    stepping: int | str | None
     brand_raw: str | None
+    flags: list[str] | None
+    flags_sha256: str | None
+    caches: dict[str, int] | None
     count: int | None
+    cores: int | None
+    usable: float | None
 
 
 @with_config(_OPEN)
 class _Machine(TypedDict, total=False):
     gpu: str | None
+    gpu_power_limit_w: float | None
+    driver: str | None
     cpu: _Cpu | None
+    system: str | None
+    python_version: str | None
+    cuda: str | None
+    cudnn: int | None
+    torch_build: str | None
     threads: int | None
-    versions: dict[str, str] | None
+    versions: dict[str, str | None] | None
 
 
 @with_config(_OPEN)

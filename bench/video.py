@@ -22,6 +22,7 @@ class Video:
         seconds: of the generation.
         phases: seconds of its parts.
         energy_j, clock_mhz, throttled: of the GPU, where there is one.
+        disturbed: share of the CPUs that others had, where they compute it.
         peak_memory_bytes: of the GPU, likewise.
         alignment: where the model has one.
         psnr_db, ssim: against the dense video of its round, where there is one.
@@ -34,6 +35,7 @@ class Video:
     energy_j: float | None = None
     clock_mhz: float | None = None
     throttled: bool | None = None
+    disturbed: float | None = None
     peak_memory_bytes: int | None = None
     alignment: float | None = None
     psnr_db: float | None = None

@@ -144,10 +144,14 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_report)
 
     command = commands.add_parser(
-        "gate", help="compare speedups with a baseline file: exit 0 pass, 1 regression, 2 unusable, 3 inconclusive"
+        "gate",
+        help="compare with a baseline file of a like machine: exit 0 pass, 1 regression, 2 unusable, 3 inconclusive",
     )
     command.add_argument("file", type=Path, help="the result file to judge")
     command.add_argument("--baseline", type=Path, required=True, help="an earlier result file of the same benchmarks")
+    command.add_argument(
+        "--force", action="store_true", help="compare speedups even if machine or software differ; else that is exit 3"
+    )
     command.set_defaults(run=_gate)
 
     command = commands.add_parser("merge", help="one result file of several that were made on one kind of machine")
@@ -454,7 +458,7 @@ def _gate(arguments: argparse.Namespace) -> int:
     from calibatt.bench.record import load_run
     from calibatt.reports.gate import judge
 
-    verdict = judge(load_run(arguments.file), load_run(arguments.baseline))
+    verdict = judge(load_run(arguments.file), load_run(arguments.baseline), force=arguments.force)
     print("\n".join(verdict.lines))
     return verdict.exit_code
 

@@ -79,9 +79,9 @@ def _kernel_error(row: Row) -> str:
 
 
 def outcome(row: Row) -> str:
-    throttled = " (throttled)" if row.record.throttled else ""
+    doubt = f" ({row.record.doubt})" if row.record.doubt else ""
     reason = f": {row.record.reason}" if row.record.reason else ""
-    return row.record.outcome.replace("_", " ") + throttled + reason
+    return row.record.outcome.replace("_", " ") + doubt + reason
 
 
 def _percent(value: float | None) -> str:

@@ -50,6 +50,9 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         ("threads", machine.get("threads")),
         ("system", " ".join(str(part) for part in system if part)),
         ("driver", machine.get("driver")),
+        ("power limit", (limit := machine.get("gpu_power_limit_w")) and f"{limit:g} W"),
+        ("torch build", machine.get("torch_build")),
+        # as files of earlier versions have it
         ("CUDA", machine.get("cuda")),
         ("cuDNN", machine.get("cudnn")),
         ("Python", machine.get("python_version")),

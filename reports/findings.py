@@ -24,6 +24,9 @@ def findings(rows: Sequence[Row]) -> list[str]:
     throttled = [row.label for row in rows if row.record.throttled]
     if throttled:
         said.append(f"Heat or power held the GPU's clock down during {_listed(throttled)}: the times are doubtful.")
+    disturbed = [row.label for row in rows if row.record.doubt and not row.record.throttled]
+    if disturbed:
+        said.append(f"Others had a good part of the CPUs during {_listed(disturbed)}: the times are doubtful.")
     missing = [row.label for row in rows if row.record.outcome != "ok"]
     if missing:
         said.append(f"Not timed: {_listed(missing)}; the reasons are below.")

@@ -1,23 +1,34 @@
-"""The gate: has a run become slower, wrong or unfaithful against an earlier run of the same benchmarks?"""
+"""The gate: has a run become slower, wrong or unfaithful against an earlier run of the same benchmarks?
+
+Runs of unlike machines are not compared unless that is asked for, and times that something spoilt decide nothing. A
+speedup would hide what makes dense and sparse attention slower alike, so the dense times are compared too, where both
+files show that they are of one machine with one software.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+from calibatt.bench.machine import Comparison, compare, describe
 from calibatt.bench.record import Record, Run, UnusableFile, plain
-from calibatt.bench.statistics import Interval
+from calibatt.bench.statistics import Interval, paired_ratio
+from calibatt.reports.columns import seconds
 from calibatt.reports.facts import title
 
 # runs of one build on one machine differ by up to some percent (clock, memory layout): less is no one's fault
 TOLERANCE = 0.05
+# times vary more than their ratios: dense medians of the committed files of one machine differ by up to 6.6 %
+# (bench/results/cpu, attention suite)
+TIME_TOLERANCE = 0.1
 # a fall in PSNR that is plainly more noise; rounding alone moves it by hundredths of a decibel
 PSNR_DROP_DB = 1.0
 # letters; the reason why an arm failed may be anything
 _LONGEST_LINE = 600
+_TOO_FEW = "at least six rounds in both runs are needed for an interval"
 
 
 class ExitCode(IntEnum):
@@ -26,6 +37,10 @@ class ExitCode(IntEnum):
     PASS = 0
     REGRESSION = 1
     INCONCLUSIVE = 3
+
+
+# what one comparison says
+_Part = tuple[ExitCode, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +65,15 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the gate says of a run: the worst that it found."""
+    """What the gate says of a run: the worst that it found.
+
+    Args:
+        judgements: of each arm, or of both files where they are not compared.
+        notes: what limits the comparison.
+    """
 
     judgements: tuple[Judgement, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> ExitCode:
@@ -63,21 +84,25 @@ class Verdict:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """One line an arm, then the verdict."""
-        return (*map(str, self.judgements), self.exit_code.name.lower())
+        """One line an arm, the notes, then the verdict."""
+        notes = (plain(f"{'note':<12}  {note}", _LONGEST_LINE) for note in self.notes)
+        return (*map(str, self.judgements), *notes, self.exit_code.name.lower())
 
 
-def judge(current: Run, baseline: Run, *, tolerance: float = TOLERANCE) -> Verdict:
-    """Compare the paired speedups, outcomes and fidelity of two runs, arm by arm.
+def judge(current: Run, baseline: Run, *, tolerance: float = TOLERANCE, force: bool = False) -> Verdict:
+    """Compare the paired speedups, dense times, outcomes and fidelity of two runs, arm by arm.
 
     A regression is: a speedup whose whole interval lies below the baseline's median less the tolerance; an arm that
-    ran and no longer does, or is gone; a median PSNR that fell by more than 1 dB. Speedups without an interval, or
-    from another machine, are inconclusive; so is a median below the limit whose interval still reaches it.
+    ran and no longer does, or is gone; a median PSNR that fell by more than 1 dB; dense times, an arm's own or its
+    baseline's, whose speed fell by more than 10 %, on machines known to be alike. Inconclusive are runs of unlike
+    machines, times that were throttled or disturbed, those without an interval, and a median below the limit whose
+    interval still reaches it.
 
     Args:
         current: the run to judge.
         baseline: the run to compare with.
         tolerance: fraction of the speedup whose loss is accepted.
+        force: compare speedups of unlike machines too.
 
     Raises:
         ValueError: the tolerance is no fraction.
@@ -86,18 +111,33 @@ def judge(current: Run, baseline: Run, *, tolerance: float = TOLERANCE) -> Verdi
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance {tolerance} must be at least 0 and less than 1")
     now, before = _by_key(current), _by_key(baseline)
-    elsewhere = _other_machine(current, baseline)
+    machines = compare(current.machine, baseline.machine)
+    if machines.difference is not None and not force:
+        said = f"{machines.difference}; --force compares them all the same"
+        sides = f"{current.path} ({describe(current.machine)}) and {baseline.path} ({describe(baseline.machine)})"
+        return Verdict(
+            judgements=(Judgement(workload="unlike machines", arm=sides, code=ExitCode.INCONCLUSIVE, reason=said),)
+        )
     judgements = []
     for key in dict.fromkeys([*before, *now]):
         new, old = now.get(key), before.get(key)
-        code, reason = _compare(new, old, tolerance, elsewhere)
+        code, reason = _compare(new, old, tolerance, machines.alike)
         shown = new or old
         assert shown is not None
         judgements.append(Judgement(workload=title(shown), arm=_arm(shown), code=code, reason=reason))
-    return Verdict(judgements=tuple(judgements))
+    return Verdict(judgements=tuple(judgements), notes=_notes(machines))
 
 
-def _compare(new: Record | None, old: Record | None, tolerance: float, elsewhere: str | None) -> tuple[ExitCode, str]:
+def _notes(machines: Comparison) -> tuple[str, ...]:
+    notes = []
+    if machines.difference is not None:
+        notes.append(f"forced, dense times are not compared: {machines.difference}")
+    if machines.unknown:
+        notes.append(f"dense times are not compared: not both files say what is the {', '.join(machines.unknown)}")
+    return tuple(notes)
+
+
+def _compare(new: Record | None, old: Record | None, tolerance: float, alike: bool) -> _Part:
     if old is None:
         return ExitCode.PASS, "new, nothing to compare it with"
     if new is None:
@@ -108,15 +148,42 @@ def _compare(new: Record | None, old: Record | None, tolerance: float, elsewhere
         return code, f"{new.outcome} (was {old.outcome}): {new.reason}"
     if old.outcome != "ok":
         return ExitCode.PASS, f"runs now (was {old.outcome})"
-    parts = [_speed(new, old, tolerance, elsewhere), _fidelity(new, old)]
-    found = [part for part in parts if part is not None]
+    found = [*_times(new, old, tolerance, alike), *_some(_fidelity(new, old))]
     if not found:
         return ExitCode.PASS, "runs; it has no speedup to compare"
     severity = (ExitCode.PASS, ExitCode.INCONCLUSIVE, ExitCode.REGRESSION)
     return max((code for code, _ in found), key=severity.index), "; ".join(reason for _, reason in found)
 
 
-def _speed(new: Record, old: Record, tolerance: float, elsewhere: str | None) -> tuple[ExitCode, str] | None:
+def _times(new: Record, old: Record, tolerance: float, alike: bool) -> list[_Part]:
+    """What its times say; if they are doubtful, nothing for sure."""
+    parts = [*_some(_speed(new, old, tolerance)), *_some(_dense_time(new, old) if alike else None)]
+    doubts = [f"{which} run was {one.doubt}" for which, one in (("this", new), ("the earlier", old)) if one.doubt]
+    if not doubts:
+        return parts
+    return [(ExitCode.INCONCLUSIVE, "; ".join([*(reason for _, reason in parts), *doubts]))]
+
+
+def _dense_time(new: Record, old: Record) -> _Part | None:
+    now, before = _dense_samples(new), _dense_samples(old)
+    if now is None or before is None:
+        return None
+    medians = (seconds(statistics.median(samples)) for samples in (now, before))
+    whose = "time" if new.baseline_samples_s is None else "baseline's time"
+    figures = f"{whose} {', was '.join(medians)}"
+    if new.guidance != old.guidance:
+        return ExitCode.INCONCLUSIVE, f"{figures}, but of another guidance"
+    # round by round: in both runs, a round has the same prompt and the same seed
+    count = min(len(now), len(before))
+    speed = paired_ratio(before[:count], now[:count])
+    return _against(speed, 1 - TIME_TOLERANCE, f"{figures}, {_interval(speed)} of its speed")
+
+
+def _dense_samples(record: Record) -> Sequence[float] | None:
+    return record.samples_s if record.method == "dense" else record.baseline_samples_s
+
+
+def _speed(new: Record, old: Record, tolerance: float) -> _Part | None:
     speed, reference = new.speedup, old.speedup
     if reference is None:
         return None
@@ -124,10 +191,15 @@ def _speed(new: Record, old: Record, tolerance: float, elsewhere: str | None) ->
         return ExitCode.INCONCLUSIVE, "no dense times to compare with in the new run"
     limit = reference.median * (1 - tolerance)
     figures = f"speedup {_interval(speed)}, was {_interval(reference)}"
-    if elsewhere is not None:
-        return ExitCode.INCONCLUSIVE, f"{figures}, but {elsewhere}"
-    if speed.low is None or speed.high is None or reference.low is None:
-        return ExitCode.INCONCLUSIVE, f"{figures}: at least six rounds in both runs are needed for an interval"
+    if reference.low is None:
+        return ExitCode.INCONCLUSIVE, f"{figures}: {_TOO_FEW}"
+    return _against(speed, limit, figures)
+
+
+def _against(speed: Interval, limit: float, figures: str) -> _Part:
+    """A regression is wholly below the limit; what may be above it, or may not, is inconclusive."""
+    if speed.low is None or speed.high is None:
+        return ExitCode.INCONCLUSIVE, f"{figures}: {_TOO_FEW}"
     if speed.high < limit:
         return ExitCode.REGRESSION, f"{figures}: wholly below {limit:.3f}"
     if speed.median < limit:
@@ -135,7 +207,7 @@ def _speed(new: Record, old: Record, tolerance: float, elsewhere: str | None) ->
     return ExitCode.PASS, figures
 
 
-def _fidelity(new: Record, old: Record) -> tuple[ExitCode, str] | None:
+def _fidelity(new: Record, old: Record) -> _Part | None:
     if old.psnr_db is None:
         return None
     if new.psnr_db is None:
@@ -156,21 +228,8 @@ def _by_key(run: Run) -> dict[tuple[Any, ...], Record]:
     return found
 
 
-def _other_machine(current: Run, baseline: Run) -> str | None:
-    """Why speedups of the two runs cannot be compared, if so."""
-    for name, read in _MACHINE.items():
-        here, there = read(current.machine), read(baseline.machine)
-        if here != there:
-            return f"the {name} differs ({here or 'unknown'}, was {there or 'unknown'})"
-    return None
-
-
-# what decides a speedup besides the code
-_MACHINE: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
-    "GPU": lambda machine: machine.get("gpu"),
-    "CPU": lambda machine: (machine.get("cpu") or {}).get("brand_raw"),
-    "number of threads": lambda machine: machine.get("threads"),
-}
+def _some(part: _Part | None) -> tuple[_Part, ...]:
+    return () if part is None else (part,)
 
 
 def _arm(record: Record) -> str:

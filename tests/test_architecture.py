@@ -19,7 +19,7 @@ ARROWS = {
     "models": {"methods", "kernels"},
     "calibration": {"models", "methods", "kernels"},
     "bench": {"calibration", "models", "methods", "kernels"},
-    "reports": {"bench.record", "bench.statistics"},
+    "reports": {"bench.machine", "bench.record", "bench.statistics"},
 }
 # heavy or optional packages that importing a module must not load
 # (torch itself loads NVML's bindings where they are installed)

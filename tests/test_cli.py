@@ -427,6 +427,32 @@ def test_gate_exits_with_its_verdict(
     assert shown.err == ""
 
 
+def test_gate_compares_unlike_machines_only_if_forced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = []
+    for name, family in (("now.json", 26), ("before.json", 25)):
+        path = Path(_run(tmp_path / name))
+        machine = {"cpu": {"brand_raw": "Test data CPU", "family": family}, "threads": 2}
+        path.write_text(json.dumps({**json.loads(path.read_text()), "machine_info": machine}))
+        paths.append(str(path))
+    arguments = ["gate", paths[0], "--baseline", paths[1]]
+    assert main(arguments) == 3
+    line, verdict = capsys.readouterr().out.splitlines()
+    assert verdict == "inconclusive"
+    assert all(f"{path} (Test data CPU)" in line for path in paths)
+    assert "the processor's family differs (26, was 25)" in line
+    assert "--force" in line
+    assert main([*arguments, "--force"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1] == "pass"
+    assert any(line.startswith("note") and "processor's family" in line for line in shown)
+
+
+def test_gate_exits_with_three_of_a_disturbed_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = _run(tmp_path / "run.json", disturbed=0.3)
+    assert main(["gate", path, "--baseline", path]) == 3
+    assert "others had 30% of the CPUs" in capsys.readouterr().out
+
+
 def test_gate_exits_with_two_of_a_file_that_cannot_be_judged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -446,7 +472,7 @@ def test_an_error_is_one_line_of_bounded_length(tmp_path: Path, capsys: pytest.C
 def test_what_was_not_foreseen_exits_with_a_code_that_is_no_verdict(
     error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
         raise error
 
     monkeypatch.setattr("calibatt.reports.gate.judge", fail)
@@ -463,7 +489,7 @@ def test_what_was_not_foreseen_exits_with_a_code_that_is_no_verdict(
 def test_being_stopped_is_no_verdict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*arguments: Any) -> None:
+    def stop(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("calibatt.reports.gate.judge", stop)

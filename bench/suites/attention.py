@@ -17,6 +17,7 @@ from calibatt.bench.options import Options, method_cells
 from calibatt.bench.record import Record, Suite
 from calibatt.bench.rounds import take_turns
 from calibatt.bench.suites.suite import Job
+from calibatt.bench.telemetry import disturbance, load, read, throttled
 from calibatt.bench.timer import timed
 
 NAME: Suite = "attention"
@@ -35,6 +36,7 @@ class _Course:
     meter: Meter
     seconds: list[float] = field(default_factory=list)
     phases: dict[str, list[float]] = field(default_factory=dict)
+    throttled: bool | None = None
 
 
 def cells(options: Options) -> list[Cell]:
@@ -71,13 +73,16 @@ def run(context: Context, arms: Sequence[Arm], *, rounds: int) -> Iterator[tuple
         else:
             courses[arm] = _Course(one=one, meter=Meter(one.method, one.kernel, context.device))
     context.log(f"timing attention, {rounds} rounds of {len(courses)} arms")
+    before = load(context.device)
     failures = take_turns(list(courses), rounds + 1, lambda round_, arm: _turn(context, courses[arm], round_))
+    # they took turns: what disturbed one disturbed all
+    disturbed = disturbance(before, load(context.device))
     dense = None if DENSE in failures else courses.get(DENSE)
     for arm, course in courses.items():
         if arm in failures:
             yield arm, failed(context, NAME, arm, failures[arm])
         else:
-            yield arm, _record(context, course, None if arm == DENSE or dense is None else dense)
+            yield arm, _record(context, course, None if arm == DENSE or dense is None else dense, disturbed)
 
 
 def _turn(context: Context, course: _Course, round_: int) -> None:
@@ -90,6 +95,7 @@ def _turn(context: Context, course: _Course, round_: int) -> None:
     parts = meter.timer.collect_s()
     # the first round warms up
     if round_:
+        course.throttled = throttled(course.throttled, read(context.device))
         course.seconds.append(total / calls)
         for name, part in parts.items():
             course.phases.setdefault(name, []).append(part / calls)
@@ -100,7 +106,7 @@ def _calls(meter: Meter, probes: Sequence[Probe]) -> None:
         meter(probe.q, probe.k, probe.v, probe.site)
 
 
-def _record(context: Context, course: _Course, dense: _Course | None) -> Record:
+def _record(context: Context, course: _Course, dense: _Course | None, disturbed: float | None) -> Record:
     one = course.one
     density = statistics.mean(plan.density().mean().item() for plan in one.plans)
     operations = context.probes[0].site.geometry.operations * density
@@ -114,4 +120,6 @@ def _record(context: Context, course: _Course, dense: _Course | None) -> Record:
         error_calls=len(context.probes),
         plan_memory_bytes=max(plan.nbytes() for plan in one.plans),
         density=density,
+        throttled=throttled(course.throttled, dense and dense.throttled),
+        disturbed=disturbed,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +25,7 @@ from calibatt.bench.options import Options, method_cells
 from calibatt.bench.record import Record, Suite
 from calibatt.bench.rounds import SHOWN_ROUNDS, take_turns
 from calibatt.bench.suites.suite import Job, Kept
-from calibatt.bench.telemetry import read
+from calibatt.bench.telemetry import disturbance, load, read, throttled
 from calibatt.bench.timer import timed
 from calibatt.bench.video import Round, Rounds, Video
 from calibatt.methods.call import SparseAttention
@@ -184,9 +185,9 @@ def _one_video(context: Context, course: _Course, round_: int) -> Frames:
     meter = Meter(course.one.method, course.one.kernel, device, observers=observers)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    before = read(device)
+    before, load_before = read(device), load(device)
     seconds, video = timed(device, lambda: context.video(meter, round_))
-    after = read(device)
+    after, load_after = read(device), load(device)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     if not video.isfinite().all():
         raise ValueError("the video has NaN or infinite values")
@@ -195,7 +196,7 @@ def _one_video(context: Context, course: _Course, round_: int) -> Frames:
     made = Video(seconds=seconds - phases.pop("observe", 0.0), phases=phases, peak_memory_bytes=peak)
     if before is not None and after is not None:
         made.energy_j, made.clock_mhz = after.energy_j - before.energy_j, after.clock_mhz
-        made.throttled = before.throttled or after.throttled
+    made.throttled, made.disturbed = throttled(before, after), disturbance(load_before, load_after)
     if context.alignment is not None:
         made.alignment = context.alignment(video, context.prompts[round_])
     if round_ == 0:
@@ -231,9 +232,12 @@ def _record(context: Context, course: _Course, dense: _Course | None, artifacts:
         "alignment": _all(videos, "alignment"),
         "peak_memory_bytes": None if peaks is None else max(peaks),
     }
-    throttled = _all(videos, "throttled")
-    if throttled is not None:
-        more["throttled"] = any(throttled)
+    # what spoils the baseline spoils the speedup
+    timed_videos = [*videos, *([] if dense is None else dense.videos)]
+    more["throttled"] = throttled(*(video.throttled for video in timed_videos))
+    if (shares := _all(timed_videos, "disturbed")) is not None:
+        lasted = [video.seconds for video in timed_videos]
+        more["disturbed"] = sum(map(operator.mul, shares, lasted)) / sum(lasted)
     if dense is not None:
         more["baseline_samples_s"] = _all(dense.videos, "seconds")
         more["psnr_db"] = _all(videos, "psnr_db")

@@ -23,7 +23,7 @@ from calibatt.bench.options import Options
 from calibatt.bench.record import Record, Suite
 from calibatt.bench.rounds import take_turns
 from calibatt.bench.suites.suite import Job
-from calibatt.bench.telemetry import read
+from calibatt.bench.telemetry import disturbance, load, read, throttled
 from calibatt.bench.timer import timed
 from calibatt.kernels.base import Kernel, Task
 from calibatt.kernels.catalogue import KERNELS
@@ -185,9 +185,7 @@ class _Model:
                 course.peak_memory_bytes = max(course.peak_memory_bytes or 0, torch.cuda.max_memory_allocated(device))
         finally:
             restore(self.one.pipe)
-        reading = read(device)
-        if reading is not None:
-            course.throttled = bool(course.throttled) or reading.throttled
+        course.throttled = throttled(course.throttled, read(device))
 
 
 def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]:
@@ -204,17 +202,22 @@ def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]
         else:
             courses[arm] = one
     model.log(f"timing forward passes, {ROUNDS} rounds of {len(courses)} arms")
+    before = load(job.workload.device)
     failures = take_turns(list(courses), ROUNDS, lambda round_, arm: model.turn(courses[arm]))
+    # they took turns: what disturbed one disturbed all
+    disturbed = disturbance(before, load(job.workload.device))
     for arm, course in courses.items():
         if arm in failures:
             failure = failures[arm]
             yield arm, Record(**_facts(model, arm), outcome=failure.outcome, reason=failure.reason)
             continue
         dense = None if arm == DENSE or DENSE in failures or DENSE not in courses else courses[DENSE]
-        yield arm, _record(model, arm, course, dense)
+        yield arm, _record(model, arm, course, dense, disturbed)
 
 
-def _record(model: _Model, arm: Arm | BlockArm, course: _Course, dense: _Course | None) -> Record:
+def _record(
+    model: _Model, arm: Arm | BlockArm, course: _Course, dense: _Course | None, disturbed: float | None
+) -> Record:
     return Record(
         **_facts(model, arm),
         outcome="ok",
@@ -226,7 +229,8 @@ def _record(model: _Model, arm: Arm | BlockArm, course: _Course, dense: _Course 
         density=statistics.mean(course.plan.density().tolist()),
         plan_memory_bytes=course.plan.nbytes(),
         peak_memory_bytes=course.peak_memory_bytes,
-        throttled=course.throttled,
+        throttled=throttled(course.throttled, dense and dense.throttled),
+        disturbed=disturbed,
     )
 
 

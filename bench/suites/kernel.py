@@ -25,7 +25,7 @@ from calibatt.bench.options import Options
 from calibatt.bench.record import Pattern, Record, Suite
 from calibatt.bench.rounds import take_turns
 from calibatt.bench.suites.suite import Job
-from calibatt.bench.telemetry import read
+from calibatt.bench.telemetry import disturbance, load, read, throttled
 from calibatt.bench.timer import PhaseTimer, timed
 from calibatt.kernels.base import Kernel, Task
 from calibatt.kernels.catalogue import KERNELS
@@ -197,13 +197,16 @@ def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]
             courses[arm] = _Course(one=one)
     bench.log(f"timing {len(courses)} arms, {ROUNDS} rounds")
     timer = PhaseTimer(job.workload.device)
+    before = load(job.workload.device)
     failures = take_turns(list(courses), ROUNDS + 1, lambda round_, arm: _turn(bench, courses[arm], timer, round_))
+    # they took turns: what disturbed one disturbed all
+    disturbed = disturbance(before, load(job.workload.device))
     dense = None if DENSE in failures else courses.get(DENSE)
     for arm, course in courses.items():
         if arm in failures:
             yield arm, bench.failed(arm, failures[arm])
         else:
-            yield arm, _record(bench, arm, course, None if arm == DENSE or dense is None else dense)
+            yield arm, _record(bench, arm, course, None if arm == DENSE or dense is None else dense, disturbed)
 
 
 def _turn(bench: _Bench, course: _Course, timer: PhaseTimer, round_: int) -> None:
@@ -219,8 +222,7 @@ def _turn(bench: _Bench, course: _Course, timer: PhaseTimer, round_: int) -> Non
     if one.plan.mask is not None and device.type == "cuda":
         with timer.phase("lists"):
             block_lists(one.plan)
-    taken = timer.collect_s()
-    state = read(device)
+    taken, state = timer.collect_s(), read(device)
     # the first round warms up
     if not round_:
         return
@@ -229,10 +231,12 @@ def _turn(bench: _Bench, course: _Course, timer: PhaseTimer, round_: int) -> Non
     if device.type == "cuda":
         for name, part in (*taken.items(), ("launch", launch)):
             course.phases.setdefault(name, []).append(part)
-        course.throttled = bool(course.throttled) or (state is not None and state.throttled)
+    course.throttled = throttled(course.throttled, state)
 
 
-def _record(bench: _Bench, arm: Arm | BlockArm, course: _Course, dense: _Course | None) -> Record:
+def _record(
+    bench: _Bench, arm: Arm | BlockArm, course: _Course, dense: _Course | None, disturbed: float | None
+) -> Record:
     one = course.one
     density = one.plan.density().mean().item()
     operations = bench.geometry.operations * density
@@ -246,7 +250,8 @@ def _record(bench: _Bench, arm: Arm | BlockArm, course: _Course, dense: _Course 
         first_call_s=one.first_call_s,
         tflops=operations / statistics.median(course.seconds) / 1e12,
         gemm_tflops=bench.gemm_tflops,
-        throttled=course.throttled,
+        throttled=throttled(course.throttled, dense and dense.throttled),
+        disturbed=disturbed,
         density=density,
         kernel_error=one.error,
         kernel_error_budget=one.budget,

@@ -18,6 +18,7 @@ from calibatt.bench.observers import PlanSummary
 from calibatt.bench.record import Record
 from calibatt.bench.suites.denoise import run
 from calibatt.bench.suites.suite import Kept
+from calibatt.bench.telemetry import Load
 from calibatt.bench.video import Rounds, in_order
 from calibatt.kernels import oracle
 from calibatt.kernels.mask import BlockMask
@@ -46,6 +47,21 @@ def test_times_and_videos_are_compared_with_dense_ones_of_the_same_round(
     assert record.psnr_db == pytest.approx((psnr_db(a, b),) * 3, abs=0.2)
     assert record.ssim is not None
     assert max(record.ssim) < 1
+
+
+def test_what_others_had_is_of_the_videos_and_their_baselines_by_their_length(
+    fakes: Any, by_round: Callable[..., list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # before and after each video: of dense 8 s long, half and a tenth of it; of the other 4 s, a tenth
+    used = iter([0.0, 4.0, 4.0, 4.4, 4.4, 5.2, 5.2, 5.6])
+    monkeypatch.setattr(
+        "calibatt.bench.suites.denoise.load",
+        lambda device: Load(there_s=fakes.clock.now, used_s=next(used), own_s=0.0),
+    )
+    arms = [fakes.arm(name, by_round(BEFORE, A_VIDEO, [t, t])) for name, t in (("dense", 1.0), ("sparse", 0.5))]
+    records = dict(run(fakes.context(), arms, rounds=2, artifacts=None))
+    assert records[arms[0]].disturbed == pytest.approx((4.0 + 0.8) / 16)
+    assert records[arms[1]].disturbed == pytest.approx((4.0 + 0.8 + 0.4 + 0.4) / (16 + 8))
 
 
 def test_the_same_video_is_as_near_as_can_be(fakes: Any) -> None:

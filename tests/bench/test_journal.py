@@ -166,7 +166,7 @@ def test_every_record_is_on_the_disk_when_it_is_measured(tmp_path: Path) -> None
     assert not path.exists()
     running.record("kernel", Cell(workload=WORKLOADS[0], arm=arm("radial")))
     first, *kept = map(json.loads, path.read_text().splitlines())
-    assert first == {"schema": "calibatt-partial-3", **RUN}
+    assert first == {"schema": "calibatt-partial-4", **RUN}
     # nobody chose dense
     assert [one["cell"] for one in kept] == ["shapes-quick-radial-flex", "shapes-quick-sparge-flex"]
     assert [one["samples_s"] for one in kept] == [[1.0, 2.0]] * 2
@@ -226,7 +226,7 @@ def test_half_a_line_of_a_run_that_was_stopped_while_it_wrote_is_not_read(tmp_pa
     ("other", "message"),
     [
         ({**RUN, "command": "pytest bench -k kernel"}, r"another command \(pytest bench, not pytest bench -k kernel\)"),
-        ({**RUN, "machine": {"threads": 2}}, "another machine"),
+        ({**RUN, "machine": {"threads": 2}}, r"another number of threads of the machine \(1, not 2\)"),
         ({**RUN, "code": "ab"}, r"another code \(null, not ab\)"),
     ],
 )
@@ -239,6 +239,18 @@ def test_what_another_run_left_is_refused_in_a_line_that_says_what_to_do(
         Journal(path, other)
     assert "delete the file" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"commit": {"id": "ab", "dirty": True}}, {"machine": {"threads": 1, "cpu": {"hz_actual": [2_600_000_001, 0]}}}],
+)
+def test_another_commit_of_the_same_code_and_another_minute_are_the_same_run(
+    tmp_path: Path, other: dict[str, Any]
+) -> None:
+    path = tmp_path / "kept"
+    Journal(path, {**RUN, "commit": {"id": "cd", "dirty": False}}).keep("kernel", "cell", record(samples_s=(1.0,)))
+    assert list(Journal(path, {**RUN, **other}).found) == [("kernel", "cell")]
 
 
 @pytest.mark.parametrize(

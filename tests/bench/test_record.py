@@ -108,6 +108,7 @@ def test_preparing_pays_after_as_many_videos_as_save_what_it_took() -> None:
         ({"phases_s": {"permute": (1.0,), "unpermute": (1.0, 1.0)}}, "not pairs"),
         ({"steps": 10**400}, "steps is too large"),
         ({"density": -0.1}, "negative"),
+        ({"disturbed": 1.5}, "no share"),
         ({"block": (0, 64)}, "at least one token"),
         ({"mode": "equal_fidelity"}, "target_psnr_db"),
         ({"method_colour": "red"}, "#RRGGBB"),

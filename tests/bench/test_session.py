@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from calibatt.bench import fingerprint
+from calibatt.bench.machine import compare
 from calibatt.bench.record import load_run
 from calibatt.cli import main
 
@@ -175,7 +177,11 @@ def test_a_run_leaves_records_of_what_was_and_of_what_could_not_be_timed(tmp_pat
     # whole videos have the density that was asked for: it is known from the calibration
     (solved,) = [r for r in run.records if r.suite == "denoise" and r.target_density == 0.6 and r.outcome == "ok"]
     assert solved.density == pytest.approx(0.6, abs=0.02)
-    assert {"torch", "diffusers", "calibatt"} <= set(run.machine["versions"])
+    assert compare(run.machine, fingerprint.machine()).alike
+    assert set(run.commit) == {"id", "dirty"}
+    timed = [record for record in run.records if record.outcome == "ok" and record.suite != "calibration"]
+    on_cpu = run.machine["gpu"] is None
+    assert all((record.disturbed is not None) == on_cpu for record in timed)
 
 
 @pytest.mark.slow

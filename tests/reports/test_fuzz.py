@@ -37,7 +37,12 @@ def _few() -> dict[str, Any]:
     run["benchmarks"] = [*found["denoise"][:2], *(found[suite][-1] for suite in ("attention", "kernel", "calibration"))]
     methods = json.loads((RESULTS / "cpu" / "methods.json").read_text(encoding="utf-8"))
     run["untimed"] = methods["untimed"][:1]
-    run["machine_info"]["cpu"] = {"brand_raw": "Test data CPU", "count": 2}
+    # as newer files have it
+    run["machine_info"] |= {"torch_build": "CPU", "gpu": None, "gpu_power_limit_w": 700.0}
+    run["machine_info"]["cpu"] = {
+        "brand_raw": "Test data CPU", "family": 25, "caches": {"L2": 1048576}, "flags": ["avx2"], "count": 2,
+        "usable": 2,
+    }  # fmt: skip
     for benchmark in run["benchmarks"]:
         # as newer files have them
         benchmark["extra_info"]["samples_s"] = benchmark["stats"]["data"]

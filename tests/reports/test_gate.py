@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from calibatt.bench.machine import digest_of_flags
 from calibatt.bench.record import Record, Run, UnusableFile, load_run
 from calibatt.reports.gate import ExitCode, Verdict, judge
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
+# as earlier versions wrote it, and in full
 MACHINE = {"gpu": None, "cpu": {"brand_raw": "Test data CPU"}, "threads": 2}
+CPU = {
+    "vendor_id_raw": "Test data", "family": 25, "model": 17, "stepping": 1, "brand_raw": "Test data CPU",
+    "flags_sha256": "4471762b209a29f3", "caches": {"L1d": 32768, "L2": 1048576}, "count": 2, "cores": 2, "usable": 2,
+}  # fmt: skip
+FULL = {
+    "system": "Linux", "python_version": "3.11.7", "cpu": CPU, "threads": 2, "gpu": None, "gpu_power_limit_w": None,
+    "driver": None, "torch_build": "CPU", "cudnn": None,
+    "versions": {"calibatt": "0.1.0", "torch": "2.9.0", "triton": None},
+}  # fmt: skip
 
 
 def _run(*records: Record, machine: dict[str, Any] = MACHINE) -> Run:
@@ -27,7 +39,7 @@ def _steady(make: SimpleNamespace, ratio: float, rounds: int = 6, **more: Any) -
 
 
 def _code(verdict: Verdict) -> ExitCode:
-    assert len(verdict.lines) == len(verdict.judgements) + 1
+    assert len(verdict.lines) == len(verdict.judgements) + len(verdict.notes) + 1
     return verdict.exit_code
 
 
@@ -75,11 +87,122 @@ def test_too_few_rounds_on_either_side_are_inconclusive(now: int, before: int, m
     assert "six rounds" in verdict.lines[0]
 
 
-@pytest.mark.parametrize("other", [{"cpu": {"brand_raw": "Other"}}, {"gpu": "Other"}, {"threads": 4}])
-def test_speedups_of_another_machine_are_not_compared(other: dict[str, Any], make: SimpleNamespace) -> None:
-    verdict = judge(_run(_steady(make, 1.0), machine={**MACHINE, **other}), _run(_steady(make, 1.3)))
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"cpu": {**CPU, "family": 26, "model": 2}}, "the processor's family differs (26, was 25)"),
+        ({"cpu": {**CPU, "model": 2}}, "the processor's model differs (2, was 17)"),
+        ({"cpu": {**CPU, "flags_sha256": "ab"}}, "the digest of the processor's flags differs"),
+        ({"cpu": {**CPU, "usable": 1}}, "the number of CPUs that the process may use differs (1, was 2)"),
+        ({"gpu": "Other"}, "the GPU differs (Other, was none)"),
+        ({"threads": 4}, "the number of threads differs (4, was 2)"),
+        ({"torch_build": "CUDA 13.0"}, "the build of torch differs (CUDA 13.0, was CPU)"),
+        ({"versions": {**FULL["versions"], "triton": "3.9.0"}}, "the version of triton differs (3.9.0, was none)"),
+    ],
+)
+def test_unlike_machines_are_compared_only_if_forced(other: dict[str, Any], said: str, make: SimpleNamespace) -> None:
+    now, before = _run(_steady(make, 1.0), machine={**FULL, **other}), _run(_steady(make, 1.3), machine=FULL)
+    verdict = judge(now, before)
     assert _code(verdict) == ExitCode.INCONCLUSIVE
-    assert "differs" in verdict.lines[0]
+    line, _ = verdict.lines
+    assert said in line
+    assert line.count("run.json") == 2
+    assert line.count("Test data CPU") == 2
+    forced = judge(now, before, force=True)
+    assert _code(forced) == ExitCode.REGRESSION
+    assert said in forced.lines[1]
+    assert "baseline's time" not in forced.lines[0]
+
+
+def test_another_version_of_calibatt_and_another_patch_of_python_are_alike(make: SimpleNamespace) -> None:
+    other = {**FULL, "python_version": "3.11.9", "versions": {**FULL["versions"], "calibatt": "9"}}
+    verdict = judge(_run(_steady(make, 1.3), machine=other), _run(_steady(make, 1.3), machine=FULL))
+    assert _code(verdict) == ExitCode.PASS
+    assert not verdict.notes
+
+
+def test_of_an_older_file_what_both_have_is_compared_and_the_rest_named(make: SimpleNamespace) -> None:
+    now = _run(_steady(make, 1.3), machine=FULL)
+    verdict = judge(now, _run(_steady(make, 1.3)))
+    assert _code(verdict) == ExitCode.PASS
+    (note,) = verdict.notes
+    assert "processor's model" in note
+    assert "version of torch" in note
+    assert "threads" not in note
+    assert _code(judge(now, _run(_steady(make, 1.3), machine={**MACHINE, "threads": 4}))) == ExitCode.INCONCLUSIVE
+
+
+def test_flags_that_an_older_file_has_in_full_are_compared_by_their_digest(make: SimpleNamespace) -> None:
+    old = {**FULL, "cpu": {**CPU, "flags": ["avx2", "avx512f"]}}
+    for flags, code in ((["avx512f", "avx2"], ExitCode.PASS), (["avx2"], ExitCode.INCONCLUSIVE)):
+        new = {**FULL, "cpu": {**CPU, "flags_sha256": digest_of_flags(flags)}}
+        assert _code(judge(_run(_steady(make, 1.3), machine=new), _run(_steady(make, 1.3), machine=old))) == code
+
+
+def _slower(record: Record, times: float) -> Record:
+    samples, dense = record.samples_s or (), record.baseline_samples_s
+    return replace(
+        record, samples_s=tuple(sample * times for sample in samples),
+        baseline_samples_s=dense and tuple(sample * times for sample in dense),
+    )  # fmt: skip
+
+
+def test_dense_and_sparse_both_three_times_slower_are_a_regression(make: SimpleNamespace) -> None:
+    arms = (make.dense_arm(), make.arm("calibatt"))
+    slower = [_slower(one, 3) for one in arms]
+    verdict = judge(_run(*slower, machine=FULL), _run(*arms, machine=FULL))
+    assert [one.code for one in verdict.judgements] == [ExitCode.REGRESSION] * 2
+    assert "time 12.0 s, was 4.00 s" in verdict.lines[0]
+    assert "baseline's time 12.0 s, was 4.00 s" in verdict.lines[1]
+    # nobody asked for the dense arm
+    assert _code(judge(_run(slower[1], machine=FULL), _run(arms[1], machine=FULL))) == ExitCode.REGRESSION
+    # of files that do not show that the machines are alike, nor of forced ones, times say nothing
+    assert _code(judge(_run(*slower), _run(*arms))) == ExitCode.PASS
+    assert _code(judge(_run(*slower, machine={**FULL, "threads": 4}), _run(*arms, machine=FULL), force=True)) == 0
+
+
+@pytest.mark.parametrize(("times", "code"), [(0.5, ExitCode.PASS), (1.08, ExitCode.PASS), (1.2, ExitCode.REGRESSION)])
+def test_a_dense_time_may_vary_by_as_much_as_it_does_on_one_machine(
+    times: float, code: ExitCode, make: SimpleNamespace
+) -> None:
+    dense = make.dense_arm(samples_s=tuple(1 + 0.001 * i for i in range(6)))
+    assert _code(judge(_run(_slower(dense, times), machine=FULL), _run(dense, machine=FULL))) == code
+
+
+def test_dense_times_of_too_few_rounds_or_another_guidance_are_inconclusive(make: SimpleNamespace) -> None:
+    dense = make.dense_arm(prompts=None)
+    for other in (make.dense_arm(rounds=3, prompts=None), make.dense_arm(prompts=None, guidance=2.0)):
+        assert _code(judge(_run(other, machine=FULL), _run(dense, machine=FULL))) == ExitCode.INCONCLUSIVE
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "said"),
+    [({"throttled": True}, "throttled"), ({"disturbed": 0.12}, "disturbed: others had 12% of the CPUs")],
+)
+def test_times_that_something_spoilt_are_neither_passed_nor_failed(
+    spoilt: dict[str, Any], said: str, make: SimpleNamespace
+) -> None:
+    steady = _steady(make, 1.3)
+    other = _steady(make, 1.3, preset="other")
+    for ratio in (1.3, 1.0):
+        verdict = judge(_run(_steady(make, ratio, **spoilt), other, machine=FULL), _run(steady, other, machine=FULL))
+        # the other arm is judged as ever
+        assert [one.code for one in verdict.judgements] == [ExitCode.INCONCLUSIVE, ExitCode.PASS]
+        assert f"this run was {said}" in verdict.lines[0]
+    earlier = judge(_run(steady, machine=FULL), _run(_steady(make, 1.3, **spoilt), machine=FULL))
+    assert _code(earlier) == ExitCode.INCONCLUSIVE
+    assert f"the earlier run was {said}" in earlier.lines[0]
+    # an arm without a speedup too
+    dense = _run(make.dense_arm(**spoilt))
+    assert _code(judge(dense, dense)) == ExitCode.INCONCLUSIVE
+    # what a video is like does not depend on the clock
+    unlike = _run(_steady(make, 1.3, psnr_db=(20.0,) * 6, **spoilt), machine=FULL)
+    assert _code(judge(unlike, _run(steady, machine=FULL))) == ExitCode.REGRESSION
+
+
+def test_a_little_that_others_do_spoils_nothing(make: SimpleNamespace) -> None:
+    run = _run(_steady(make, 1.3, disturbed=0.05, throttled=False), machine=FULL)
+    assert _code(judge(run, run)) == ExitCode.PASS
 
 
 def test_a_benchmark_that_vanished_is_a_regression(make: SimpleNamespace) -> None:
@@ -110,9 +233,8 @@ def test_a_fall_in_psnr_of_more_than_a_decibel_is_a_regression(
 ) -> None:
     now = _run(_steady(make, 1.3, psnr_db=(psnr,) * 6))
     assert _code(judge(now, _run(_steady(make, 1.3)))) == code
-    # fidelity does not depend on the machine: a fall outweighs that speed cannot be compared
-    elsewhere = judge(_run(*now.records, machine={}), _run(_steady(make, 1.3)))
-    assert _code(elsewhere) == (code or ExitCode.INCONCLUSIVE)
+    forced = judge(_run(*now.records, machine={**MACHINE, "threads": 4}), _run(_steady(make, 1.3)), force=True)
+    assert _code(forced) == code
 
 
 def test_psnr_of_other_prompts_is_not_compared(make: SimpleNamespace) -> None:
@@ -159,7 +281,7 @@ def test_a_name_or_a_reason_cannot_forge_a_line(make: SimpleNamespace) -> None:
     now = make.broken(evil, "failed", "\n".join(["pass"] * 1000))
     verdict = judge(_run(now), _run(make.arm(evil)))
     assert _code(verdict) == ExitCode.REGRESSION
-    first, last = verdict.lines
+    first, _, last = verdict.lines
     assert first.startswith("regression  ")
     assert first.isprintable()
     assert len(first) <= 600
