@@ -10,14 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from calibatt.bench.machine import compare
 from calibatt.bench.record import Record, Run, UnusableFile, load_run
 from calibatt.reports.rows import DENSE
-
-# what decides how fast something is, by its place in `machine_info`; of a processor its clock at that moment does not
-_DECIDING = (
-    ("gpu",), ("cuda",), ("cudnn",), ("driver",), ("threads",), ("python_version",),
-    *(("cpu", name) for name in ("vendor_id_raw", "family", "model", "stepping", "brand_raw", "count")),
-)  # fmt: skip
 
 
 def merge(paths: Sequence[Path], out: Path) -> Run:
@@ -80,26 +75,13 @@ def merge(paths: Sequence[Path], out: Path) -> Run:
 
 
 def _check_alike(one: Run, other: Run) -> None:
-    packages = dict.fromkeys([*(_at(one.machine, ("versions",)) or {}), *(_at(other.machine, ("versions",)) or {})])
-    for place in (*_DECIDING, *(("versions", name) for name in packages)):
-        mine, others = (_at(run.machine, place) for run in (one, other))
-        if mine != others:
-            raise UnusableFile(
-                f"{one.path} and {other.path} are of unlike machines: {' '.join(place)} is {_shown(mine)} and "
-                f"{_shown(others)}; only files of one kind of machine go together"
-            )
-
-
-def _at(machine: Mapping[str, Any], place: Sequence[str]) -> Any:
-    found: Any = machine
-    for name in place:
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
-
-
-def _shown(value: Any) -> str:
-    text = "not known" if value is None else value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
+    """Refuse files whose machines or software are known to differ; what one of them does not say is no difference."""
+    difference = compare(one.machine, other.machine).difference
+    if difference is not None:
+        raise UnusableFile(
+            f"{one.path} and {other.path} are of unlike machines, so they make no one file: the {difference.name} is "
+            f"{difference.here} and {difference.there}"
+        )
 
 
 def _take_picture(run: Run, record: Record, info: dict[str, Any], folder: str, copies: dict[str, Path]) -> None:
