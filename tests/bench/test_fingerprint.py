@@ -26,7 +26,6 @@ COMMIT = re.compile("[0-9a-f]{40}")
 
 # made before this was asked of them; never to be added to
 WITHOUT_COMMIT = {
-    "h100/videos-24.jsonl": "what a stopped run had kept: its first line had the digest of the code alone",
     "h200/kernel.json": "measured in a copy of the tree without its history",
     "h200/kernel-blocks.json": "measured in a copy of the tree without its history",
     "h200/kernel-models.json": "measured in a copy of the tree without its history",
@@ -35,17 +34,13 @@ WITHOUT_COMMIT = {
 
 
 def commit_of(path: Path) -> str | None:
-    """The commit that a result file names, whole or what a stopped run had kept."""
-    if path.suffix == ".jsonl":
-        first = json.loads(path.read_text(encoding="utf-8").split("\n", 1)[0])
-        found = (first.get("commit") or {}).get("id")
-    else:
-        found = load_run(path).commit.get("id")
+    """The commit that a result file names."""
+    found = load_run(path).commit.get("id")
     return found if COMMIT.fullmatch(found or "") else None
 
 
 def results() -> dict[str, Path]:
-    return {str(path.relative_to(RESULTS)): path for path in sorted(RESULTS.rglob("*.json*"))}
+    return {str(path.relative_to(RESULTS)): path for path in sorted(RESULTS.rglob("*.json"))}
 
 
 @pytest.mark.parametrize("name", results())
@@ -58,13 +53,12 @@ def test_the_list_of_results_without_a_commit_holds_those_alone() -> None:
     assert {name for name, path in results().items() if not commit_of(path)} == set(WITHOUT_COMMIT)
 
 
-@pytest.mark.parametrize("name", ["run.json", "run.json.partial.jsonl"])
-def test_a_result_without_a_commit_is_found(name: str, tmp_path: Path) -> None:
+def test_a_result_without_a_commit_is_found(tmp_path: Path) -> None:
     record = {"schema": 1, "suite": "kernel", "model": "m", "method": "dense", "kernel": "k", "outcome": "failed"}
     for id_, expected in (("unversioned", None), (None, None), ("ab" * 20, "ab" * 20)):
         whole = {"benchmarks": [], "untimed": [{**record, "reason": "none"}], "commit_info": {"id": id_}}
-        path = tmp_path / name
-        path.write_text(json.dumps({"commit": {"id": id_}} if path.suffix == ".jsonl" else whole))
+        path = tmp_path / "run.json"
+        path.write_text(json.dumps(whole))
         assert commit_of(path) == expected
 
 
