@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--guidance", type=float, help="classifier-free guidance scale; default: the model's")
     command.add_argument("--method", default="dense", help="see `calibatt methods`; default: %(default)s")
     command.add_argument("--preset", default="default", help="preset of the method; default: %(default)s")
+    _add_settings(command)
     command.add_argument(
         "--kernel",
         default="default",
@@ -110,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(command)
     command.add_argument("--method", default="calibatt", help="see `calibatt methods`; default: %(default)s")
     command.add_argument("--preset", default="default", help="preset of the method; default: %(default)s")
+    _add_settings(command)
     command.add_argument("--prompts", type=Path, help="file of prompts, one per line; default: the model's own")
     command.add_argument(
         "--count", type=int, help="how many prompts; default: all in the file, or 16 of the model's own"
@@ -173,6 +175,25 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--weights", type=Path, help="folder of other weights, in Diffusers' layout")
 
 
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="a setting of the method, in place of the preset's; may be given again",
+    )  # fmt: skip
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What --set says."""
+    from calibatt.methods.catalogue import settings_from
+
+    wrong = [given for given in arguments.set if "=" not in given]
+    if wrong:
+        raise ValueError(f"--set {wrong[0]}: give NAME=VALUE")
+    return settings_from(
+        arguments.method, arguments.preset, dict(given.split("=", 1) for given in arguments.set)
+    )  # fmt: skip
+
+
 def _generate(arguments: argparse.Namespace) -> int:
     from calibatt.bench.timer import timed
     from calibatt.calibration.artifact import check_output
@@ -234,7 +255,8 @@ def _method(arguments: argparse.Namespace, entry: Any, resolution: str, steps: i
     from calibatt.methods.catalogue import build, learns_from
 
     name, preset, calibration = arguments.method, arguments.preset, None
-    source = learns_from(name, preset)
+    settings = _settings(arguments)
+    source = learns_from(name, preset, **settings)
     if arguments.calibration is not None:
         calibration = Calibration.load(arguments.calibration).to(device)
     elif source is not None:
@@ -244,7 +266,7 @@ def _method(arguments: argparse.Namespace, entry: Any, resolution: str, steps: i
             f"{name} needs --calibration: make one by `calibatt calibrate {which}--model {entry.name} "
             f"--resolution {resolution} --steps {steps} -o FILE`"
         )
-    return build(name, preset=preset, calibration=calibration, block=entry.block_at(resolution))
+    return build(name, preset=preset, calibration=calibration, **{"block": entry.block_at(resolution), **settings})
 
 
 def _task(method: Any, geometry: Any, steps: int, layers: int, device: Any) -> Any:
@@ -386,7 +408,7 @@ def _at_least_one(arguments: argparse.Namespace, name: str, default: int) -> int
 
 def _learning(arguments: argparse.Namespace, entry: Any, resolution: str) -> dict[str, Any]:
     """By what a method is to learn: its preset, and settings in place of the preset's."""
-    how: dict[str, Any] = {"preset": arguments.preset, "block": entry.block_at(resolution)}
+    how = {"preset": arguments.preset, "block": entry.block_at(resolution), **_settings(arguments)}
     return {**how, "levels": True} if arguments.levels else how
 
 

@@ -317,7 +317,8 @@ class Run:
             if len(group) == 1:
                 raise
             raise ValueError(
-                f"{len(group)} videos side by side take more memory than there is: learn with a smaller `beside`"
+                f"{len(group)} videos side by side take more memory than there is: learn with a smaller `beside` "
+                "(--set beside=2)"
             ) from None
         total = time.perf_counter() - start
         watcher.check_complete()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields, replace
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +18,7 @@ from calibatt.methods.calibatt.method import CalibAtt
 from calibatt.methods.compact import Compact
 from calibatt.methods.dense import Dense
 from calibatt.methods.draft import Draft
+from calibatt.methods.facts import read_facts
 from calibatt.methods.jenga import Jenga
 from calibatt.methods.learning import Learner, Learnt, settings_of
 from calibatt.methods.lite import Lite
@@ -169,6 +171,31 @@ def has_blocks(name: str, *, preset: str = "default") -> bool:
     return getattr(config, "block", None) is not None
 
 
+def settings_from(name: str, preset: str, texts: Mapping[str, str]) -> dict[str, Any]:
+    """Settings of a method from texts, as a command line has them: JSON, or else a text.
+
+    Args:
+        name, preset: as for `build`.
+        texts: values of fields of the method's config.
+
+    Raises:
+        UnknownName: there is no such method or preset.
+        ValueError: a setting does not exist, is of another type, or makes no sense.
+    """
+    _, config = _preset(name, preset, texts)
+    read = read_facts(
+        type(config), json.dumps({**asdict(config), **{key: _value(text) for key, text in texts.items()}})
+    )
+    return {key: getattr(read, key) for key in texts}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def _check_settings(arm: str, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse what was learnt under other settings, naming the first that differs."""
     for field in (*own, *(given.keys() - own.keys())):
@@ -179,15 +206,21 @@ def _check_settings(arm: str, own: Mapping[str, Any], given: Mapping[str, Any]) 
             )
 
 
-def _configured(
-    name: str, preset: str, block: tuple[int, int] | None, settings: Mapping[str, Any]
-) -> tuple[type[Method], Any]:
-    """The method's class and its config."""
+def _preset(name: str, preset: str, settings: Collection[str]) -> tuple[type[Method], Any]:
+    """The method's class and a preset, which has settings of these names."""
     method_class = look_up(METHODS, name, "method")
     config = look_up(method_class.presets, preset, f"preset of {name}")
     known = [field.name for field in fields(config)]
     unknown = [setting for setting in settings if setting not in known]
     if unknown:
         raise ValueError(f"{name} has no setting {', '.join(unknown)}: it has {', '.join(known) or 'none'}")
+    return method_class, config
+
+
+def _configured(
+    name: str, preset: str, block: tuple[int, int] | None, settings: Mapping[str, Any]
+) -> tuple[type[Method], Any]:
+    """The method's class and its config."""
+    method_class, config = _preset(name, preset, settings)
     blocks = {"block": block} if block is not None and getattr(config, "block", None) is not None else {}
     return method_class, replace(config, **blocks, **settings)

@@ -164,6 +164,22 @@ def test_a_stopped_calibration_says_how_to_go_on_and_comes_to_the_same_file(
     assert all(torch.equal(whole.tables[name], parts.tables[name]) for name in whole.tables)
 
 
+def test_settings_are_set_by_name(tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from calibatt.calibration.artifact import Calibration
+
+    out = tmp_path / "masks"
+    how = ["--model", "tiny", "--method", "budget", "--set", "beside=1", "--set", "trials=0"]
+    assert main(["calibrate", *how, "--count", "2", "-o", str(out)]) == 0
+    made = Calibration.load(out)
+    assert (made.settings["beside"], made.settings["trials"]) == (1, 0)
+    film = ["generate", "a red circle, still, over grey", "-o", str(tmp_path / "x.gif"), "--calibration", str(out)]
+    assert main([*film, *how]) == 0
+    capsys.readouterr()
+    for given, says in (("beside", "--set beside: give NAME=VALUE"), ("besides=2", "no setting besides")):
+        assert main(["calibrate", *how, "--set", given, "-o", str(tmp_path / "y")]) == 2
+        assert says in capsys.readouterr().err
+
+
 def test_a_calibration_stopped_in_its_first_video_leaves_nothing(
     tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,7 +94,9 @@ def test_prompts_that_are_noted_as_one_are_a_unit_and_their_videos_are_made_side
 def test_videos_side_by_side_that_do_not_fit_say_what_to_do(hand_made: Made, tmp_path: Path) -> None:
     how: dict[str, Any] = {"method": "budget", "block": (16, 8), "trials": 0, "seed": 7}
     videos = hand_made(stop=("two", torch.OutOfMemoryError("no room")))
-    with pytest.raises(ValueError, match=r"^2 videos side by side take more memory than there is.*smaller `beside`$"):
+    with pytest.raises(
+        ValueError, match=r"^2 videos side by side take more memory than there is.*smaller `beside` \(--set"
+    ):
         calibrate_on(videos, prompts=["one", "two"], **how)
     with pytest.raises(torch.OutOfMemoryError):
         calibrate_on(videos, prompts=["two"], **how)

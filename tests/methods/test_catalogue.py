@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.names import UnknownName
 from calibatt.methods.base import Method
-from calibatt.methods.catalogue import METHODS, build, has_blocks, learner, learns_from
+from calibatt.methods.catalogue import METHODS, build, has_blocks, learner, learns_from, settings_from
 from calibatt.methods.learning import Learner, Learnt, settings_of
 from calibatt.methods.site import Site
 
@@ -170,3 +171,34 @@ def test_density_is_monotonic_along_the_knob(name: str, learn: Learn) -> None:
     found = [method.plan(q, k, v, SITE).density().mean().item() for method in built]
     assert found in (sorted(found), sorted(found, reverse=True))
     assert abs(found[-1] - found[0]) > 0.1
+
+
+@pytest.mark.parametrize(("name", "preset"), ARMS)
+def test_every_preset_can_be_set_from_texts(name: str, preset: str) -> None:
+    config = METHODS[name].presets[preset]
+    texts = {field.name: json.dumps(getattr(config, field.name), default=asdict) for field in fields(config)}
+    assert settings_from(name, preset, texts) == {field: getattr(config, field) for field in texts}
+
+
+def test_settings_from_texts_are_of_their_types() -> None:
+    texts = {"beside": "2", "over_prompts": "max", "block": "[64, 32]", "weighed": "false", "density": "1"}
+    assert settings_from("budget", "default", texts) == {
+        "beside": 2, "over_prompts": "max", "block": (64, 32), "weighed": False, "density": 1.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [
+        ({"beside": "two"}, "beside: Input should be a valid integer"),
+        ({"beside": "2.5"}, "beside: Input should be a valid integer"),
+        ({"over_prompts": "most"}, "over_prompts: Input should be 'mean' or 'max'"),
+        ({"density": "NaN"}, "density: "),
+        ({"beside": "0"}, "at least one prompt: got beside=0"),
+        ({"bside": "2"}, "budget has no setting bside: it has density, "),
+    ],
+)
+def test_what_is_no_setting_is_refused_in_one_line(texts: dict[str, str], says: str) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        settings_from("budget", "default", texts)
+    assert "\n" not in str(caught.value)
