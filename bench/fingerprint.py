@@ -128,11 +128,14 @@ def _gpu() -> dict[str, Any]:
         return dict.fromkeys(("gpu", "gpu_power_limit_w", "driver"))
     import pynvml
 
-    handle = nvml_handle(torch.device("cuda"))
+    handle, limit_w = nvml_handle(torch.device("cuda")), None
+    # parts of a GPU, and some small ones, have none
+    with contextlib.suppress(pynvml.NVMLError_NotSupported):
+        # NVML counts milliwatts
+        limit_w = pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1e3
     return {
         "gpu": torch.cuda.get_device_name(),
-        # NVML counts milliwatts
-        "gpu_power_limit_w": pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1e3,
+        "gpu_power_limit_w": limit_w,
         "driver": str(pynvml.nvmlSystemGetDriverVersion()),
     }
 

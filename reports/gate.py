@@ -131,9 +131,9 @@ def judge(current: Run, baseline: Run, *, tolerance: float = TOLERANCE, force: b
 def _notes(machines: Comparison) -> tuple[str, ...]:
     notes = []
     if machines.difference is not None:
-        notes.append(f"forced, dense times are not compared: {machines.difference}")
+        notes.append(f"forced, though {machines.difference}: dense times are not compared")
     if machines.unknown:
-        notes.append(f"dense times are not compared: not both files say what is the {', '.join(machines.unknown)}")
+        notes.append(f"dense times are not compared, for one file or both do not say: {', '.join(machines.unknown)}")
     return tuple(notes)
 
 

@@ -120,6 +120,6 @@ def _record(context: Context, course: _Course, dense: _Course | None, disturbed:
         error_calls=len(context.probes),
         plan_memory_bytes=max(plan.nbytes() for plan in one.plans),
         density=density,
-        throttled=throttled(course.throttled, dense and dense.throttled),
+        throttled=throttled(course.throttled, dense.throttled if dense else None),
         disturbed=disturbed,
     )

@@ -229,7 +229,7 @@ def _record(
         density=statistics.mean(course.plan.density().tolist()),
         plan_memory_bytes=course.plan.nbytes(),
         peak_memory_bytes=course.peak_memory_bytes,
-        throttled=throttled(course.throttled, dense and dense.throttled),
+        throttled=throttled(course.throttled, dense.throttled if dense else None),
         disturbed=disturbed,
     )
 

@@ -250,7 +250,7 @@ def _record(
         first_call_s=one.first_call_s,
         tflops=operations / statistics.median(course.seconds) / 1e12,
         gemm_tflops=bench.gemm_tflops,
-        throttled=throttled(course.throttled, dense and dense.throttled),
+        throttled=throttled(course.throttled, dense.throttled if dense else None),
         disturbed=disturbed,
         density=density,
         kernel_error=one.error,

@@ -9,6 +9,7 @@ import pytest
 
 from calibatt.bench.cells import DENSE
 from calibatt.bench.suites.attention import run
+from calibatt.bench.telemetry import Load, Reading
 
 # calls before anything is timed: one at the first probe of either layer, then one a probe; and those of a round
 CHECKED, A_ROUND = 5, 5
@@ -40,6 +41,36 @@ def test_baseline_samples_are_those_of_the_same_round(fakes: Any, by_round: Call
     assert record.baseline_samples_s == (1.0, 2.0, 3.0)
     assert record.speedup is not None
     assert record.speedup.median == 2.0
+
+
+def test_what_spoils_the_baseline_spoils_the_speedup(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # one round counts, in which dense comes first
+    states = iter([True, False])
+    monkeypatch.setattr(
+        "calibatt.bench.suites.attention.read",
+        lambda device: Reading(energy_j=0, clock_mhz=0, throttled=next(states)),
+    )
+    used = iter([0.0, 2.0])
+    monkeypatch.setattr(
+        "calibatt.bench.suites.attention.load",
+        lambda device: Load(there_s=fakes.clock.now, used_s=next(used), own_s=0.0),
+    )
+    arms = [fakes.arm("dense"), fakes.arm("sparse")]
+    records = dict(run(fakes.context(), arms, rounds=1))
+    assert [records[arm].throttled for arm in arms] == [True, True]
+    # of a round that warms up and one that counts, of five calls of a second of each arm
+    assert [records[arm].disturbed for arm in arms] == [pytest.approx(2 / 20)] * 2
+
+
+def test_an_arm_that_was_throttled_leaves_the_baseline_as_it_was(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = iter([False, True])
+    monkeypatch.setattr(
+        "calibatt.bench.suites.attention.read",
+        lambda device: Reading(energy_j=0, clock_mhz=0, throttled=next(states)),
+    )
+    arms = [fakes.arm("dense"), fakes.arm("sparse")]
+    records = dict(run(fakes.context(), arms, rounds=1))
+    assert [records[arm].throttled for arm in arms] == [False, True]
 
 
 @pytest.mark.parametrize("lasts", [0, CHECKED, CHECKED + 2 * A_ROUND])

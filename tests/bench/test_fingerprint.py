@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -71,6 +72,34 @@ def test_a_machine_is_like_itself_after_a_file_and_every_field_is_known() -> Non
     assert str(cpu["brand_raw"]) in describe(machine)
     assert machine["torch_build"] == ("CPU" if torch.version.cuda is None else f"CUDA {torch.version.cuda}")
     assert machine["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
+
+
+class NotSupported(Exception):
+    """As NVML has it."""
+
+
+@pytest.mark.parametrize("limited", [True, False])
+def test_a_gpu_is_named_with_its_driver_and_its_power_limit_if_it_has_one(
+    limited: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def limit(handle: str) -> int:
+        if not limited:
+            raise NotSupported
+        return 700_000
+
+    fake = SimpleNamespace(
+        nvmlDeviceGetPowerManagementLimit=limit, nvmlSystemGetDriverVersion=lambda: "580.1",
+        NVMLError_NotSupported=NotSupported,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setattr(fingerprint, "nvml_handle", lambda device: "a handle")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Test data GPU")
+    machine = fingerprint.machine()
+    assert [machine[name] for name in ("gpu", "gpu_power_limit_w", "driver")] == [
+        "Test data GPU", 700.0 if limited else None, "580.1",
+    ]  # fmt: skip
+    assert describe(machine).startswith("Test data GPU, ")
 
 
 def test_it_names_neither_the_host_nor_a_path_nor_a_frequency() -> None:
