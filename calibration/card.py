@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from calibatt.methods.base import Foreseen
-from calibatt.methods.catalogue import build
+from calibatt.methods.catalogue import build, settings_beside
 from calibatt.methods.learning import Learnt
 
 # prompts that the card spells out; the file has all
@@ -21,12 +24,14 @@ def card(learnt: Learnt, file: str, *, licence: str | None) -> str:
     from huggingface_hub import ModelCardData
 
     own, geometry = learnt.provenance, learnt.provenance.geometry
+    settings = settings_beside(learnt)
+    set_too = "".join(f", {name}={value!r}" for name, value in settings.items())
     text = f", up to {geometry.text_tokens} tokens of text" if geometry.text_tokens else ""
     versions = ", ".join(f"{name} {version}" for name, version in own.versions.items())
     rows = [
         ("method", f"{learnt.method}, preset {learnt.preset}"),
         ("settings", ", ".join(f"{name} = {value}" for name, value in learnt.settings.items())),
-        ("density", _density(learnt)),
+        ("density", _density(learnt, settings)),
         ("model", own.origin.model),
         ("weights", f"`{own.origin.weights}`: all transformers, and adapters that are on with their scale"),
         ("scheduler", own.origin.scheduler),
@@ -59,7 +64,7 @@ What was learnt offline for sparse attention in one model at one size and number
 import calibatt
 
 learnt = calibatt.Calibration.from_pretrained("REPOSITORY")   # or a folder with this file and `{file}`
-calibatt.sparsify(pipe, "{learnt.method}", preset="{learnt.preset}", calibration=learnt)
+calibatt.sparsify(pipe, "{learnt.method}", preset="{learnt.preset}", calibration=learnt{set_too})
 ```
 A pipeline of other weights, another noise schedule, size or number of steps is refused, with both sides named.
 
@@ -68,6 +73,6 @@ A pipeline of other weights, another noise schedule, size or number of steps is 
 """
 
 
-def _density(learnt: Learnt) -> str:
-    method = build(learnt.method, preset=learnt.preset, calibration=learnt)
+def _density(learnt: Learnt, settings: Mapping[str, Any]) -> str:
+    method = build(learnt.method, preset=learnt.preset, calibration=learnt, **settings)
     return f"{method.mean_density():.3f}" if isinstance(method, Foreseen) else "depends on the video"

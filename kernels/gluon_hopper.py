@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -35,7 +36,7 @@ _LEAST_TRITON = (3, 6)
 # the most items of work that are kept with a plan, 64 KiB: where there are more, a call takes so long that the host is
 # far ahead, and thousands of plans would fill the memory
 _MOST_KEPT = 2**14
-_WORK: WeakKeyDictionary[Plan, dict[tuple[int, int, HeadKind | None], Tensor]] = WeakKeyDictionary()
+_WORK: WeakKeyDictionary[Plan, dict[Any, Tensor]] = WeakKeyDictionary()
 # registers of a thread of the warp that loads, the fewest there can be, and of those that compute, the most that
 # leave room for it: (65,536 - 128 × 24) / 256 threads, in steps of 8
 _PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 24, 240
@@ -96,7 +97,8 @@ class Gluon(FusedKernel):
         tile_q = shape.warpgroups * _ROWS
         tiles = block_count(tokens, tile_q)
         reused_tiles = block_count(len(given.computed), tile_q)
-        work = _kept_work(plan, given.counts, batch, tiles, given.block_q // tile_q, reused_tiles, only)
+        find = partial(_work, plan, given.counts, batch, tiles, given.block_q // tile_q, reused_tiles, only)
+        work = _kept(plan, (batch, tiles, only, q.device), batch * tiles * heads, find)
         tensors = (
             _descriptor(q, _ROWS), _descriptor(k, shape.tile_k), _descriptor(v, shape.tile_k), _descriptor(out, _ROWS),
             q if lse is None else lse, given.indices, given.counts, given.kinds, given.computed, given.served, work,
@@ -197,22 +199,20 @@ def shared_out(items: int, places: int, key_tiles: int) -> tuple[int, int]:
     return (items - rest, shares) if shares > 1 else (items, 1)
 
 
-def _kept_work(
-    plan: Plan,
-    counts: Tensor,
-    batch: int,
-    tiles: int,
-    tiles_a_block: int,
-    reused_tiles: int,
-    only: HeadKind | None,
-) -> Int32[Tensor, "items"]:
-    """As `_work`, found once for a plan that comes again: offline masks are the same at every call of their site."""
-    if batch * tiles * len(plan.kinds) > _MOST_KEPT:
-        return _work(plan, counts, batch, tiles, tiles_a_block, reused_tiles, only)
+def _kept(plan: Plan, key: Any, items: int, find: Callable[[], Tensor]) -> Tensor:
+    """Work of a plan, found once where it comes again: offline masks are the same at every call of their site.
+
+    Args:
+        plan: whose work it is.
+        key: what it depends on beside.
+        items: how many there are at most.
+        find: makes it.
+    """
+    if items > _MOST_KEPT:
+        return find()
     kept = _WORK.setdefault(plan, {})
-    key = (batch, tiles, only)
     if key not in kept:
-        kept[key] = _work(plan, counts, batch, tiles, tiles_a_block, reused_tiles, only)
+        kept[key] = find()
     return kept[key]
 
 

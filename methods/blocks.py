@@ -82,14 +82,14 @@ def video_table(
     So prompts of different lengths share tables; `video_part` reads them.
 
     Args:
-        part: of the blocks without text, numbered from the first of them.
+        part: of the blocks without text, numbered from the first of them, or of as many as are known of.
         geometry: layout of the tokens.
         block: tokens of a query and of a key block.
-        left_over: what stands where this geometry has no such block.
+        left_over: what stands where nothing is known.
     """
     blocks = [block_count(geometry.video_tokens, size) for size in block]
     table = part.new_full((len(part), *blocks), left_over)
-    video_part(table, geometry, block).copy_(part)
+    table[:, : part.shape[1], : part.shape[2]] = part
     return table
 
 

@@ -182,11 +182,27 @@ def settings_from(name: str, preset: str, texts: Mapping[str, str]) -> dict[str,
         UnknownName: there is no such method or preset.
         ValueError: a setting does not exist, is of another type, or makes no sense.
     """
-    _, config = _preset(name, preset, texts)
-    read = read_facts(
-        type(config), json.dumps({**asdict(config), **{key: _value(text) for key, text in texts.items()}})
-    )
-    return {key: getattr(read, key) for key in texts}
+    return _typed(name, preset, {key: _value(text) for key, text in texts.items()})
+
+
+def settings_beside(learnt: Learnt) -> dict[str, Any]:
+    """What a method is to be built with on a calibration, beside its preset: settings that were others when learning.
+
+    Raises:
+        UnknownName: there is no such method or preset.
+        ValueError: a setting is of another type than the method has, or makes no sense.
+    """
+    _, config = _preset(learnt.method, learnt.preset, ())
+    shared = {field.name for field in fields(config)} & learnt.settings.keys()
+    found = _typed(learnt.method, learnt.preset, {name: learnt.settings[name] for name in sorted(shared)})
+    return {name: value for name, value in found.items() if value != getattr(config, name)}
+
+
+def _typed(name: str, preset: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as the method's config has them, from values as JSON has them."""
+    _, config = _preset(name, preset, values)
+    read = read_facts(type(config), json.dumps({**asdict(config), **values}))
+    return {key: getattr(read, key) for key in values}
 
 
 def _value(text: str) -> Any:

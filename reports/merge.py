@@ -26,19 +26,20 @@ def merge(paths: Sequence[Path], out: Path) -> Run:
         out: the file to write; data of pictures go into the folder beside it.
 
     Raises:
-        ValueError: there are fewer than two files, or the output exists.
+        ValueError: there are fewer than two files, or the output or its folder of pictures exists.
         UnusableFile: a file is none of ours; machines are unlike; or two files have times of the same arm.
         OSError: the output cannot be written.
     """
     if len({path.resolve() for path in paths}) < max(2, len(paths)):
         raise ValueError("give two files or more, each once")
-    if out.exists():
-        raise ValueError(f"{out} exists: name another file")
+    folder = f"{out.stem}.artifacts"
+    for path in (out, out.parent / folder):
+        if path.exists():
+            raise ValueError(f"{path} exists: name another file")
     runs = [load_run(path) for path in paths]
     for run in runs[1:]:
         _check_alike(runs[0], run)
     whole = [json.loads(path.read_bytes()) for path in paths]
-    folder = f"{out.stem}.artifacts"
     copies: dict[str, Path] = {}
     timed: dict[Any, Path] = {}
     benchmarks, untimed = [], []
@@ -70,7 +71,7 @@ def merge(paths: Sequence[Path], out: Path) -> Run:
             for run in runs
         ],
     }
-    _write(merged, out, copies)
+    _write(merged, out, out.parent / folder, copies)
     return load_run(out)
 
 
@@ -89,23 +90,24 @@ def _take_picture(run: Run, record: Record, info: dict[str, Any], folder: str, c
     info.pop("artifact", None)
     found = run.artifact(record)
     if found is not None:
-        info["artifact"] = f"{folder}/{found.name}"
+        # two files may have given two arms' pictures one name
+        info["artifact"] = f"{folder}/{len(copies)}-{found.name}"
         copies[info["artifact"]] = found
 
 
-def _write(merged: Mapping[str, Any], out: Path, copies: Mapping[str, Path]) -> None:
-    """The data of pictures first: the file is there when all of it is."""
+def _write(merged: Mapping[str, Any], out: Path, folder: Path, copies: Mapping[str, Path]) -> None:
+    """All of it, or nothing: the data of pictures first."""
     aside = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for name, source in copies.items():
-            (out.parent / name).parent.mkdir(exist_ok=True)
+            folder.mkdir(exist_ok=True)
             shutil.copyfile(source, out.parent / name)
         aside.write_text(json.dumps(merged, indent=4), encoding="utf-8")
         os.replace(aside, out)
     except OSError as error:
-        raise OSError(f"{out} cannot be written: {error.strerror or error}") from None
-    finally:
+        shutil.rmtree(folder, ignore_errors=True)
         # it is not there, or its folder never was
         with suppress(OSError):
             aside.unlink()
+        raise OSError(f"{out} cannot be written: {error.strerror or error}") from None

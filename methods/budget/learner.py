@@ -10,10 +10,9 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import pad
 
-from calibatt.kernels.mask import block_count, block_sizes
-from calibatt.methods.blocks import video_blocks
+from calibatt.kernels.mask import block_sizes
+from calibatt.methods.blocks import video_blocks, video_table
 from calibatt.methods.budget.importance import ALWAYS, Sample, importance, to_importance, to_levels
 from calibatt.methods.learning import Seen
 from calibatt.methods.site import Site
@@ -85,11 +84,7 @@ class BudgetLearner:
             block_sizes(len(sample.k[0]), self.block[1], found.device)[sample.columns].float() for sample in samples
         ]
         levels = to_levels(found / (torch.stack(sizes).mean(0) / self.block[1]))
-        geometry = calls[0][-1].geometry
-        missing = [
-            block_count(geometry.video_tokens, size) - count for size, count in zip(self.block, counts, strict=True)
-        ]
-        return {"levels": pad(levels, (0, missing[1], 0, missing[0]), value=ALWAYS)}
+        return {"levels": video_table(levels, calls[0][-1].geometry, self.block, left_over=ALWAYS)}
 
     def merge(self, notes: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         """`levels` of the common importances, the most important block of each row always; `sensitivity`: 1."""

@@ -14,7 +14,9 @@ import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from calibatt.calibration.artifact import Calibration
+from calibatt.calibration.collect import calibrate_on
 from calibatt.calibration.files import UnusableCalibration
+from calibatt.methods.catalogue import build, settings_beside
 
 Made = Callable[..., Any]
 
@@ -52,6 +54,22 @@ def test_the_card_says_what_it_is_for(calibration: Calibration, tmp_path: Path) 
     assert rows["bytes"] == f"{calibration.nbytes():,}"
     assert "- prompt | 15\n- and 4 more, which the file has" in text
     assert "prompt | 16" not in text
+
+
+@pytest.mark.parametrize("preset", ["default", "alone"])
+def test_the_card_builds_the_method_under_what_it_was_learnt_with(
+    hand_made: Made, prompts: tuple[str, ...], tmp_path: Path, preset: str
+) -> None:
+    how: dict[str, Any] = {"block": (16, 8), "beside": 2, "trials": 0}
+    made = calibrate_on(hand_made(), method="budget", preset=preset, prompts=prompts, seed=7, **how)
+    assert settings_beside(made) == how
+    made.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    (call,) = [line for line in card.splitlines() if line.startswith("calibatt.sparsify")]
+    said = f'"budget", preset="{preset}", calibration=learnt, beside=2, block=(16, 8), trials=0)'
+    assert call == f"calibatt.sparsify(pipe, {said}"
+    built = build("budget", preset=preset, calibration=Calibration.from_pretrained(tmp_path), **how)
+    assert f"| density | {built.mean_density():.3f} |" in card
 
 
 def test_a_licence_may_be_left_open(calibration: Calibration, tmp_path: Path) -> None:

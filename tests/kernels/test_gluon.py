@@ -289,32 +289,30 @@ if __name__ == "__main__":
     print(json.dumps({name: _compile(*case) for name, case in CASES.items()}))
 
 
-def test_work_of_a_plan_that_comes_again_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_of_a_plan_that_comes_again_is_found_once() -> None:
     found = []
 
-    def counted(*where: Any) -> torch.Tensor:
-        found.append(len(where))
-        return torch.arange(3, dtype=torch.int32)
+    def counted() -> torch.Tensor:
+        found.append(1)
+        return torch.arange(3)
 
-    monkeypatch.setattr(gluon_hopper, "_work", counted)
-    counts = torch.ones(2, 4, dtype=torch.int32)
-
-    def asked(plan: Plan, **other: Any) -> torch.Tensor:
-        how: dict[str, Any] = {"batch": 1, "tiles": 4, "tiles_a_block": 1, "reused_tiles": 1, "only": None, **other}
-        return gluon_hopper._kept_work(plan, counts, **how)
+    def asked(plan: Plan, items: int = 8, **where: Any) -> torch.Tensor:
+        how = {"batch": 1, "tiles": 4, "only": None, "device": torch.device("cpu"), **where}
+        return gluon_hopper._kept(plan, tuple(how.values()), items, counted)
 
     before = len(gluon_hopper._WORK)
     one, other = (Plan(tokens=512, kinds=("dense", "dense")) for _ in range(2))
     assert asked(one) is asked(one)
     assert len(found) == 1
     asked(other)
-    # of another batch, or one kind of head, there is other work
+    # of another batch, of one kind of head, or on another GPU there is other work: a dense plan is on none
     asked(one, batch=2)
     asked(one, only="dense")
-    assert len(found) == 4
+    asked(one, device=torch.device("cuda", 1))
+    assert len(found) == 5
     # what is much is found each time
     for _ in range(2):
-        asked(one, tiles=2**14)
-    assert len(found) == 6
+        asked(one, items=2**14 + 1)
+    assert len(found) == 7
     del one, other
     assert len(gluon_hopper._WORK) == before

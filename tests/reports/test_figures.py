@@ -197,7 +197,7 @@ def test_of_many_arms_the_front_the_outermost_and_controls_are_named(make: Simpl
     faster = {label: place for label, place in places.items() if place[0] > 1}
     assert max(faster, key=lambda label: (faster[label][0], faster[label][1])) in named
     assert max(faster, key=lambda label: (faster[label][1], faster[label][0])) in named
-    assert sum(by_label[label].method == "random" for label in named) >= 1
+    assert any(by_label[label].method == "random" for label in named)
 
 
 def test_an_unnamed_arm_is_a_small_mark_without_bars(make: SimpleNamespace) -> None:

@@ -67,18 +67,42 @@ def test_an_arm_without_times_in_one_file_has_those_of_the_other(
 
 
 def test_pictures_go_along(make: SimpleNamespace, write_run: Write, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make.artifact(tmp_path / f"{name}.artifacts" / "same.npz", 0.5, ord(name))
+    files = [
+        write_run([make.arm("radial", artifact="a.artifacts/same.npz")], "a.json"),
+        write_run([make.arm("sparge", artifact="b.artifacts/same.npz")], "b.json"),
+        write_run([make.arm("random", artifact="c.artifacts/lost.npz")], "c.json"),
+    ]
+    run = merge(files, tmp_path / "all.json")
+    radial, sparge, random = run.records
+    for record, name in ((radial, "a"), (sparge, "b")):
+        copied = run.artifact(record)
+        assert copied is not None
+        assert copied.parent == tmp_path / "all.artifacts"
+        assert copied.read_bytes() == (tmp_path / f"{name}.artifacts" / "same.npz").read_bytes()
+    assert random.artifact is None
+
+
+def test_a_disk_that_is_full_leaves_nothing_and_another_runs_pictures_stay(
+    make: SimpleNamespace, write_run: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make.artifact(tmp_path / "a.artifacts" / "radial.npz", 0.5, 0)
     files = [
         write_run([make.arm("radial", artifact="a.artifacts/radial.npz")], "a.json"),
-        write_run([make.arm("sparge", artifact="b.artifacts/lost.npz")], "b.json"),
+        write_run([make.arm("sparge")], "b.json"),
     ]
-    run = merge(files, tmp_path / "both.json")
-    radial, sparge = run.records
-    assert radial.artifact == "both.artifacts/radial.npz"
-    copied = run.artifact(radial)
-    assert copied is not None
-    assert copied.read_bytes() == (tmp_path / "a.artifacts" / "radial.npz").read_bytes()
-    assert sparge.artifact is None
+    (tmp_path / "taken.artifacts").mkdir()
+    with pytest.raises(ValueError, match=r"taken\.artifacts exists: name another file"):
+        merge(files, tmp_path / "taken.json")
+
+    def full(self: Path, *where: Any, **how: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"all\.json cannot be written: No space left on device"):
+        merge(files, tmp_path / "all.json")
+    assert not list(tmp_path.glob("*all*"))
 
 
 @pytest.mark.parametrize(
