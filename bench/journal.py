@@ -1,8 +1,9 @@
 """What a run has measured so far, on disk: a run that is stopped, however abruptly, goes on from there.
 
-A line of JSON each: first what the run is, then records as they are measured; before those of whole videos, which take
-long, their rounds; and before these what the arms are prepared with: turned knobs, and what was learnt, whose files lie
-in a folder beside. Once the run's own file is written, there is no more need of it all.
+A line of JSON each: first what the run is, then records as they are measured; before those of whole videos, which
+take long, their rounds; and before these what the arms are prepared with: the dense kernel that they are paired with,
+turned knobs, and what was learnt, whose files lie in a folder beside. Once the run's own file is written, there is no
+more need of it all.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from calibatt.bench.machine import compare
 from calibatt.bench.record import Record, Suite
 from calibatt.bench.video import Rounds
 from calibatt.methods.facts import read_facts
 
-_SCHEMA = "calibatt-partial-4"
+_SCHEMA = "calibatt-partial-5"
 
 
 class UnusableJournal(ValueError):
@@ -68,6 +69,26 @@ class LearntFile:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenBaseline:
+    """The dense kernel that all arms of a workload are paired with.
+
+    Args:
+        workload: whose it is, by name.
+        baseline: name of the kernel.
+    """
+
+    workload: str
+    baseline: str
+
+
+Prepared: TypeAlias = TurnedKnob | LearntFile | ChosenBaseline
+
+
+# by the name that only they have
+_PREPARED: Mapping[str, type[Prepared]] = {"arm": TurnedKnob, "lesson": LearntFile, "baseline": ChosenBaseline}
+
+
 class Journal:
     """Records of a run, kept one by one, rounds of those that are under way, and what these were prepared with.
 
@@ -77,7 +98,8 @@ class Journal:
             speed; `commit` is for readers, since the same code may have several.
 
     Attributes:
-        found, rounds, knobs, learnt: what the file had when it was opened, and what was turned and learnt since.
+        found, rounds: what the file had when it was opened.
+        knobs, learnt, baselines: that too, and what was turned, learnt and chosen since.
         folder: for files that are too large for lines; made by whoever writes the first of them.
 
     Raises:
@@ -92,6 +114,7 @@ class Journal:
         self.rounds: dict[tuple[str, str], list[Rounds]] = {}
         self.knobs: dict[tuple[str, str, str], TurnedKnob] = {}
         self.learnt: dict[tuple[str, str], LearntFile] = {}
+        self.baselines: dict[str, ChosenBaseline] = {}
         # workloads of which something that their rounds depend on could not be kept
         self._lacking: set[str] = set()
         # as it comes back from the file
@@ -126,7 +149,7 @@ class Journal:
             raise OSError(errno.ENOENT, "what it was made with is not either")
         self._append({"suite": suite, "workload": workload, **rounds.to_json()})
 
-    def keep_preparation(self, kept: TurnedKnob | LearntFile) -> None:
+    def keep_preparation(self, kept: Prepared) -> None:
         """Add what rounds of a workload depend on; when this returns, it is on the disk.
 
         Raises:
@@ -203,25 +226,27 @@ class Journal:
                 if "rounds" in one:
                     place = one.pop("suite"), one.pop("workload")
                     self.rounds.setdefault(place, []).append(Rounds.from_json(one))
-                elif "arm" in one or "lesson" in one:
-                    text = json.dumps(one)
-                    self._take(read_facts(TurnedKnob, text) if "arm" in one else read_facts(LearntFile, text))
+                elif "record" not in one:
+                    kind = next(kind for name, kind in _PREPARED.items() if name in one)
+                    self._take(read_facts(kind, json.dumps(one)))
                 else:
                     samples = one["samples_s"]
                     record = Record.from_extra_info(one["record"], None if samples is None else tuple(samples))
                     self.found[one["suite"], one["cell"]] = record
         except UnusableJournal:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
             said = " ".join(f"{type(error).__name__}: {error}".split())
             raise UnusableJournal(f"{self.path} is damaged ({said:.200}): delete it to measure anew") from None
         self._size = len(whole)
 
-    def _take(self, kept: TurnedKnob | LearntFile) -> None:
+    def _take(self, kept: Prepared) -> None:
         if isinstance(kept, TurnedKnob):
             self.knobs[kept.workload, kept.arm, kept.kernel] = kept
-        else:
+        elif isinstance(kept, LearntFile):
             self.learnt[kept.workload, kept.lesson] = kept
+        else:
+            self.baselines[kept.workload] = kept
 
     def _check(self, run: Mapping[str, Any]) -> None:
         for name in dict.fromkeys([*self._run, *run]):

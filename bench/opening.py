@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,7 +85,7 @@ def open_workload(
     shares = _RESAMPLED_PROBES if workload.resampled else _PROBES
     probes = take_probes(videos, kernel, prompts.rounds[0], shares)
     first, heads = probes[0], probes[0].site.geometry.heads
-    dense = fastest_dense(first.q, first.k, first.v, first.site.geometry, log=log)
+    dense = _baseline(first, preparation, log=log)
     offline = Offline(
         partial(_learn, workload, videos, prompts.calibration, dense, console), preparation=preparation,
         stored=None if stored is None else partial(_stored, stored, videos),
@@ -106,6 +106,16 @@ def open_workload(
         film=film, alignment=workload.entry.alignment, guidance=workload.entry.guidance,
         facts=_facts(workload, videos), log=log,
     )  # fmt: skip
+
+
+def _baseline(probe: Probe, preparation: Preparation, *, log: Callable[[str], None]) -> Kernel:
+    """The fastest dense kernel, or the one that a stopped run chose: where two are as fast, chance decides."""
+    kept = preparation.baseline()
+    if kept is not None:
+        return KERNELS[kept]
+    dense = fastest_dense(probe.q, probe.k, probe.v, probe.site.geometry, log=log)
+    preparation.keep_baseline(dense.name)
+    return dense
 
 
 def probes_of(workload: Workload, prompt: str) -> tuple[Probe, ...]:

@@ -1,4 +1,4 @@
-"""What the arms of a workload are prepared with, kept for a run that goes on: turned knobs, and what was learnt."""
+"""What a workload is prepared with, kept for a run that goes on: its baseline, turned knobs, and what was learnt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from calibatt.bench.cells import Arm
-from calibatt.bench.journal import Journal, LearntFile, TurnedKnob, UnusableJournal
+from calibatt.bench.journal import ChosenBaseline, Journal, LearntFile, TurnedKnob, UnusableJournal
 from calibatt.calibration.artifact import Calibration
 from calibatt.kernels.base import Unsupported
 
@@ -42,6 +42,18 @@ class Preparation:
         for workload, lesson in self._journal.learnt:
             if workload == self._workload:
                 self._intact(self._journal, self._journal.learnt[workload, lesson])
+
+    def baseline(self) -> str | None:
+        """The dense kernel that arms are paired with; None where it is not chosen yet."""
+        kept = None if self._journal is None else self._journal.baselines.get(self._workload)
+        return None if kept is None else kept.baseline
+
+    def keep_baseline(self, kernel: str) -> None:
+        """Keep what `baseline` is to return, where it can be kept."""
+        journal = self._journal
+        if journal is not None:
+            chosen = ChosenBaseline(workload=self._workload, baseline=kernel)
+            self._keep(journal, partial(journal.keep_preparation, chosen), f"the baseline of {self._workload}")
 
     def knob(self, arm: Arm) -> float | Unsupported | None:
         """Where the arm's knob was turned to, or why it cannot be turned; None where that is not known yet."""

@@ -159,6 +159,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("merge", help="one result file of several that were made on one kind of machine")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="result files, two or more")
     command.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the file to write")
+    command.add_argument(
+        "--replace", action="store_true", help="of an arm that several files have times of, keep that of the last file"
+    )
     command.set_defaults(run=_merge)
 
     commands.add_parser("methods", help="list the methods").set_defaults(run=_methods)
@@ -488,7 +491,7 @@ def _gate(arguments: argparse.Namespace) -> int:
 def _merge(arguments: argparse.Namespace) -> int:
     from calibatt.reports.merge import merge
 
-    run = merge(arguments.files, arguments.out)
+    run = merge(arguments.files, arguments.out, replace=arguments.replace)
     print(f"wrote {run.path}: {len(run.records)} records of {len(arguments.files)} files")
     return 0
 

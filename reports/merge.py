@@ -15,7 +15,7 @@ from calibatt.bench.record import Record, Run, UnusableFile, load_run
 from calibatt.reports.rows import DENSE
 
 
-def merge(paths: Sequence[Path], out: Path) -> Run:
+def merge(paths: Sequence[Path], out: Path, *, replace: bool = False) -> Run:
     """Write one file with the records of several; each arm keeps the dense samples that it was paired with.
 
     Of dense attention the first file's record stands. An arm without times in one file and with some in another has
@@ -24,10 +24,12 @@ def merge(paths: Sequence[Path], out: Path) -> Run:
     Args:
         paths: the files, of one kind of machine.
         out: the file to write; data of pictures go into the folder beside it.
+        replace: whether an arm that several files have times of is that of the last of them.
 
     Raises:
         ValueError: there are fewer than two files, or the output or its folder of pictures exists.
-        UnusableFile: a file is none of ours; machines are unlike; or two files have times of the same arm.
+        UnusableFile: a file is none of ours; machines are unlike; or two files have times of the same arm and `replace`
+            is not given.
         OSError: the output cannot be written.
     """
     if len({path.resolve() for path in paths}) < max(2, len(paths)):
@@ -40,22 +42,23 @@ def merge(paths: Sequence[Path], out: Path) -> Run:
     for run in runs[1:]:
         _check_alike(runs[0], run)
     whole = [json.loads(path.read_bytes()) for path in paths]
-    copies: dict[str, Path] = {}
-    timed: dict[Any, Path] = {}
-    benchmarks, untimed = [], []
+    timed: dict[Any, tuple[Run, Record, Any]] = {}
     for run, data in zip(runs, whole, strict=True):
         count = len(data["benchmarks"])
         for record, benchmark in zip(run.records[:count], data["benchmarks"], strict=True):
             if record.key in timed:
-                if record.method != DENSE:
+                if record.method == DENSE:
+                    continue
+                if not replace:
                     raise UnusableFile(
-                        f"{timed[record.key]} and {run.path} both have times of {record.title}: leave one of them out"
+                        f"{timed[record.key][0].path} and {run.path} both have times of {record.title}: leave one of "
+                        "them out, or give --replace, with which that of the file named last stands"
                     )
-                continue
-            timed[record.key] = run.path
-            _take_picture(run, record, benchmark["extra_info"], folder, copies)
-            benchmarks.append(benchmark)
-    said: set[Any] = set(timed)
+            timed[record.key] = (run, record, benchmark)
+    copies: dict[str, Path] = {}
+    for run, record, benchmark in timed.values():
+        _take_picture(run, record, benchmark["extra_info"], folder, copies)
+    said, untimed = set(timed), []
     for run, data in zip(runs, whole, strict=True):
         for record, info in zip(run.records[len(data["benchmarks"]) :], data.get("untimed", []), strict=True):
             if record.key not in said:
@@ -63,7 +66,7 @@ def merge(paths: Sequence[Path], out: Path) -> Run:
                 untimed.append(info)
     merged = {
         **whole[0],
-        "benchmarks": benchmarks,
+        "benchmarks": [benchmark for _, _, benchmark in timed.values()],
         "untimed": untimed,
         "command": " && ".join(dict.fromkeys(run.command for run in runs if run.command)),
         "merged": [

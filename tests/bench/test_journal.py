@@ -166,7 +166,7 @@ def test_every_record_is_on_the_disk_when_it_is_measured(tmp_path: Path) -> None
     assert not path.exists()
     running.record("kernel", Cell(workload=WORKLOADS[0], arm=arm("radial")))
     first, *kept = map(json.loads, path.read_text().splitlines())
-    assert first == {"schema": "calibatt-partial-4", **RUN}
+    assert first == {"schema": "calibatt-partial-5", **RUN}
     # nobody chose dense
     assert [one["cell"] for one in kept] == ["shapes-quick-radial-flex", "shapes-quick-sparge-flex"]
     assert [one["samples_s"] for one in kept] == [[1.0, 2.0]] * 2

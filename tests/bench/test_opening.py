@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 from functools import partialmethod
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from calibatt.bench import opening
 from calibatt.bench.cells import Workload
-from calibatt.bench.opening import _videos
+from calibatt.bench.journal import Journal
+from calibatt.bench.observers import Probe
+from calibatt.bench.opening import _baseline, _videos
+from calibatt.bench.preparation import Preparation
 from calibatt.kernels.catalogue import KERNELS
+from calibatt.kernels.geometry import Geometry
 from calibatt.methods.call import SparseAttention
 from calibatt.methods.catalogue import build
+from calibatt.methods.site import Site
+
+
+def test_a_run_that_goes_on_pairs_with_the_dense_kernel_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    geometry = Geometry(grid=(1, 2, 2), heads=1, head_dim=16)
+    q = torch.zeros(1, 1, 4, 16)
+    probe = Probe(
+        site=Site(geometry=geometry, step=0, steps=1, sigma=1.0, branch="cond", layer=0, layers=1), q=q, k=q, v=q
+    )
+    path, fastest = tmp_path / "run.partial.jsonl", iter(("sdpa-flash", "flex-dense"))
+    monkeypatch.setattr(opening, "fastest_dense", lambda *_, **__: KERNELS[next(fastest)])
+
+    def chosen(workload: str) -> str:
+        preparation = Preparation(Journal(path, {"command": "pytest bench"}), workload, print)
+        return _baseline(probe, preparation, log=print).name
+
+    assert [chosen("one"), chosen("one"), chosen("other"), chosen("other")] == ["sdpa-flash"] * 2 + ["flex-dense"] * 2
 
 
 @pytest.mark.slow

@@ -397,9 +397,9 @@ def test_a_figure_says_what_was_run_on_what_when_and_how_often() -> None:
     )
     facts, videos = _imprint("h100/videos.json")
     assert facts.startswith(
-        "denoise · shapes · large · 20 steps · bfloat16 · compiled · dense: fa3 · NVIDIA H100 80GB HBM3 · 2026-"
+        "denoise · shapes · large · 20 steps · bfloat16 · compiled · dense: fa3, fa4 · NVIDIA H100 80GB HBM3 · 2026-"
     )
-    assert videos == "30 videos an arm"
+    assert videos == "30 to 32 videos an arm"
 
 
 def test_a_figure_marks_what_is_resampled_drawn_or_disturbed(make: SimpleNamespace) -> None:

@@ -136,6 +136,24 @@ def test_the_clock_of_the_moment_makes_no_other_machine(
     assert len(merge(files, tmp_path / "both.json").records) == 2
 
 
+def test_of_an_arm_that_two_files_have_the_last_files_replaces_the_others_when_asked(
+    make: SimpleNamespace, write_run: Write, tmp_path: Path
+) -> None:
+    make.artifact(tmp_path / "a.artifacts" / "old.npz", 0.5, 0)
+    first = [make.dense_arm(), make.arm("radial", artifact="a.artifacts/old.npz"), make.arm("sparge")]
+    files = [
+        write_run(first, "one.json"),
+        write_run([make.dense_arm(seed=9), make.arm("radial", seed=3), make.arm("sta")], "two.json"),
+    ]
+    assert main(["merge", *map(str, files), "-o", str(tmp_path / "both.json"), "--replace"]) == 0
+    run = load_run(tmp_path / "both.json")
+    assert [record.method for record in run.records] == ["dense", "radial", "sparge", "sta"]
+    one, two = (load_run(path).records for path in files)
+    assert list(run.records) == [one[0], two[1], one[2], two[2]]
+    # the picture of what was replaced is nobody's
+    assert not (tmp_path / "both.artifacts").exists()
+
+
 def test_what_cannot_be_one_file_is_refused(make: SimpleNamespace, write_run: Write, tmp_path: Path) -> None:
     one = write_run([make.dense_arm(), make.arm("radial")], "one.json")
     same = write_run([make.dense_arm(), make.arm("radial", seed=3)], "same.json")
