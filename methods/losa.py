@@ -79,7 +79,7 @@ class Losa(Method):
 
     def __init__(self, config: LosaConfig) -> None:
         super().__init__(config)
-        self._masks: Keeper[BlockMask] = Keeper()
+        self._frozen: Keeper[Plan] = Keeper()
 
     def plan(
         self,
@@ -94,21 +94,21 @@ class Losa(Method):
         """
         if site.in_warmup(self.config.dense_steps):
             return Plan.dense(site.geometry)
-        last = self._masks.last(site, q.device)
+        last = self._frozen.last(site, q.device)
         # asked twice at the step that is looked at, it is looked at twice, with the same result
         if last is not None and last.step < site.step:
-            return Plan.masked(last.made, site.geometry.heads)
-        mask = self._look(q, k)
-        self._masks.keep(mask, site, q.device)
-        return Plan.dense(site.geometry) if self.config.dense_look else Plan.masked(mask, site.geometry.heads)
+            return last.made
+        plan = self._look(q, k)
+        self._frozen.keep(plan, site, q.device)
+        return Plan.dense(site.geometry) if self.config.dense_look else plan
 
     def reset(self) -> None:
         """Forget all masks."""
-        self._masks.clear()
+        self._frozen.clear()
 
-    def _look(self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"]) -> BlockMask:
-        """The smallest set of key blocks that holds the mass, for each head and query block."""
+    def _look(self, q: Float[Tensor, "heads tokens head_dim"], k: Float[Tensor, "heads tokens head_dim"]) -> Plan:
+        """The fewest key blocks that hold the mass, for each head and query block."""
         mass, _ = block_mass(q, k, block=self.config.block)
-        block_q, block_k = self.config.block
         keep = top_p(mass, self.config.mass)
-        return BlockMask.from_keep(keep, tokens=q.shape[1], block_q=block_q, block_k=block_k)
+        block_q, block_k = self.config.block
+        return Plan.masked(BlockMask.from_keep(keep, tokens=q.shape[1], block_q=block_q, block_k=block_k), len(q))
