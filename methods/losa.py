@@ -88,19 +88,17 @@ class Losa(Method):
         v: Float[Tensor, "heads tokens head_dim"],
         site: Site,
     ) -> Plan:
-        """Dense up to the step that is looked at, then that step's mask.
+        """Dense up to the call that is looked at, then that call's mask; a second call at its step has it too.
 
-        Where that step was not asked for, as when a schedule is entered midway, the first later one is looked at.
+        Where the step to look at was not asked for, as when a schedule is entered midway, the first later one is.
         """
         if site.in_warmup(self.config.dense_steps):
             return Plan.dense(site.geometry)
         last = self._frozen.last(site, q.device)
-        # asked twice at the step that is looked at, it is looked at twice, with the same result
-        if last is not None and last.step < site.step:
-            return last.made
-        plan = self._look(q, k)
+        plan = self._look(q, k) if last is None else last.made
+        # at every call, so that a step before the last one is seen to be another video's
         self._frozen.keep(plan, site, q.device)
-        return Plan.dense(site.geometry) if self.config.dense_look else plan
+        return Plan.dense(site.geometry) if last is None and self.config.dense_look else plan
 
     def reset(self) -> None:
         """Forget all masks."""
