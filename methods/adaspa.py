@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.blocks import text_blocks
 from calibatt.methods.energy import block_mass
-from calibatt.methods.site import Branch, Site
+from calibatt.methods.kept import Keeper
+from calibatt.methods.site import Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +58,9 @@ class AdaSpaConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Search:
-    """What one layer, branch and sample keeps between calls: the last mask, the first LSE, and their steps."""
+    """What one layer, branch and sample keeps between calls: the last mask, and the first LSE with its step."""
 
-    geometry: Geometry
     mask: BlockMask
-    mask_step: int
     lse: Float[Tensor, "heads tokens"]
     lse_step: int
 
@@ -93,7 +91,7 @@ class AdaSpa(Method):
 
     def __init__(self, config: AdaSpaConfig) -> None:
         super().__init__(config)
-        self._searches: dict[tuple[Branch, int, int], _Search] = {}
+        self._searches: Keeper[_Search] = Keeper()
 
     def plan(
         self,
@@ -109,17 +107,13 @@ class AdaSpa(Method):
         due = [step for share in self.config.search_steps if (step := round(share * site.steps)) <= site.step]
         if not due:
             return Plan.dense(site.geometry)
-        place = (site.branch, site.layer, site.sample)
-        last = self._searches.get(place)
-        # nothing holds for other tokens, nor for a step before it was found: another video has begun
-        if last is not None and (
-            last.geometry != site.geometry or last.lse.device != q.device or last.mask_step > site.step
-        ):
-            last = None
-        if last is None or last.mask_step < due[-1] or site.step == due[-1]:
-            last = self._search(q, k, site, last)
-            self._searches[place] = last
-        return Plan.masked(last.mask, site.geometry.heads)
+        last = self._searches.last(site, q.device)
+        if last is None or last.step < due[-1] or site.step == due[-1]:
+            search = self._search(q, k, site, None if last is None else last.made)
+            self._searches.keep(search, site, q.device)
+        else:
+            search = last.made
+        return Plan.masked(search.mask, site.geometry.heads)
 
     def reset(self) -> None:
         """Forget all masks and sums."""
@@ -138,9 +132,7 @@ class AdaSpa(Method):
         block_q, block_k = self.config.block
         keep = self._choose(mass, text_blocks(site.geometry, self.config.block, q.device))
         return _Search(
-            geometry=site.geometry,
             mask=BlockMask.from_keep(keep, tokens=site.geometry.tokens, block_q=block_q, block_k=block_k),
-            mask_step=site.step,
             lse=lse,
             lse_step=site.step if earlier is None else earlier.lse_step,
         )

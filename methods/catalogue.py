@@ -22,6 +22,7 @@ from calibatt.methods.facts import read_facts
 from calibatt.methods.jenga import Jenga
 from calibatt.methods.learning import Learner, Learnt, settings_of
 from calibatt.methods.lite import Lite
+from calibatt.methods.losa import Losa
 from calibatt.methods.minference import MInference
 from calibatt.methods.nabla import Nabla
 from calibatt.methods.radial import Radial
@@ -51,6 +52,7 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
             Sparge,
             XAttention,
             AdaSpa,
+            Losa,
             MInference,
             Nabla,
             Draft,

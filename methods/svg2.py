@@ -25,7 +25,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.clusters import (
@@ -37,8 +36,9 @@ from calibatt.methods.clusters import (
     random_tokens,
     seriate,
 )
+from calibatt.methods.kept import Keeper
 from calibatt.methods.selection import top_p
-from calibatt.methods.site import Branch, Site
+from calibatt.methods.site import Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +86,6 @@ class Svg2Config:
 class _Centroids:
     """What one layer, branch and sample keeps from call to call: 27 MB at 40 heads and the default numbers."""
 
-    geometry: Geometry
-    step: int
     queries: Float[Tensor, "heads q_clusters head_dim"]
     keys: Float[Tensor, "heads k_clusters head_dim"]
 
@@ -121,7 +119,7 @@ class Svg2(Method):
 
     def __init__(self, config: Svg2Config) -> None:
         super().__init__(config)
-        self._centroids: dict[tuple[Branch, int, int], _Centroids] = {}
+        self._centroids: Keeper[_Centroids] = Keeper()
 
     def plan(
         self,
@@ -136,26 +134,21 @@ class Svg2(Method):
             return Plan.dense(geometry)
         video = slice(geometry.video_start, geometry.video_start + geometry.video_tokens)
         q, k = q[:, video], k[:, video]
-        place = (site.branch, site.layer, site.sample)
-        last = self._centroids.get(place)
-        # no centroids are of use to other tokens, nor to an earlier step: another video has begun
-        if last is not None and (last.geometry != geometry or last.queries.device != q.device or last.step > site.step):
-            last = None
+        last = self._centroids.last(site, q.device)
         if last is None:
             q_count, k_count = cluster_counts(geometry, config.clusters)
             generator = torch.Generator(q.device).manual_seed(config.seed * site.layers + site.layer)
             starts = random_tokens(q, q_count, generator), random_tokens(k, k_count, generator)
             iterations = config.first_iterations
         else:
-            starts, iterations = (last.queries, last.keys), config.iterations
+            starts, iterations = (last.made.queries, last.made.keys), config.iterations
         queries, keys = (
             kmeans(x, start, iterations=iterations, tolerance=config.tolerance)
             for x, start in zip((q, k), starts, strict=True)
         )
         queries, keys = seriate(queries, keys)
-        self._centroids[place] = _Centroids(
-            geometry=geometry, step=site.step, queries=queries.centroids, keys=keys.centroids
-        )
+        centroids = _Centroids(queries=queries.centroids, keys=keys.centroids)
+        self._centroids.keep(centroids, site, q.device)
         least = int(config.least_share * keys.sizes.shape[1])
         return cluster_plan(
             geometry,

@@ -26,7 +26,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan, TokenOrder
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.clusters import (
@@ -40,9 +39,10 @@ from calibatt.methods.clusters import (
     seriate,
 )
 from calibatt.methods.energy import needed_share
+from calibatt.methods.kept import Keeper
 from calibatt.methods.learning import Learnt
 from calibatt.methods.selection import top_p
-from calibatt.methods.site import Branch, Site
+from calibatt.methods.site import Site
 
 # the table's name in what was learnt
 _SHARE = "share"
@@ -102,8 +102,6 @@ class SvooConfig:
 class _Coclusters:
     """What one layer, branch and sample keeps: 66 MB at 40 heads of 75,600 tokens."""
 
-    geometry: Geometry
-    step: int
     order: TokenOrder
     q_sizes: Int[Tensor, "heads q_clusters"]
     k_sizes: Int[Tensor, "heads k_clusters"]
@@ -137,7 +135,7 @@ class Svoo(Method):
 
     def __init__(self, config: SvooConfig, learnt: Learnt) -> None:
         super().__init__(config, learnt)
-        self._coclusters: dict[tuple[Branch, int, int], _Coclusters] = {}
+        self._coclusters: Keeper[_Coclusters] = Keeper()
 
     @classmethod
     def learner(cls, config: SvooConfig) -> ShareLearner:
@@ -162,23 +160,18 @@ class Svoo(Method):
         first = math.floor(self.config.dense_steps * site.steps)
         every = max(1, round(self.config.reuse * site.steps))
         due = first + (site.step - first) // every * every
-        place = (site.branch, site.layer, site.sample)
-        last = self._coclusters.get(place)
-        # clusters are of use to their own tokens, and from their step to the next that is due; asked twice at a step
-        # that is due, they are made twice, with the same result
-        if (
-            last is None
-            or last.geometry != site.geometry
-            or last.weights.device != q.device
-            or not due <= last.step <= site.step
-            or site.step == due
-        ):
-            last = self._cocluster(q, k, site)
-            self._coclusters[place] = last
+        last = self._coclusters.last(site, q.device)
+        # clusters are of use from their step to the next that is due; asked twice at a step that is due, they are made
+        # twice, with the same result
+        if last is None or last.step < due or site.step == due:
+            found = self._cocluster(q, k, site)
+            self._coclusters.keep(found, site, q.device)
+        else:
+            found = last.made
         share = self.learnt.at(_SHARE, site).to(q.device).clamp(*self.config.bounds)
-        counts = (share * last.k_sizes.shape[1]).long()
-        keep = top_p(last.weights, self.config.mass, inclusive=True, least=counts[:, None, None])
-        return cluster_plan(site.geometry, last.order, last.q_sizes, last.k_sizes, keep, self.config.block)
+        counts = (share * found.k_sizes.shape[1]).long()
+        keep = top_p(found.weights, self.config.mass, inclusive=True, least=counts[:, None, None])
+        return cluster_plan(site.geometry, found.order, found.q_sizes, found.k_sizes, keep, self.config.block)
 
     def reset(self) -> None:
         """Forget all clusters; the table stays."""
@@ -193,8 +186,6 @@ class Svoo(Method):
         counts = cluster_counts(geometry, self.config.clusters)
         queries, keys = seriate(*cocluster(q[:, video], k[:, video], counts, self.config.iterations, generator))
         return _Coclusters(
-            geometry=geometry,
-            step=site.step,
             order=cluster_order(geometry, queries.labels, keys.labels),
             q_sizes=queries.sizes,
             k_sizes=keys.sizes,
