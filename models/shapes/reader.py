@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,31 +15,25 @@ from calibatt.models.shapes.scenes import (
     MOTIONS,
     SHAPES,
     Canvas,
-    backgrounds,
     canvas_of,
     parse_caption,
+    patterns,
     templates,
 )
 
 # A pixel belongs to an object where its channels lie this far apart: half of what a fully covered pixel has, so the
-# line runs through the middle of a soft edge.
+# line runs through the middle of a soft edge; where a texture is darkest, a third of a pixel further in.
 _CHROMA = 1.0
 # pixels this colourless are background; those between are edges and count as neither
 _COLOURLESS = 0.3
-# an object has at least half the pixels of the smallest shape and less than twice those of the largest
+# An object has, in the mean over frames, at least so much of the smallest shape, of which others hide a part, and
+# less than twice the largest.
 _LEAST_AREA, _MOST_AREA = 0.5, 1.9
-# of the pixels of a colour, the share that lies around the object's centre; noise spreads over the picture
-_COMPACT = 0.8
-# of the frames, the share in which the object must be there
-_LASTING = 0.8
-# overlap (intersection over union) of object and template, averaged over time; a circle and a square share 0.87
+# Overlap (intersection over union) of all that has the colour with a shape that goes one way, over all frames, less
+# what other objects cover. A circle and a square share 0.87; an object that comes twice has half.
 _OVERLAP = 0.7
-# Pixels a frame at scale 1, against 0, 2 or 3: nearest wins, and what fits none is no motion of this world.
-_SPEED_TOLERANCE = 0.75
-# root mean square distance, in pixels at scale 1, of the centres from a straight line
-_WOBBLE = 1.5
 # root mean square distance from the background's greys, which differ by 0.3
-_BACKGROUND_ERROR = 0.12
+_BACKGROUND_ERROR = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +41,7 @@ class Seen:
     """One object as the reader saw it.
 
     Args:
-        shape, motion: names, or None where the pixels show none of this world.
+        shape, motion: names, or None where the pixels show no shape of this world in one of its motions.
     """
 
     shape: str | None
@@ -113,75 +107,96 @@ def read(video: Float[Tensor, "3 frames height width"]) -> Reading:
     canvas = canvas_of(*video.shape[-2:])
     video = video.float().clamp(-1, 1)
     high, low = video.amax(0), video.amin(0)
-    bright = video > (high + low) / 2
+    bright, coloured = video > (high + low) / 2, high - low >= _CHROMA
     things: dict[str, Seen] = {}
     for name, rgb in COLOURS.items():
         lit = torch.tensor(rgb)[:, None, None, None] > 0
-        thing = _thing((bright == lit).all(0) & (high - low >= _CHROMA), canvas)
+        mask = (bright == lit).all(0) & coloured
+        thing = _thing(mask, _widened(coloured & ~mask), canvas)
         if thing is not None:
             things[name] = thing
     return Reading(things=things, background=_background(video.mean(0), high - low < _COLOURLESS, canvas))
 
 
-def _thing(mask: Bool[Tensor, "frames height width"], canvas: Canvas) -> Seen | None:
-    """The object that the pixels of one colour make, or None where they make none."""
-    shapes, reach = templates(canvas), canvas.reach
+def _widened(mask: Bool[Tensor, "frames height width"]) -> Bool[Tensor, "frames height width"]:
+    """With the pixels around, which are edges."""
+    return torch.nn.functional.max_pool2d(mask[:, None].float(), 3, stride=1, padding=1)[:, 0] > 0
+
+
+def _thing(
+    mask: Bool[Tensor, "frames height width"], covered: Bool[Tensor, "frames height width"], canvas: Canvas
+) -> Seen | None:
+    """The object that the pixels of one colour make, or None where they make none.
+
+    Args:
+        mask: its pixels.
+        covered: those where it may be behind others.
+        canvas: of the video.
+    """
+    shapes = templates(canvas)
     areas = shapes.sum((1, 2))
-    rows, columns = torch.arange(mask.shape[1]), torch.arange(mask.shape[2])
-    # medians, so that stray pixels elsewhere do not move the centre
-    tracks, crops = [], []
-    for frame, picture in enumerate(mask):
-        y, x = picture.nonzero(as_tuple=True)
-        if len(y) == 0:
-            continue
-        near = ((rows - y.median()).abs() <= reach)[:, None] & ((columns - x.median()).abs() <= reach) & picture
-        area = int(near.sum())
-        if not (_LEAST_AREA * areas.min() <= area <= _MOST_AREA * areas.max() and area >= _COMPACT * len(y)):
-            continue
-        y, x = (found.float().mean() for found in near.nonzero(as_tuple=True))
-        tracks.append(torch.stack((torch.tensor(float(frame)), x, y)))
-        crops.append(_crop(near, int(y.round()), int(x.round()), reach=shapes.shape[-1] // 2))
-    if len(tracks) < _LASTING * len(mask):
+    area = mask.sum() / len(mask)
+    if not _LEAST_AREA * areas.min() <= area <= _MOST_AREA * areas.max():
         return None
-    return Seen(
-        shape=_shape(torch.stack(crops).float().mean(0), shapes, canvas), motion=_motion(torch.stack(tracks), canvas)
-    )
+    overlaps = torch.stack([_overlaps(mask, covered, speed, shapes) for speed in canvas.speeds().tolist()])
+    motion, shape = divmod(int(overlaps.argmax()), len(SHAPES))
+    if overlaps.max() < _OVERLAP:
+        return Seen(shape=None, motion=None)
+    return Seen(shape=SHAPES[shape], motion=list(MOTIONS)[motion])
 
 
-def _crop(picture: Bool[Tensor, "height width"], y: int, x: int, *, reach: int) -> Bool[Tensor, "side side"]:
-    padded = torch.nn.functional.pad(picture, (reach, reach, reach, reach))
-    return padded[y : y + 2 * reach + 1, x : x + 2 * reach + 1]
+def _overlaps(
+    mask: Bool[Tensor, "frames height width"],
+    covered: Bool[Tensor, "frames height width"],
+    speed: Sequence[int],
+    shapes: Float[Tensor, "shapes side side"],
+) -> Float[Tensor, " shapes"]:
+    """The largest overlap of each shape that goes at one speed (right, down), over all places where it may begin."""
+    frames, height, width = mask.shape
+    margin = shapes.shape[-1] // 2
+    room = (height + 2 * margin, width + 2 * margin)
+    # frame by frame as one sees it who goes with the object: what has the colour, and what could show it
+    seen, open_ = torch.zeros(2, *room)
+    for frame in range(frames):
+        right, down = (step * frame for step in speed)
+        for sums, picture in ((seen, mask[frame]), (open_, ~covered[frame])):
+            top, left = max(0, down), max(0, right)
+            bottom, end = min(height, height + down), min(width, width + right)
+            sums[margin + top - down : margin + bottom - down, margin + left - right : margin + end - right] += picture[
+                top:bottom, left:end
+            ]
+    within, possible = _correlated(torch.stack((seen, open_)), shapes)
+    # what has the colour and cannot be the object's, since it is out of the picture then, counts too
+    return (within / (possible + mask.sum() - within)).flatten(1).amax(1)
 
 
-def _shape(mean: Float[Tensor, "side side"], shapes: Float[Tensor, "shapes side side"], canvas: Canvas) -> str | None:
-    """The shape whose template overlaps most, over shifts by one pixel at scale 1."""
-    best = torch.zeros(len(shapes))
-    shifts = range(-canvas.scale, canvas.scale + 1)
-    for down in shifts:
-        for right in shifts:
-            moved = mean.roll((down, right), (0, 1))
-            overlap = torch.minimum(moved, shapes).sum((1, 2)) / torch.maximum(moved, shapes).sum((1, 2))
-            best = torch.maximum(best, overlap)
-    return SHAPES[int(best.argmax())] if best.max() >= _OVERLAP else None
-
-
-def _motion(track: Float[Tensor, "frames 3"], canvas: Canvas) -> str | None:
-    """The motion whose velocity the centres (frame, x, y) have."""
-    time, places = track[:, :1] - track[:, :1].mean(), track[:, 1:] - track[:, 1:].mean(0)
-    velocity = (time * places).sum(0) / time.square().sum()
-    wobble = (places - time * velocity).square().sum(1).mean().sqrt()
-    off = (canvas.speeds() - velocity).norm(dim=1)
-    if wobble > _WOBBLE * canvas.scale or off.min() > _SPEED_TOLERANCE * canvas.scale:
-        return None
-    return list(MOTIONS)[int(off.argmin())]
+def _correlated(
+    sums: Float[Tensor, "two rows columns"], shapes: Float[Tensor, "shapes side side"]
+) -> Float[Tensor, "two shapes rows columns"]:
+    """Sums below each shape at each place, which is its corner's; places wrap around, where only the margin is."""
+    size = sums.shape[-2:]
+    spectra = torch.fft.rfft2(sums)[:, None] * torch.fft.rfft2(shapes, s=size).conj()
+    return torch.fft.irfft2(spectra, s=size)
 
 
 def _background(
     grey: Float[Tensor, "frames height width"], free: Bool[Tensor, "frames height width"], canvas: Canvas
 ) -> str | None:
-    """The background whose greys are nearest, judged where no object is."""
-    # two objects and their edges cover less than a third of the picture
+    """The background whose greys are nearest, wherever it begins, judged where no object is, over all frames."""
+    # three objects and their edges cover less than a third of the picture
     if free.float().mean() < 0.5:
         return None
-    errors = torch.stack([((grey - pattern)[free] ** 2).mean().sqrt() for pattern in backgrounds(canvas)])
+    period, known = canvas.period, patterns(canvas)
+    # frames as one period: means over all its places in the picture
+    pad = (0, -grey.shape[2] % period, 0, -grey.shape[1] % period)
+    folded = [
+        torch.nn.functional.pad(part, pad).unflatten(2, (-1, period)).unflatten(1, (-1, period)).sum((1, 3))
+        for part in (grey * free, free.float())
+    ]
+    mean = folded[0] / folded[1].clamp(min=1)
+    # the squared distance at every shift: of a constant pattern, and of those with one, by their correlation
+    spectra = torch.fft.rfft2(mean)[:, None] * torch.fft.rfft2(known).conj()
+    both = torch.fft.irfft2(spectra, s=(period, period)).amax((-1, -2))
+    squares = mean.square().sum((1, 2))[:, None] + known.square().sum((1, 2)) - 2 * both
+    errors = (squares.clamp(min=0) / period**2).sqrt().mean(0)
     return BACKGROUNDS[int(errors.argmin())] if errors.min() <= _BACKGROUND_ERROR else None

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 # the corners of the RGB cube that are not grey: as far apart as six colours can be
@@ -32,22 +31,31 @@ MOTIONS: Mapping[str, tuple[int, int]] = MappingProxyType(
 )
 BACKGROUNDS = ("grey", "stripes", "checks", "dots")
 
-# two crossing objects find room in one draw of eighteen or better, so 512 draws fail once in 10^12 videos
-_DRAWS = 512
+# of the pixels of an object, how many others may hide, at most, in the mean over the frames
+_MOST_HIDDEN = 0.3
+# three objects that hide no more of each other are one draw of seven or better
+_DRAWS = 128
 # greys of the patterns and their mean, dark enough that every colour stands out
 _DARK, _MEAN, _LIGHT = -0.45, -0.3, -0.15
+# how much lighter or darker than that a place can be, and how much of its colour one of an object can lack
+_TEXTURE, _SHADE = 0.2, 0.4
+# pixels, at scale 1, from one independent value of a texture to the next: each token of the smaller sizes has its own
+_GRAIN = 4
+# pixels a frame that the camera goes at most, at scale 1, sideways and upright: slower than objects do
+_PAN = (2, 1)
 # one scene in eight is never trained on
 _HELD_OUT_ONE_IN = 8
-# about 6,000 scenes are held out; far below that, drawing until enough differ is quick
+# of 500,000 and more; far below that, drawing until enough differ is quick
 _MOST_HELD_OUT = 2000
-# single objects are 1 % of all scenes: drawn by count alone they would never be learnt
-ONE_OBJECT_SHARE = 0.3
+# of scenes with one, two and three objects: drawn by the number of scenes there are, nearly all would have three
+_SHARES = (0.3, 0.4, 0.3)
+MOST_OBJECTS = len(_SHARES)
 
 _EXAMPLE = "a red circle moving left and a blue square, still, over stripes"
 _THING = (
     rf"a ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) (still|moving (?:{'|'.join(m for m in MOTIONS if m != 'still')}))"
 )
-_CAPTION = re.compile(rf"{_THING}(?: and {_THING})? over ({'|'.join(BACKGROUNDS)})")
+_CAPTION = re.compile(rf"{_THING}{rf'(?: and {_THING})?' * (MOST_OBJECTS - 1)} over ({'|'.join(BACKGROUNDS)})")
 # every word a caption can have
 WORDS = ("a", "and", "over", "moving", *COLOURS, *SHAPES, *MOTIONS, *BACKGROUNDS)
 
@@ -69,6 +77,11 @@ class Canvas:
     scale: int
     sideways: int
     upright: int
+
+    @property
+    def period(self) -> int:
+        """Pixels after which the patterns of backgrounds repeat, in both directions."""
+        return 16 * self.scale
 
     @property
     def reach(self) -> int:
@@ -134,7 +147,7 @@ class Scene:
     """What a caption says.
 
     Args:
-        things: one or two objects of different colours.
+        things: one to three objects of different colours; those named later pass before those named earlier.
         background: a name in BACKGROUNDS.
 
     Raises:
@@ -145,10 +158,12 @@ class Scene:
     background: str
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.things) <= 2:
-            raise ValueError(f"a scene has one or two objects: got {len(self.things)}")
-        if len({thing.colour for thing in self.things}) < len(self.things):
-            raise ValueError(f"two objects of one scene differ in colour: both are {self.things[0].colour}")
+        if not 1 <= len(self.things) <= MOST_OBJECTS:
+            raise ValueError(f"a scene has 1 to {MOST_OBJECTS} objects: got {len(self.things)}")
+        colours = [thing.colour for thing in self.things]
+        for colour in colours:
+            if colours.count(colour) > 1:
+                raise ValueError(f"objects of one scene differ in colour: two are {colour}")
         if self.background not in BACKGROUNDS:
             raise ValueError(f"{self.background!r} is none of {', '.join(BACKGROUNDS)}")
 
@@ -189,25 +204,16 @@ def parse_caption(text: str) -> Scene:
     *parts, background = match.groups()
     things = tuple(
         Thing(colour=colour, shape=shape, motion=motion.removeprefix("moving "))
-        for colour, shape, motion in (parts[:3], parts[3:])
+        for colour, shape, motion in zip(parts[::3], parts[1::3], parts[2::3], strict=True)
         if colour is not None
     )
     return Scene(things=things, background=background)
 
 
-def every_scene() -> Iterator[Scene]:
-    """All scenes, those with one object first; two objects come in both orders."""
-    things = [Thing(colour=c, shape=s, motion=m) for c, s, m in itertools.product(COLOURS, SHAPES, MOTIONS)]
-    for thing, background in itertools.product(things, BACKGROUNDS):
-        yield Scene(things=(thing,), background=background)
-    for first, second, background in itertools.product(things, things, BACKGROUNDS):
-        if first.colour != second.colour:
-            yield Scene(things=(first, second), background=background)
-
-
 def random_scene(rng: random.Random) -> Scene:
     """A scene drawn at random: first the number of objects, then each of their attributes."""
-    colours = rng.sample(list(COLOURS), 1 if rng.random() < ONE_OBJECT_SHARE else 2)
+    (count,) = rng.choices(range(1, MOST_OBJECTS + 1), _SHARES)
+    colours = rng.sample(list(COLOURS), count)
     things = tuple(Thing(colour=c, shape=rng.choice(SHAPES), motion=rng.choice(list(MOTIONS))) for c in colours)
     return Scene(things=things, background=rng.choice(BACKGROUNDS))
 
@@ -244,15 +250,15 @@ def held_out_captions(count: int, *, seed: int) -> list[str]:
     return list(found)
 
 
-def encode(scenes: Sequence[Scene]) -> Int[Tensor, "batch 7"]:
-    """Scenes as numbers: colour, shape and motion of two objects, then the background; -1 where there is no object."""
+def encode(scenes: Sequence[Scene]) -> Int[Tensor, "batch 10"]:
+    """Scenes as numbers: colour, shape and motion of three objects, then the background; -1 where there is none."""
     colours, motions = list(COLOURS), list(MOTIONS)
     rows = []
     for scene in scenes:
         row = [
             n for t in scene.things for n in (colours.index(t.colour), SHAPES.index(t.shape), motions.index(t.motion))
         ]
-        rows.append([*row, *[-1] * (6 - len(row)), BACKGROUNDS.index(scene.background)])
+        rows.append([*row, *[-1] * (3 * MOST_OBJECTS - len(row)), BACKGROUNDS.index(scene.background)])
     return torch.tensor(rows)
 
 
@@ -271,59 +277,117 @@ def templates(canvas: Canvas, device: torch.device | str = "cpu") -> Float[Tenso
     return (0.5 - torch.stack((circle, square, triangle, cross))).clamp(0, 1)
 
 
-def backgrounds(canvas: Canvas, device: torch.device | str = "cpu") -> Float[Tensor, "backgrounds height width"]:
-    """The greys behind the objects; patterns always stand at the same place."""
-    height, width, cell = canvas.height, canvas.width, 8 * canvas.scale
-    y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)[None, :]
-    rows, columns = (y // cell % 2).expand(height, width), (x // cell % 2).expand(height, width)
+def patterns(canvas: Canvas, device: torch.device | str = "cpu") -> Float[Tensor, "backgrounds period period"]:
+    """The greys behind the objects, without texture: what repeats in both directions."""
+    period, cell = canvas.period, canvas.period // 2
+    y, x = torch.arange(period, device=device)[:, None], torch.arange(period, device=device)[None, :]
+    rows, columns = (y // cell).expand(period, period), (x // cell).expand(period, period)
     middle, radius = cell - 0.5, 4.5 * canvas.scale
-    dots = ((y % (2 * cell) - middle) ** 2 + (x % (2 * cell) - middle) ** 2 < radius**2).long()
-    patterns = torch.stack((rows, rows ^ columns, dots)).float() * (_LIGHT - _DARK) + _DARK
-    return torch.cat((torch.full_like(patterns[:1], _MEAN), patterns))
+    dots = ((y - middle) ** 2 + (x - middle) ** 2 < radius**2).long()
+    drawn = torch.stack((rows, rows ^ columns, dots)).float() * (_LIGHT - _DARK) + _DARK
+    return torch.cat((torch.full_like(drawn[:1], _MEAN), drawn))
 
 
 def render(
-    codes: Int[Tensor, "batch 7"], *, canvas: Canvas, frames: int, generator: torch.Generator
+    codes: Int[Tensor, "batch 10"], *, canvas: Canvas, frames: int, generator: torch.Generator
 ) -> Float[Tensor, "batch 3 frames height width"]:
-    """Videos of scenes, values in [-1, 1], with the objects at random places where they fit and never touch.
+    """Videos of scenes, values in [-1, 1]: objects at random places where they fit, before a ground that a camera pans.
 
     Args:
         codes: what `encode` returns, on the device to draw on.
         canvas: to draw on.
         frames: of each video.
-        generator: of the places, on the same device.
+        generator: of places, textures and the camera, on the same device.
 
     Raises:
         ValueError: an object would leave the picture in that many frames.
     """
-    device, reach = codes.device, canvas.reach
+    device, batch = codes.device, torch.arange(len(codes), device=codes.device)
+    present = codes[:, :-1:3] >= 0
+    colour, shape, motion = (codes[:, n:-1:3].clamp(min=0) for n in range(3))
+    centre = _places(present, motion, canvas=canvas, frames=frames, generator=generator)
+    table = templates(canvas, device)
+    side = table.shape[-1]
+    rgb = torch.tensor(list(COLOURS.values()), device=device, dtype=torch.float32)
+    shade = _texture(len(codes) * MOST_OBJECTS, side, side, canvas.scale * _GRAIN, generator)
+    shade = 1 - _SHADE * (1 + shade.view(len(codes), MOST_OBJECTS, side, side)) / 2
+    video = _grounds(codes[:, -1], canvas=canvas, frames=frames, generator=generator)
+    video = video[:, None].expand(-1, 3, -1, -1, -1)
+    for thing in range(MOST_OBJECTS):
+        x, y = centre[:, thing, :, 0, None], centre[:, thing, :, 1, None]
+        column = (torch.arange(canvas.width, device=device) - x + side // 2).clamp(0, side - 1)[..., None, :]
+        row = (torch.arange(canvas.height, device=device) - y + side // 2).clamp(0, side - 1)[..., None]
+        cover = table[shape[:, thing, None, None, None], row, column] * present[:, thing, None, None, None]
+        shown = shade[batch[:, None, None, None], thing, row, column]
+        video = torch.lerp(video, rgb[colour[:, thing]][:, :, None, None, None] * shown[:, None], cover[:, None])
+    return video
+
+
+def _places(
+    present: Bool[Tensor, "batch objects"],
+    motion: Int[Tensor, "batch objects"],
+    *,
+    canvas: Canvas,
+    frames: int,
+    generator: torch.Generator,
+) -> Int[Tensor, "batch objects frames 2"]:
+    """Where the centres of objects are, right and down: inside the picture, and no object hidden too long."""
+    device, reach = present.device, canvas.reach
     room = torch.tensor([canvas.width - 1 - 2 * reach, canvas.height - 1 - 2 * reach], device=device)
     speeds = canvas.speeds(device)
     if ((frames - 1) * speeds.abs() > room).any():
         raise ValueError(f"{frames} frames are too many: objects would leave the picture")
-    present = codes[:, [0, 3]] >= 0
-    colour, shape, motion = (codes[:, [n, n + 3]].clamp(min=0) for n in range(3))
-
     # batch × draws × objects × frames × (x, y)
     path = speeds[motion][:, None, :, None] * torch.arange(frames, device=device)[:, None]
     travel = path[..., -1:, :]
-    draw = torch.rand((len(codes), _DRAWS, 2, 1, 2), generator=generator, device=device)
-    start = reach - travel.clamp(max=0) + (draw * (room - travel.abs() + 1)).long()
-    centres = start + path
-    gap = (centres[:, :, 0] - centres[:, :, 1]).abs().amax(-1).amin(-1)
-    # the first draw with centres so far apart along one axis that a pixel lies between any two shapes
-    chosen = (gap >= 2 * reach - 1).float().argmax(1)
-    centre = centres[torch.arange(len(codes), device=device), chosen]
+    draw = torch.rand((len(present), _DRAWS, MOST_OBJECTS, 1, 2), generator=generator, device=device)
+    centres = reach - travel.clamp(max=0) + (draw * (room - travel.abs() + 1)).long() + path
+    # by the boxes around them, which are larger than what they hold
+    most = torch.zeros(centres.shape[:2], device=device)
+    for behind in range(MOST_OBJECTS):
+        hidden = torch.zeros_like(most)
+        for before in range(behind + 1, MOST_OBJECTS):
+            apart = (centres[:, :, behind] - centres[:, :, before]).abs() / (2 * reach + 1)
+            shared = (1 - apart).clamp(min=0).prod(-1).mean(-1)
+            hidden += shared * (present[:, before] & present[:, behind])[:, None]
+        most = most.maximum(hidden)
+    # the first draw that will do; should none, the best
+    chosen = torch.where((most <= _MOST_HIDDEN).any(1), (most <= _MOST_HIDDEN).float().argmax(1), most.argmin(1))
+    return centres[torch.arange(len(present), device=device), chosen]
 
-    table = templates(canvas, device)
-    rgb = torch.tensor(list(COLOURS.values()), device=device, dtype=torch.float32)
-    video = backgrounds(canvas, device)[codes[:, 6]][:, None, None].expand(-1, 3, frames, -1, -1)
-    edge = reach + 1
-    for thing in range(2):
-        x, y = centre[:, thing, :, 0, None], centre[:, thing, :, 1, None]
-        column = (torch.arange(canvas.width, device=device) - x + edge).clamp(0, 2 * edge)
-        row = (torch.arange(canvas.height, device=device) - y + edge).clamp(0, 2 * edge)
-        cover = table[shape[:, thing, None, None, None], row[..., None], column[..., None, :]]
-        cover = (cover * present[:, thing, None, None, None])[:, None]
-        video = torch.lerp(video, rgb[colour[:, thing]][:, :, None, None, None], cover)
-    return video
+
+def _grounds(
+    background: Int[Tensor, " batch"], *, canvas: Canvas, frames: int, generator: torch.Generator
+) -> Float[Tensor, "batch frames height width"]:
+    """Patterns and their texture, as a camera sees them that goes at one speed, which is each video's own."""
+    device, batch = background.device, torch.arange(len(background), device=background.device)
+    most = torch.tensor(_PAN, device=device) * canvas.scale
+    draw = torch.rand((len(background), 2, 2), generator=generator, device=device)
+    speed = (draw[:, 0] * (2 * most + 1)).long() - most
+    path = speed[:, None] * torch.arange(frames, device=device)[:, None]
+    # so that no place is below 0
+    path = path - path.amin(1, keepdim=True)
+    reach = most * (frames - 1)
+    width, height = canvas.width + int(reach[0]), canvas.height + int(reach[1])
+    texture = _TEXTURE * _texture(len(background), height, width, canvas.scale * _GRAIN, generator)
+    phase = (draw[:, 1] * canvas.period).long()[:, None]
+    columns = torch.arange(canvas.width, device=device) + path[..., 0, None]
+    rows = torch.arange(canvas.height, device=device) + path[..., 1, None]
+    drawn = patterns(canvas, device)[
+        background[:, None, None, None],
+        ((rows + phase[..., 1, None]) % canvas.period)[..., None],
+        ((columns + phase[..., 0, None]) % canvas.period)[..., None, :],
+    ]
+    return drawn + texture[batch[:, None, None, None], rows[..., None], columns[..., None, :]]
+
+
+def _texture(
+    count: int, height: int, width: int, grain: int, generator: torch.Generator
+) -> Float[Tensor, "count height width"]:
+    """Value noise in [-1, 1]: independent values so many pixels apart, and straight lines between them."""
+    size = (-(-height // grain) + 1, -(-width // grain) + 1)
+    values = torch.rand((count, 1, *size), generator=generator, device=generator.device) * 2 - 1
+    smooth = torch.nn.functional.interpolate(
+        values, size=((size[0] - 1) * grain + 1, (size[1] - 1) * grain + 1), mode="bilinear", align_corners=True
+    )
+    return smooth[:, 0, :height, :width]

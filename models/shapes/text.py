@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from calibatt.models.shapes.scenes import WORDS, parse_caption, words_of
 
-# words a prompt is padded to; the longest caption has 13
+# words a prompt is padded to; the longest caption has 19
 LENGTH = 24
-# first object, second object, background
+# first object, second object, what follows: a third object, whose words are its own, and the background
 _CLAUSES = 3
 # id 0 is padding
 _IDS = {word: number for number, word in enumerate(WORDS, start=1)}
@@ -88,9 +88,9 @@ class SceneTextEncoder(nn.Module):
 
     def forward(self, input_ids: Int[Tensor, "batch length"], attention_mask: Int[Tensor, "batch length"]) -> Encoded:
         """Features of the words."""
-        # "and" opens the second object, "over" the background, after one object or two
+        # "and" opens the next object, "over" the background
         opened = (input_ids == _IDS["over"]).cumsum(1)
-        clause = (input_ids == _IDS["and"]).cumsum(1) * (1 - opened) + (_CLAUSES - 1) * opened
+        clause = ((input_ids == _IDS["and"]).cumsum(1) + (_CLAUSES - 1) * opened).clamp(max=_CLAUSES - 1)
         position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         features = torch.cat(
             (

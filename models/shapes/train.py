@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -17,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from calibatt.models.entry import Resolution
 from calibatt.models.shapes.entry import SHAPES
 from calibatt.models.shapes.evaluate import Point, draw_curve, evaluate_weights
 from calibatt.models.shapes.pipeline import cast, load_pipeline, new_transformer
-from calibatt.models.shapes.scenes import ONE_OBJECT_SHARE, canvas_of, caption, encode, every_scene, held_out, render
+from calibatt.models.shapes.scenes import Scene, canvas_of, caption, encode, held_out, random_scene, render
 from calibatt.models.shapes.text import SceneTextEncoder, SceneTokenizer
 
 
@@ -52,9 +51,11 @@ class Recipe:
         rate, matrix_rate: peak learning rates, of AdamW and of Muon (which has the matrices of the layers).
         warm_up: steps until the peak.
         flat_until: fraction of the training after which the rates fall, linearly, to `last_rate` of the peak.
-        logit_mean, logit_std: of the noise level's logit, a normal distribution, drawn stratified over the batch.
-            Layout, colour and motion are decided at high noise, since sixteen frames say the same thing many times: a
-            quarter of the draws are above 0.95.
+        logit_mean, logit_std: of the noise level's logit, a normal distribution, drawn stratified over the batch; the
+            mean at the standard size. Layout, colour and motion are decided at high noise, since sixteen frames say
+            the same thing many times: a quarter of the draws are above 0.95.
+            With n times the tokens, noise hides less of what all of them say, as if it were √n times less: so the mean
+            grows by ½ ln n with the size (Esser and others, 2024).
         anchored: share of the videos whose first frame has less noise than the others, as in diffusion forcing (Chen
             and others, 2024). Without it directions are not learnt: that a thing moves to the right shows in no single
             frame, only in two at once, and a model that knows neither "later" nor "to the right" gains nothing by
@@ -93,15 +94,25 @@ class Recipe:
         stage = next((stage for stage in self.stages if progress < stage.until), self.stages[-1])
         return rng.choices(list(stage.shares), list(stage.shares.values()))[0]
 
+    def logit_mean_of(self, tokens: int) -> float:
+        """Mean of the noise level's logit for videos of so many tokens."""
+        standard = SHAPES.geometry("standard").tokens
+        return self.logit_mean + 0.5 * math.log(tokens / standard)
+
     def rate_factor(self, step: int, progress: float) -> float:
         """What the peak learning rates are multiplied by."""
         fall = max(0.0, (progress - self.flat_until) / (1 - self.flat_until))
         return min(1.0, (step + 1) / self.warm_up) * (1 - (1 - self.last_rate) * min(1.0, fall))
 
 
-# how to go on from weights that know the smaller sizes, to the largest and back; at lower rates, since they know much
+# how to go on from weights that know much already, at lower rates: small videos first, which are cheap, then large ones
 FURTHER = Recipe(
-    stages=(Stage(until=1.0, shares={"large": 0.7, "standard": 0.2, "quick": 0.1}),), rate=4e-4, matrix_rate=1e-3
+    stages=(
+        Stage(until=0.3, shares={"standard": 0.6, "quick": 0.3, "large": 0.1}),
+        Stage(until=1.0, shares={"large": 0.7, "standard": 0.2, "quick": 0.1}),
+    ),
+    rate=4e-4,
+    matrix_rate=1e-3,
 )
 
 
@@ -151,36 +162,41 @@ class Muon(torch.optim.Optimizer):
         return x.mT if tall else x
 
 
-@functools.cache
-def _trained() -> tuple[Int[Tensor, "scenes 7"], Int[Tensor, "scenes length"], int]:
-    """All scenes that are not held out, as numbers; their captions as tokens; how many, the first, have one object."""
-    told = [(scene, text) for scene in every_scene() if not held_out(text := caption(scene))]
-    scenes, texts = zip(*told, strict=True)
-    return encode(scenes), SceneTokenizer()(list(texts)).input_ids, sum(len(scene.things) == 1 for scene in scenes)
-
-
 class Corpus:
-    """Every scene that is not held out, ready to be drawn on a device."""
+    """Scenes that are not held out, and their videos and captions on a device."""
 
     def __init__(self, device: torch.device) -> None:
-        codes, ids, self._single = _trained()
-        self._codes, self._ids = codes.to(device), ids.to(device)
+        self._device, self._tokenizer = device, SceneTokenizer()
         self._encoder = SceneTextEncoder().to(device)
 
     def batch(
-        self, count: int, *, size: Resolution, blank: float, generator: torch.Generator
+        self, count: int, *, size: Resolution, blank: float, rng: random.Random, generator: torch.Generator
     ) -> tuple[Float[Tensor, "batch 3 frames height width"], Float[Tensor, "batch length text_dim"]]:
-        """Videos and the features of their captions, some of them those of the empty caption."""
-        device = self._codes.device
-        draw, single, kept = torch.rand((3, count), generator=generator, device=device)
-        alone = (draw * self._single).long()
-        paired = self._single + (draw * (len(self._codes) - self._single)).long()
-        # in fp32 the draw can round up to the length itself
-        rows = torch.where(single < ONE_OBJECT_SHARE, alone, paired).clamp(max=len(self._codes) - 1)
-        ids = self._ids[rows] * (kept >= blank)[:, None]
-        text = self._encoder(ids, ids.gt(0).long()).last_hidden_state
-        canvas = canvas_of(size.height, size.width)
-        return render(self._codes[rows], canvas=canvas, frames=size.frames, generator=generator), text
+        """Videos and the features of their captions, some of them those of the empty caption.
+
+        Args:
+            count: how many.
+            size: of the videos.
+            blank: share of captions replaced by the empty one.
+            rng: draws scenes.
+            generator: draws everything else, on the device.
+        """
+        scenes = [trained_scene(rng) for _ in range(count)]
+        texts = [caption(scene) if rng.random() >= blank else "" for scene in scenes]
+        tokens = self._tokenizer(texts)
+        text = self._encoder(tokens.input_ids.to(self._device), tokens.attention_mask.to(self._device))
+        video = render(
+            encode(scenes).to(self._device), canvas=canvas_of(size.height, size.width), frames=size.frames,
+            generator=generator,
+        )  # fmt: skip
+        return video, text.last_hidden_state
+
+
+def trained_scene(rng: random.Random) -> Scene:
+    """A random scene that is not held out."""
+    while held_out(caption(scene := random_scene(rng))):
+        pass
+    return scene
 
 
 def flow_loss(
@@ -196,13 +212,14 @@ def flow_loss(
     within = torch.rand(len(video), generator=generator, device=video.device)
     strata = torch.arange(len(video), device=video.device) + within
     logits = torch.special.ndtri(strata / len(video))
-    sigma = torch.sigmoid(logits * recipe.logit_std + recipe.logit_mean)[:, None].repeat(1, video.shape[2])
+    tokens = video[0, 0, 0].numel() // math.prod(model.config.patch_size)
+    mean = recipe.logit_mean_of(tokens * video.shape[2])
+    sigma = torch.sigmoid(logits * recipe.logit_std + mean)[:, None].repeat(1, video.shape[2])
     chosen, less = torch.rand((2, len(video)), generator=generator, device=video.device)
     sigma[:, 0] *= torch.where(chosen < recipe.anchored, less, 1)
     noise = torch.randn(video.shape, generator=generator, device=video.device)
     noisy = torch.lerp(video, noise, sigma[:, None, :, None, None])
     # Wan counts noise levels in thousandths, and has one for each token
-    tokens = video[0, 0, 0].numel() // math.prod(model.config.patch_size)
     steps = (sigma * 1000).repeat_interleave(tokens, dim=1)
     velocity = model(noisy, timestep=steps, encoder_hidden_states=text, return_dict=False)[0]
     return torch.nn.functional.mse_loss(velocity.float(), noise - video)
@@ -231,11 +248,12 @@ class Training:
 
     def advance(self, progress: float) -> tuple[str, Float[Tensor, ""]]:
         """One step; returns the size it was made on, and the loss."""
-        size = self.recipe.size(progress, random.Random(f"{self.seed} {self.step}"))
+        rng = random.Random(f"{self.seed} {self.step}")
+        size = self.recipe.size(progress, rng)
         for optimiser, peak in zip(self.optimisers, self.peaks, strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = peak * self.recipe.rate_factor(self.step, progress)
-        loss = self.gradients(size)
+        loss = self.gradients(size, rng)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip, foreach=True)
         for optimiser in self.optimisers:
             optimiser.step()
@@ -246,11 +264,12 @@ class Training:
         torch._foreach_lerp_(self.average, [p.detach() for p in self.model.parameters()], 1 - decay)
         return size, loss.detach()
 
-    def gradients(self, size: str) -> Float[Tensor, ""]:
+    def gradients(self, size: str, rng: random.Random) -> Float[Tensor, ""]:
         """The loss of one batch, with its gradients left at the parameters."""
         video, text = self.corpus.batch(
-            self.recipe.batches[size], size=SHAPES.resolution(size), blank=self.recipe.blank, generator=self.generator
-        )
+            self.recipe.batches[size], size=SHAPES.resolution(size), blank=self.recipe.blank, rng=rng,
+            generator=self.generator,
+        )  # fmt: skip
         half = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
         with half:
             loss = flow_loss(self.model, video, text, recipe=self.recipe, generator=self.generator)
@@ -263,7 +282,7 @@ class Training:
         self.model.compile_repeated_blocks(dynamic=False)
         state = self.generator.get_state()
         for size in self.recipe.sizes:
-            self.gradients(size)
+            self.gradients(size, random.Random(size))
         for optimiser in self.optimisers:
             optimiser.zero_grad()
         self.generator.set_state(state)

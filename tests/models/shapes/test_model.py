@@ -47,6 +47,9 @@ def test_text_features_tell_the_clauses_apart() -> None:
     assert features.shape == (2, LENGTH, TEXT_DIM)
     clauses = features[0, :13, -3:].argmax(-1).tolist()
     assert clauses == [0] * 5 + [1] * 5 + [2] * 2 + [0]
+    longer = SceneTokenizer()([_CAPTION.replace(" over", " and a green cross, still, over")])
+    clauses = SceneTextEncoder()(longer.input_ids, longer.attention_mask).last_hidden_state[0, :18, -3:].argmax(-1)
+    assert clauses.tolist() == [0] * 5 + [1] * 5 + [2] * 7 + [0]
     assert features[1].abs().max() == 0
 
 
