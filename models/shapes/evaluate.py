@@ -140,7 +140,7 @@ def scan_settings(weights: Path, *, out: Path, device: torch.device) -> None:
 
 
 def draw_samples(
-    videos: Float[Tensor, "videos 3 frames height width"], captions: Sequence[str], path: Path, *, rows: int = 10
+    videos: Float[Tensor, "videos 3 frames height width"], captions: Sequence[str], path: Path, *, rows: int = 6
 ) -> None:
     """A sheet of videos: a row for each of the first captions, eight frames of each in columns."""
     import matplotlib
