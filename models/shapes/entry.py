@@ -63,7 +63,8 @@ SHAPES = ModelEntry(
         }
     ),
     steps=20,
-    # as good as any that is not 1 (weights/scan.json), at which there would be no second branch to plan for
+    # as good as any that is not 1, at which there would be no second branch to plan for (weights/scan.json, of the
+    # weights before these)
     guidance=2.0,
     prompt_tokens=24,
     family=wan.FAMILY,
