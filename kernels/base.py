@@ -31,6 +31,7 @@ class Task:
         reuses: whether heads reuse rows.
         skips: whether the kernel is to note low blocks, or leave them out, by itself (`plan.Skip`).
         int8: queries and keys that have one scale, where it is to multiply them in INT8.
+        approximates: whether means stand for the blocks that are not computed (`plan.Plan.remainder`).
     """
 
     device: torch.device
@@ -41,6 +42,7 @@ class Task:
     reuses: bool = False
     skips: bool = False
     int8: tuple[int, int] | None = None
+    approximates: bool = False
 
     @property
     def plain(self) -> bool:
@@ -54,7 +56,7 @@ class Task:
         return cls(
             device=q.device, dtype=q.dtype, head_dim=q.shape[-1], block=block,
             variable=plan.mask is not None and block is None, reuses=plan.reuse is not None,
-            skips=plan.skip is not None, int8=plan.int8,
+            skips=plan.skip is not None, int8=plan.int8, approximates=plan.remainder != "none",
         )  # fmt: skip
 
 
@@ -75,6 +77,11 @@ def variable_refusal(name: str) -> Unsupported:
     return Unsupported(
         f"{name} has blocks of one size: the Triton kernel has variable ones, other presets cover them by fixed blocks"
     )
+
+
+def remainder_refusal(name: str) -> Unsupported:
+    """What kernels say that drop the blocks they do not compute."""
+    return Unsupported(f"{name} drops what it does not compute: the Triton kernel and FlexAttention approximate it")
 
 
 @runtime_checkable
