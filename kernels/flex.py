@@ -16,6 +16,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from calibatt.kernels.base import Task, Unsupported, check, check_accepted, triton_only, variable_refusal
 from calibatt.kernels.dense import Dense
+from calibatt.kernels.flex_code import weighted
 from calibatt.kernels.mask import BlockMask, block_count, listed
 from calibatt.kernels.ordered import in_order
 from calibatt.kernels.per_head import attend_per_head
@@ -77,7 +78,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     if plan.remainder != "none":
         k, v, keep, weights = _with_means(k, v, mask)
         weights = weights.unflatten(1, (shares, -1)).transpose(0, 1).expand(max(shares, len(q)), -1, -1, -1)
-        score_mod = _weighted(weights.contiguous(), plan.tokens, mask.block_q)
+        score_mod = weighted(weights.contiguous(), plan.tokens, mask.block_q)
     if shares > 1:
         # queries in the place of the batch, all of them with the same keys
         q = q[0].unflatten(1, (shares, -1)).transpose(0, 1)
@@ -118,17 +119,6 @@ def _with_means(k: Tensor, v: Tensor, mask: BlockMask) -> tuple[Tensor, Tensor, 
     weights = pad(sizes.float().log()[:, None].masked_fill(keep, -math.inf), columns, value=-math.inf)
     keep = pad(keep, (0, block_count(mask.k_blocks, mask.block_k)), value=True)
     return extended(k), extended(v), keep, weights
-
-
-def _weighted(weights: Tensor, tokens: int, block_q: int) -> Callable[..., Tensor]:
-    """Adds weights, [batch, heads, query blocks, keys behind the tokens], to scores; batch and heads may be shared."""
-    own = int(weights.shape[1] > 1)
-
-    def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        behind = (key - tokens).clamp(min=0)
-        return score + torch.where(key < tokens, 0.0, weights[batch, head * own, query // block_q, behind])
-
-    return score_mod
 
 
 def _shares(q: Tensor, mask: BlockMask) -> int:
