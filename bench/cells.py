@@ -14,7 +14,7 @@ from calibatt.kernels.base import dtype_name
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import look_up
 from calibatt.kernels.plan import Remainder
-from calibatt.methods.catalogue import METHODS, has_blocks
+from calibatt.methods.catalogue import METHODS
 from calibatt.models.catalogue import MODELS
 from calibatt.models.device import working_dtype
 from calibatt.models.entry import ModelEntry
@@ -79,8 +79,8 @@ class Arm:
         look_up(KERNELS, kernel, "kernel")
         if plus and tail != "tail":
             raise ValueError(f"{text}: after '+' give 'tail', or leave out '+'")
-        # clusters have no size to choose, but what chooses them has a knob
-        if plus and found.knob is None and not has_blocks(method, preset=preset):
+        # what chooses blocks has a knob
+        if plus and found.knob is None:
             raise ValueError(f"{method} leaves no block out: leave out +tail")
         if equal and found.knob is None:
             raise ValueError(f"{method} has no knob that changes its density: leave out {equal}{wanted}")
