@@ -187,13 +187,14 @@ class Tuner:
 
     def _built(self, arm: Arm, **turned: float) -> Method | Scheduled | WithRemainder:
         prepared = self._offline.prepared(arm, **turned)
-        method: Method | Scheduled = build(
+        method = build(
             arm.method, preset=arm.preset, calibration=None if prepared is None else prepared.calibration,
             block=block_of(arm, self._workload.block), **{**run_settings(arm), **turned},
         )  # fmt: skip
+        planner: Method | Scheduled = method
         if arm.dense_steps is not None and arm.dense_layers is not None:
-            method = Scheduled(method, steps=arm.dense_steps, layers=arm.dense_layers)
-        return method if arm.remainder == "none" else WithRemainder(method, arm.remainder)
+            planner = Scheduled(method, steps=arm.dense_steps, layers=arm.dense_layers)
+        return planner if arm.remainder == "none" else WithRemainder(planner, arm.remainder)
 
     def _refusal(self, arm: Arm, knob: Knob | None) -> Unsupported | None:
         """Why the arm does not apply here, or its knob cannot be turned."""
