@@ -14,7 +14,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 _STEP = tl.constexpr(1 / 127)
 _TINY = tl.constexpr(2.0**-126)
 _NO_DIGITS = tl.constexpr(12582912.0)
-# means of blocks walked at a time: with 64, 264 to 312 bytes of a thread spill on sm90; with 32 about what spills without
+# means of blocks walked at a time: of 64, 264 to 312 bytes of a thread spill on sm90, of 32 about as few as without
 _MEANS = tl.constexpr(32)
 
 
