@@ -97,6 +97,8 @@ class Attender(Protocol):
     ) -> Float[Tensor, "batch heads tokens head_dim"]:
         """Softmax attention, scaled by 1/√head_dim, over the blocks of the plan; a row with no block gives zeros.
 
+        Where the plan has a remainder, it is of the blocks that are not computed.
+
         Raises:
             ValueError: inputs and plan do not belong together.
         """

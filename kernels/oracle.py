@@ -27,7 +27,7 @@ def attend(
 ) -> Float[Tensor, "batch heads tokens head_dim"]:
     """Attention under a plan, in fp64, or in another dtype to see what eager arithmetic in it loses.
 
-    A query row with no key block gives zeros.
+    A query row with no key block gives zeros, unless the plan has a remainder: then it has the means of all blocks.
 
     Args:
         q, k, v: inputs of any dtype.
