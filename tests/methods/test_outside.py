@@ -70,24 +70,29 @@ def test_it_passes_the_checks_and_is_measured_and_reported(package: Path, tmp_pa
     assert "| Pooled/sparse |" in said
 
 
-def test_a_class_that_is_given_by_its_module_has_its_own_name_from_then_on(
-    package: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(package)
+@pytest.fixture
+def importable(package: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same in this process, whose catalogue forgets it afterwards."""
+    # found before the package is there
+    monkeypatch.setattr(METHODS, "_offered", METHODS._offered)
     monkeypatch.setattr(METHODS, "_loaded", dict(METHODS._loaded))
+    monkeypatch.syspath_prepend(package)
+    return package
+
+
+@pytest.mark.usefixtures("importable")
+def test_a_class_that_is_given_by_its_module_has_its_own_name_from_then_on() -> None:
     assert str(Arm.parse("mine.pooled:Pooled/sparse=0.35", "default")) == "pooled/sparse=0.35"
     assert build("pooled").config.density == 0.5
     assert look_up(METHODS, "pooled", "method") is look_up(METHODS, "mine.pooled:Pooled", "method")
 
 
-def test_a_check_that_fails_says_which_and_of_which_preset(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = package / "forgetful.py"
+def test_a_check_that_fails_says_which_and_of_which_preset(importable: Path) -> None:
+    module = importable / "forgetful.py"
     # draws from the generator that the video's noise is drawn from
     module.write_text(
         SOURCE.replace("scores = means[0] @ means[1].mT", "scores = torch.randn_like(means[0] @ means[1].mT)")
     )
-    monkeypatch.syspath_prepend(package)
-    monkeypatch.setattr(METHODS, "_loaded", dict(METHODS._loaded))
     with pytest.raises(ContractBroken, match=r"Pooled/default: a plan is for its site: the plan drew"):
         check_method("forgetful:Pooled")
 
