@@ -71,6 +71,8 @@ class Arm:
             raise ValueError(f"{text}: after '/' give a preset, or leave out '/'")
         preset = preset or "default"
         found = look_up(METHODS, method, "method")
+        # a class's own name, where it was given by its module's
+        method = found.name
         look_up(found.presets, preset, f"preset of {method}")
         look_up(KERNELS, kernel, "kernel")
         if equal and found.knob is None:
