@@ -65,8 +65,8 @@ class Arm:
 
         Raises:
             UnknownName: there is no such method, preset or kernel.
-            ValueError: a preset is missing after /, what follows + is no tail, or of a method that leaves no block out,
-                a density or a fidelity is none, or is asked of a method that has no knob.
+            ValueError: a preset is missing after /, what follows + is no tail, or is asked of dense, a density or a
+                fidelity is none, or is asked of a method that has no knob.
         """
         name, equal, wanted = text.partition("=")
         name, plus, tail = name.partition("+")
@@ -75,12 +75,13 @@ class Arm:
             raise ValueError(f"{text}: after '/' give a preset, or leave out '/'")
         preset = preset or "default"
         found = look_up(METHODS, method, "method")
+        # a class's own name, where it was given by its module's
+        method = found.name
         look_up(found.presets, preset, f"preset of {method}")
         look_up(KERNELS, kernel, "kernel")
         if plus and tail != "tail":
             raise ValueError(f"{text}: after '+' give 'tail', or leave out '+'")
-        # what chooses blocks has a knob
-        if plus and found.knob is None:
+        if plus and method == DENSE.method:
             raise ValueError(f"{method} leaves no block out: leave out +tail")
         if equal and found.knob is None:
             raise ValueError(f"{method} has no knob that changes its density: leave out {equal}{wanted}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from calibatt.kernels.base import Kernel
 from calibatt.kernels.default import Default
@@ -11,6 +12,7 @@ from calibatt.kernels.dense import SDPA_CUDNN, SDPA_FLASH, SDPA_MATH
 from calibatt.kernels.flash import FA3, Flash4
 from calibatt.kernels.flex import FLEX_DENSE, Flex
 from calibatt.kernels.gluon_hopper import Gluon
+from calibatt.kernels.names import Catalogue
 from calibatt.kernels.split import Split
 from calibatt.kernels.triton_sparse import Triton
 
@@ -24,4 +26,12 @@ _EACH: Mapping[str, Kernel] = MappingProxyType(
     }
 )  # fmt: skip
 DEFAULT = Default(_EACH)
-KERNELS: Mapping[str, Kernel] = MappingProxyType({DEFAULT.name: DEFAULT, **_EACH})
+
+
+def _fault(found: Any) -> str | None:
+    """Why something is no kernel."""
+    missing = [name for name in ("name", "refusal", "attend") if not hasattr(found, name)]
+    return f"it has no {missing[0]}: see calibatt.kernels.base.Kernel" if missing else None
+
+
+KERNELS: Catalogue[Kernel] = Catalogue("kernel", (DEFAULT, *_EACH.values()), fault=_fault)

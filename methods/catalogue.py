@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, replace
-from types import MappingProxyType
 from typing import Any
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.names import look_up
+from calibatt.kernels.names import Catalogue, look_up
 from calibatt.methods.adaspa import AdaSpa
 from calibatt.methods.base import Fit, Method
 from calibatt.methods.blasst import Blasst
@@ -36,34 +35,44 @@ from calibatt.methods.svg2 import Svg2
 from calibatt.methods.svoo import Svoo
 from calibatt.methods.xattention import XAttention
 
-METHODS: Mapping[str, type[Method]] = MappingProxyType(
-    {
-        method.name: method
-        for method in (
-            Dense,
-            Sage,
-            CalibAtt,
-            Budget,
-            Radial,
-            SlidingTile,
-            SparseVideoGen,
-            Svg2,
-            Svoo,
-            Sparge,
-            XAttention,
-            AdaSpa,
-            Losa,
-            MInference,
-            Nabla,
-            Draft,
-            Jenga,
-            Lite,
-            Blasst,
-            Scaling,
-            Compact,
-            RandomMask,
-        )
-    }
+
+def _fault(found: Any) -> str | None:
+    """Why something is no method that can be built and shown."""
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        return "it is no subclass of calibatt.Method"
+    missing = [name for name in ("name", "label", "colour", "marker", "presets") if not hasattr(found, name)]
+    if missing:
+        return f"its class has no {missing[0]}"
+    return None if "default" in found.presets else "it has no preset 'default'"
+
+
+METHODS: Catalogue[type[Method]] = Catalogue(
+    "method",
+    (
+        Dense,
+        Sage,
+        CalibAtt,
+        Budget,
+        Radial,
+        SlidingTile,
+        SparseVideoGen,
+        Svg2,
+        Svoo,
+        Sparge,
+        XAttention,
+        AdaSpa,
+        Losa,
+        MInference,
+        Nabla,
+        Draft,
+        Jenga,
+        Lite,
+        Blasst,
+        Scaling,
+        Compact,
+        RandomMask,
+    ),
+    fault=_fault,
 )
 
 

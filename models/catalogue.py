@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
+from calibatt.kernels.names import Catalogue
 from calibatt.models.entry import Family, ModelEntry, Resolution
 from calibatt.models.families import mochi, wan
 from calibatt.models.shapes.entry import SHAPES
@@ -48,10 +49,12 @@ _FAMILIES = (
 
 FAMILIES: tuple[Family, ...] = tuple(family for family, _ in _FAMILIES)
 
-MODELS: Mapping[str, ModelEntry] = MappingProxyType(
-    {
-        "shapes": SHAPES,
-        **{entry.name: entry for _, entries in _FAMILIES for entry in entries},
-        **{entry.name: entry for entry in _ATTENTION_ONLY},
-    }
+
+def _fault(found: Any) -> str | None:
+    """Why something is no model."""
+    return None if isinstance(found, ModelEntry) else "it is no calibatt.ModelEntry"
+
+
+MODELS: Catalogue[ModelEntry] = Catalogue(
+    "model", (SHAPES, *(entry for _, entries in _FAMILIES for entry in entries), *_ATTENTION_ONLY), fault=_fault
 )

@@ -66,7 +66,6 @@ def test_an_arm_without_its_target_is_what_learns_for_it() -> None:
         ("calibatt/", "after '/' give a preset"),
         ("dense=density", "no knob"),
         ("dense+tail", "dense leaves no block out"),
-        ("sage+tail", "sage leaves no block out"),
         ("sparge+", "after '\\+' give 'tail'"),
         ("sparge+rest=0.5", "after '\\+' give 'tail'"),
         ("sparge+tail/cdf", "after '\\+' give 'tail'"),

@@ -6,7 +6,6 @@ FlexAttention compiles anew for every shape, so all tests share two: 63 tokens Ã
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, get_args
@@ -15,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibatt.kernels import oracle
+from calibatt import testing
 from calibatt.kernels.base import Kernel, Task
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
@@ -24,9 +23,7 @@ from calibatt.kernels.plan import HeadKind, Plan, Remainder, RowReuse, TokenOrde
 from calibatt.methods.base import Method
 from calibatt.methods.catalogue import METHODS, build, learns_from
 from calibatt.methods.catalogue import learner as build_learner
-from calibatt.methods.learning import CalibrationMismatch, Learner, Learnt, Origin, Provenance, settings_of
-from calibatt.methods.site import Site
-from calibatt.methods.skipping import without_low
+from calibatt.methods.learning import Learner, Learnt
 
 HEADS = 3
 GEOMETRIES = {
@@ -46,10 +43,6 @@ SHORT = {
 }
 NARROW = Geometry(grid=(8, 5, 25), heads=HEADS, head_dim=64)
 SMALL, LARGE = GEOMETRIES["63"], GEOMETRIES["1000"]
-# where no kernel runs, few channels do
-PLANNED = Geometry(grid=(8, 5, 25), heads=HEADS, head_dim=16)
-# not square, so that queries taken for keys show
-BLOCK = (32, 16)
 # draws of the random control differ in the seed alone: the first stands for all
 ARMS = [
     (name, preset) for name, method in METHODS.items() for preset in method.presets if not preset.startswith("draw-")
@@ -82,24 +75,8 @@ def kernel(request: pytest.FixtureRequest) -> Kernel:
 
 
 def inputs(geometry: Geometry, place: Place = ("cpu", torch.float32), seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Neighbouring tokens are alike, as in videos: methods that pool them would not trust mere noise."""
-    generator = torch.Generator().manual_seed(seed)
-    few, tokens = geometry.tokens // 48 + 2, geometry.tokens
-    made = []
-    for _ in range(3):
-        smooth = torch.randn(geometry.heads, geometry.head_dim, few, generator=generator)
-        smooth = torch.nn.functional.interpolate(smooth, tokens, mode="linear").mT
-        noise = torch.randn(geometry.heads, tokens, geometry.head_dim, generator=generator)
-        made.append((smooth + 0.3 * noise)[None].to(*place).contiguous())
-    q, k, v = made
-    # queries twice as large as is usual: attention that is not nearly uniform
-    return 2 * q, k, v
-
-
-def site(geometry: Geometry, *, step: int = 40, layer: int = 5, **where: Any) -> Site:
-    """Late, where no method's dense schedule holds any more."""
-    given: dict[str, Any] = {"branch": "cond", **where}
-    return Site(geometry=geometry, step=step, steps=50, sigma=0.3, layer=layer, layers=8, **given)
+    q, k, v = testing.inputs(geometry, seed=seed, device=place[0], dtype=place[1])
+    return q, k, v
 
 
 def mask_of(keep: Tensor, tokens: int) -> BlockMask:
@@ -124,21 +101,8 @@ def kinds_plan(geometry: Geometry, kinds: tuple[HeadKind, ...], seed: int = 0) -
     )
 
 
-def places_of(geometry: Geometry) -> Tensor:
-    """Channels by which tokens that lie near each other, in time and across a frame, are alike; none for text."""
-    frame, _, column = torch.meshgrid(*(torch.arange(extent) / extent for extent in geometry.grid), indexing="ij")
-    channels = torch.zeros(geometry.tokens, 4)
-    angles = math.pi * torch.stack((frame.flatten(), column.flatten()), -1)
-    video = slice(geometry.video_start, geometry.video_start + geometry.video_tokens)
-    channels[video] = 8 * torch.cat((angles.cos(), angles.sin()), -1)
-    return channels
-
-
 # frames have five rows and more, of which fewer can be anchors
 LEARNT_WITH: dict[str, dict[str, Any]] = {"calibatt": {"anchors": 2}}
-# where methods are asked in these tests
-STEPS, LAYERS = (0, 20, 40), (0, 5)
-SITES = [{"step": step, "layer": layer} for step in STEPS for layer in LAYERS]
 
 
 def learnt(name: str, preset: str, geometry: Geometry) -> Learnt | None:
@@ -155,36 +119,14 @@ def learnt(name: str, preset: str, geometry: Geometry) -> Learnt | None:
 
 @functools.cache
 def calibrated(method: str, learner: Learner, geometry: Geometry) -> Learnt:
-    """Learnt from two videos, whose attention is to what is near; other sites have what the last one asked has."""
-    near = places_of(geometry)
-    merged = {}
-    for where in (site(geometry, **place) for place in SITES):
-        notes = []
-        for prompt in range(2):
-            q, k, v = inputs(geometry, seed=1000 * (prompt + 1) + where.step + where.layer)
-            q[..., :4] += near
-            k[..., :4] += near
-            notes.append(learner.note(q[0], k[0], v[0], where, prompt))
-        merged[where.step, where.layer] = learner.merge(notes)
-    asked = [
-        (max(at for at in STEPS if at <= step), max(at for at in LAYERS if at <= layer))
-        for step in range(50)
-        for layer in range(8)
-    ]
-    tables = {name: torch.stack([merged[at][name] for at in asked]).unflatten(0, (50, 8)) for name in merged[0, 0]}
+    found = testing.learnt_by(learner, method, geometry)
     if method == "calibatt":
         # one repetitive head beside others
-        tables["similarity"][:] = torch.tensor([0.0, 1.0, 0.0])
-        if "reuse_error" in tables:
-            tables["reuse_error"][:] = torch.tensor([1.0, 0.0, 1.0])
-            tables["mask_error"][:] = 0.01
-    return Learnt(
-        method=method, preset="default", settings=settings_of(learner), tables=tables,
-        provenance=Provenance(
-            origin=Origin(model="none", weights="0", scheduler="none"), geometry=geometry, steps=50, layers=8,
-            guidance=1.0, prompts=("one", "two"), seed=0, cost_ratio=1.0,
-        ),
-    )  # fmt: skip
+        found.tables["similarity"][:] = torch.tensor([0.0, 1.0, 0.0])
+        if "reuse_error" in found.tables:
+            found.tables["reuse_error"][:] = torch.tensor([1.0, 0.0, 1.0])
+            found.tables["mask_error"][:] = 0.01
+    return found
 
 
 def made(name: str, preset: str, geometry: Geometry, device: str = "cpu") -> Method:
@@ -200,25 +142,7 @@ def run(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     """The kernel's output; skips where the kernel says that it cannot."""
     if (refusal := kernel.refusal(Task.of(q, plan))) is not None:
         pytest.skip(refusal.reason)
-    before = [x.clone() for x in (q, k, v)]
-    out = kernel.attend(q, k, v, plan)
-    assert all(torch.equal(x, was) for x, was in zip((q, k, v), before, strict=True)), "the inputs were changed"
-    assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, q.device)
-    return out
-
-
-def assert_exact(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
-    plan = plan.realised()
-    exact = oracle.attend(q, k, v, plan)
-    error = (out.double() - exact).abs().max().item()
-    # memory that was not written is NaN, which is not smaller than anything
-    assert error <= oracle.error_budget(q, k, v, plan, exact)
-
-
-def same(one: Plan, other: Plan) -> bool:
-    parts = one.tensors(), other.tensors()
-    alike = (one.tokens, one.kinds, len(parts[0])) == (other.tokens, other.kinds, len(parts[1]))
-    return alike and all(map(torch.equal, *parts))
+    return testing.attended(kernel, q, k, v, plan)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -253,7 +177,7 @@ def test_a_kernel_computes_the_blocks_it_is_given_and_no_others(
     plan = Plan.masked(mask_of(keep, geometry.tokens), HEADS).to(place[0])
     q, k, v = inputs(geometry, place)
     out = run(kernel, q, k, v, plan)
-    assert_exact(out, q, k, v, plan)
+    testing.require_exact(out, q, k, v, plan)
     empty = ~keep.any(-1).expand(HEADS, -1).repeat_interleave(BLOCK[0], 1)[:, : geometry.tokens]
     assert not out[0].cpu()[empty].any()
 
@@ -276,7 +200,7 @@ def test_a_kernel_mixes_the_kinds_of_heads(
 ) -> None:
     plan = kinds_plan(geometry, kinds).to(place[0])
     q, k, v = inputs(geometry, place)
-    assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
+    testing.require_exact(run(kernel, q, k, v, plan), q, k, v, plan)
 
 
 def _parted(tokens: int, blocks: int, heads: int = HEADS) -> Tensor:
@@ -318,7 +242,7 @@ def test_a_kernel_computes_variable_blocks_as_they_are(
     plan = variable_plan(keep, geometry.tokens, ("masked",) * HEADS).to(place[0])
     q, k, v = inputs(geometry, place)
     out = run(kernel, q, k, v, plan)
-    assert_exact(out, q, k, v, plan)
+    testing.require_exact(out, q, k, v, plan)
     assert plan.mask is not None
     tokens = torch.arange(geometry.tokens, device=q.device)
     seen = torch.stack([plan.mask.seen(head, tokens).any(-1) for head in range(HEADS)])
@@ -337,7 +261,7 @@ def test_a_kernel_takes_variable_blocks_of_tokens_that_lie_apart_beside_dense_he
     samples = [inputs(SMALL, place, seed) for seed in range(batch)]
     q, k, v = (torch.cat(parts) for parts in zip(*samples, strict=True))
     q = scale * q
-    assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
+    testing.require_exact(run(kernel, q, k, v, plan), q, k, v, plan)
 
 
 @pytest.mark.parametrize("adversary", [*ADVERSARIES, "some-blocks", "some-of-many-blocks"])
@@ -351,7 +275,7 @@ def test_a_kernel_approximates_the_blocks_that_it_does_not_compute(
     plan = replace(Plan.masked(mask_of(keep, geometry.tokens), HEADS), remainder="zeroth").to(place[0])
     q, k, v = inputs(geometry, place)
     out = run(kernel, q, k, v, plan)
-    assert_exact(out, q, k, v, plan)
+    testing.require_exact(out, q, k, v, plan)
     assert bool(out.any(-1).all()), "some query has nothing"
 
 
@@ -374,7 +298,7 @@ def test_a_remainder_is_of_masked_heads_in_the_plans_order(
     samples = [inputs(SMALL, place, seed) for seed in range(2)]
     q, k, v = (torch.cat(parts) for parts in zip(*samples, strict=True))
     q = scale * q
-    assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
+    testing.require_exact(run(kernel, q, k, v, plan), q, k, v, plan)
 
 
 @pytest.mark.parametrize("adversary", [*ADVERSARIES, "some-blocks", "some-of-many-blocks"])
@@ -389,7 +313,7 @@ def test_a_kernel_approximates_variable_blocks(kernel: Kernel, adversary: str, p
         kinds = ("masked", "dense", "masked")
     plan = replace(variable_plan(keep, geometry.tokens, kinds, order=True), remainder="zeroth").to(place[0])
     q, k, v = inputs(geometry, place)
-    assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
+    testing.require_exact(run(kernel, q, k, v, plan), q, k, v, plan)
 
 
 # what rivals and kernels have; the last two divide by no power of two
@@ -418,7 +342,7 @@ def test_a_kernel_walks_blocks_of_every_size(
                 plan = replace(plan, remainder=remainder).to("cuda")
                 refusals[kinds, remainder] = kernel.refusal(Task.of(q, plan))
                 if refusals[kinds, remainder] is None:
-                    assert_exact(kernel.attend(q, k, v, plan), q, k, v, plan)
+                    testing.require_exact(kernel.attend(q, k, v, plan), q, k, v, plan)
     if None not in refusals.values():
         pytest.skip("; ".join(sorted({refusal.reason for refusal in refusals.values() if refusal is not None})))
 
@@ -428,7 +352,7 @@ def test_keeping_all_blocks_is_dense_attention(kernel: Kernel, remainder: Remain
     keep = torch.ones(HEADS, block_count(1000, BLOCK[0]), block_count(1000, BLOCK[1]), dtype=torch.bool)
     plan = replace(Plan.masked(mask_of(keep, 1000), HEADS), remainder=remainder).to(place[0])
     q, k, v = inputs(LARGE, place)
-    assert_exact(run(kernel, q, k, v, plan), q, k, v, Plan.dense(LARGE))
+    testing.require_exact(run(kernel, q, k, v, plan), q, k, v, Plan.dense(LARGE))
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one-order", "queries-apart"])
@@ -446,7 +370,7 @@ def test_a_kernel_takes_blocks_of_tokens_that_lie_apart(
         )
     plan = replace(kinds_plan(SMALL, kinds), order=order).to(place[0])
     q, k, v = inputs(SMALL, place)
-    assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
+    testing.require_exact(run(kernel, q, k, v, plan), q, k, v, plan)
 
 
 @pytest.mark.parametrize("kinds", [("dense",) * 3, ("masked", "reused", "dense")], ids="-".join)
@@ -455,7 +379,7 @@ def test_large_logits_neither_overflow_nor_vanish(kernel: Kernel, kinds: tuple[H
     q, k, v = inputs(SMALL, place)
     # scores of several hundreds, which exp overflows on unless the maximum is taken off
     q = 50 * q
-    assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
+    testing.require_exact(run(kernel, q, k, v, plan), q, k, v, plan)
 
 
 @pytest.mark.parametrize("kind", ["dense", "masked"])
@@ -466,7 +390,7 @@ def test_a_kernel_takes_one_head_and_a_batch(kernel: Kernel, batch: int, heads: 
     plan = (masked if kind == "masked" else Plan.dense(geometry)).to(place[0])
     samples = [inputs(geometry, place, seed) for seed in range(batch)]
     q, k, v = (torch.cat(parts) for parts in zip(*samples, strict=True))
-    assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
+    testing.require_exact(run(kernel, q, k, v, plan), q, k, v, plan)
 
 
 @pytest.mark.parametrize("kinds", [("dense",) * 3, ("masked", "reused", "dense")], ids="-".join)
@@ -475,7 +399,7 @@ def test_inputs_may_be_views(kernel: Kernel, kinds: tuple[HeadKind, ...], place:
     plan = kinds_plan(SMALL, kinds).to(place[0])
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(SMALL, place))
     assert not q.is_contiguous()
-    assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
+    testing.require_exact(run(kernel, q, k, v, plan), q, k, v, plan)
 
 
 @pytest.mark.parametrize("kinds", [("dense",) * 3, ("masked", "reused", "dense")], ids="-".join)
@@ -490,15 +414,10 @@ def test_a_kernel_keeps_nothing_of_the_last_plan(kernel: Kernel, place: Place) -
     q, k, v = inputs(SMALL, place)
     for seed in (1, 2):
         plan = kinds_plan(SMALL, ("masked",) * 3, seed=seed).to(place[0])
-        assert_exact(run(kernel, q, k, v, plan), q, k, v, plan)
+        testing.require_exact(run(kernel, q, k, v, plan), q, k, v, plan)
 
 
 # --- methods ---------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def dense_output(geometry: Geometry) -> Tensor:
-    return oracle.attend(*inputs(geometry), Plan.dense(geometry))
 
 
 @pytest.mark.parametrize("where", GEOMETRIES)
@@ -509,114 +428,50 @@ def test_an_arm_computes_its_plan_and_only_what_is_left_out_or_rounded_changes_t
     interpreted = place[0] == "cpu" and kernel.name == "triton"
     geometry = (SHORT if interpreted else GEOMETRIES)[where]
     q, k, v = inputs(geometry, place)
-    plan = made(name, preset, geometry, place[0]).plan(q[0], k[0], v[0], site(geometry))
+    plan = made(name, preset, geometry, place[0]).plan(q[0], k[0], v[0], testing.site(geometry))
     out = run(kernel, q, k, v, plan)
-    assert_exact(out, q, k, v, plan)
-    if place[0] != "cpu":
-        # half precision hides what leaving out a little changes
-        return
-    change = (out.double() - dense_output(geometry)).abs().max().item()
-    budget = oracle.error_budget(q, k, v, Plan.dense(geometry), dense_output(geometry))
-    if plan.density().min() < 1 or plan.int8 is not None:
-        assert change > 100 * budget
-    else:
-        assert change <= budget
+    testing.require_exact(out, q, k, v, plan)
+    # half precision hides what leaving out a little changes
+    if place[0] == "cpu":
+        testing.require_change(out, q, k, v, plan, geometry)
 
 
 @pytest.mark.parametrize("where", GEOMETRIES)
 @pytest.mark.parametrize(("name", "preset"), ARMS)
 def test_a_plan_is_for_its_site_and_leaves_its_inputs_alone(name: str, preset: str, where: str) -> None:
-    geometry = GEOMETRIES[where]
-    method = made(name, preset, geometry)
-    assert isinstance(method, Method)
-    q, k, v = inputs(geometry)
-    before = q.clone(), k.clone(), v.clone()
-    state = torch.get_rng_state()
-    plan = method.plan(q[0], k[0], v[0], site(geometry))
-    assert (plan.tokens, len(plan.kinds)) == (geometry.tokens, geometry.heads)
-    assert all(map(torch.equal, (q, k, v), before))
-    assert torch.equal(torch.get_rng_state(), state), "the plan drew from the generator that the video is made with"
+    testing.check_site(functools.partial(made, name, preset), GEOMETRIES[where])
 
 
 @pytest.mark.parametrize(("name", "preset"), ARMS)
 def test_what_can_be_sparse_is_sparse_late_in_a_long_video(name: str, preset: str) -> None:
-    method = made(name, preset, LARGE)
-    q, k, v = inputs(LARGE)
-    plan = method.plan(q[0], k[0], v[0], site(LARGE))
-    if plan.skip is not None and isinstance(plan.mask, BlockMask):
-        # what a kernel would note and leave out by itself
-        kept = without_low(q[0], k[0], plan.mask, plan.skip.thresholds)
-        plan.skip.low.bits.copy_(plan.mask.without(kept).bits)
-    density = plan.density()
-    assert 0 < density.min() <= density.max() <= 1
-    # what has neither a knob nor anything learnt has nothing to be sparse by, and some know nothing at a first call
-    if method.knob is not None and not method.knob.over_videos:
-        assert density.mean() < 0.95
+    testing.check_sparsity(functools.partial(made, name, preset), LARGE)
 
 
 @pytest.mark.parametrize("where", ["1000-text-first", "1000-text-last"])
 @pytest.mark.parametrize(("name", "preset"), ARMS)
 def test_no_query_is_left_without_a_key(name: str, preset: str, where: str) -> None:
-    geometry = GEOMETRIES[where]
-    q, k, v = inputs(geometry)
-    plan = made(name, preset, geometry).plan(q[0], k[0], v[0], site(geometry))
-    if plan.mask is not None:
-        # an empty block has no key
-        assert bool((plan.mask.keep() & (plan.mask.sizes()[1] > 0)[:, None]).any(-1).all())
-
-
-Call = tuple[int, dict[str, Any]]
-# a video: the seed of the inputs, and where the call happens
-FIRST: list[Call] = [(where["step"], where) for where in SITES]
-SECOND: list[Call] = [(100 + where["step"], where) for where in SITES]
-
-
-def planned(method: Method, calls: list[Call]) -> list[Plan]:
-    plans = []
-    for seed, where in calls:
-        q, k, v = inputs(PLANNED, seed=seed)
-        plans.append(method.plan(q[0], k[0], v[0], site(PLANNED, **where)))
-    return plans
+    testing.check_rows(functools.partial(made, name, preset), GEOMETRIES[where])
 
 
 @pytest.mark.parametrize(("name", "preset"), ARMS)
 def test_a_reset_leaves_no_trace_of_the_last_video(name: str, preset: str) -> None:
-    used = made(name, preset, PLANNED)
-    first = planned(used, FIRST)
-    used.reset()
-    assert all(map(same, planned(used, SECOND), planned(made(name, preset, PLANNED), SECOND)))
-    used.reset()
-    assert all(map(same, planned(used, FIRST), first)), "the same video twice has other plans"
+    testing.check_reset(functools.partial(made, name, preset))
 
 
 @pytest.mark.parametrize("apart", [{"branch": "uncond"}, {"sample": 1}], ids=["branch", "sample"])
 @pytest.mark.parametrize(("name", "preset"), ARMS)
 def test_branches_and_samples_are_kept_apart(name: str, preset: str, apart: dict[str, Any]) -> None:
-    other = [(seed, where | apart) for seed, where in SECOND]
-    both = planned(made(name, preset, PLANNED), [call for pair in zip(FIRST, other, strict=True) for call in pair])
-    assert all(map(same, both[::2], planned(made(name, preset, PLANNED), FIRST)))
-    assert all(map(same, both[1::2], planned(made(name, preset, PLANNED), other)))
+    testing.check_apart(functools.partial(made, name, preset), apart)
 
 
 @pytest.mark.parametrize(("name", "preset"), ARMS)
 def test_another_geometry_gets_its_own_plan_or_a_refusal(name: str, preset: str) -> None:
-    method = made(name, preset, PLANNED)
-    # the same number of tokens: a plan kept by length would pass unseen
-    other = Geometry(grid=(5, 8, 25), heads=HEADS, head_dim=16)
-    q, k, v = inputs(PLANNED)
-    method.plan(q[0], k[0], v[0], site(PLANNED))
-    method.reset()
-    if method.learnt is not None:
-        with pytest.raises(CalibrationMismatch, match=f"^what {method.learnt.method} learnt is for"):
-            method.plan(q[0], k[0], v[0], site(other))
-    else:
-        fresh = made(name, preset, other).plan(q[0], k[0], v[0], site(other))
-        assert same(method.plan(q[0], k[0], v[0], site(other)), fresh)
+    testing.check_geometry(functools.partial(made, name, preset))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "preset"), ARMS)
 def test_a_plan_is_made_where_its_queries_are(name: str, preset: str) -> None:
     q, k, v = inputs(LARGE, ("cuda", torch.bfloat16))
-    plan = made(name, preset, LARGE, "cuda").plan(q[0], k[0], v[0], site(LARGE))
-    assert_exact(run(KERNELS["flex"], q, k, v, plan), q, k, v, plan)
+    plan = made(name, preset, LARGE, "cuda").plan(q[0], k[0], v[0], testing.site(LARGE))
+    testing.require_exact(run(KERNELS["flex"], q, k, v, plan), q, k, v, plan)
