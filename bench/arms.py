@@ -68,6 +68,8 @@ def _ready(context: Context, arm: Arm) -> Ready | Failure:
         truth = judge(planned(), kernel, context.probes, context.truth, context.checked_heads)
     except _Refused as refused:
         return Failure("unsupported", str(refused))
+    if arm.remainder != "none" and all(plan.remainder == "none" for plan in plans):
+        return Failure("unsupported", "it leaves out no block of the probes for which a mean could stand: no +tail")
     if not truth.right:
         return Failure(
             "wrong",

@@ -13,6 +13,7 @@ from calibatt.bench.record import SUITES, Mode, Pattern
 from calibatt.kernels.base import dtype_name
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import look_up
+from calibatt.kernels.plan import Remainder
 from calibatt.methods.catalogue import METHODS
 from calibatt.models.catalogue import MODELS
 from calibatt.models.device import working_dtype
@@ -39,6 +40,7 @@ class Arm:
             schedule; None for that one.
         block: tokens of a query and of a key block; `native` for the preset's own, None for the model's.
         kernel: name of the sparse kernel; dense itself runs on whichever is fastest.
+        remainder: what stands for the blocks that the method leaves out.
     """
 
     method: str
@@ -50,10 +52,11 @@ class Arm:
     dense_steps: float | None = None
     dense_layers: float | None = None
     block: tuple[int, int] | Literal["native"] | None = None
+    remainder: Remainder = "none"
 
     @classmethod
     def parse(cls, text: str, kernel: str, dense_first: tuple[float, float] | None = None) -> Arm:
-        """Read `method[/preset][=density]`, e.g. `radial/no-warmup=density`, `sparge=0.35` or `sparge=30dB`.
+        """Read `method[/preset][+tail][=target]`: `radial/no-warmup=density`, `sparge+tail=0.35`, `sparge=30dB`.
 
         Args:
             text: the arm.
@@ -62,10 +65,11 @@ class Arm:
 
         Raises:
             UnknownName: there is no such method, preset or kernel.
-            ValueError: a preset is missing after /, a density or a fidelity is none, or is asked of a method that has
-                no knob.
+            ValueError: a preset is missing after /, what follows + is no tail, or is asked of dense, a density or a
+                fidelity is none, or is asked of a method that has no knob.
         """
         name, equal, wanted = text.partition("=")
+        name, plus, tail = name.partition("+")
         method, slash, preset = name.partition("/")
         if slash and not preset:
             raise ValueError(f"{text}: after '/' give a preset, or leave out '/'")
@@ -75,6 +79,10 @@ class Arm:
         method = found.name
         look_up(found.presets, preset, f"preset of {method}")
         look_up(KERNELS, kernel, "kernel")
+        if plus and tail != "tail":
+            raise ValueError(f"{text}: after '+' give 'tail', or leave out '+'")
+        if plus and method == DENSE.method:
+            raise ValueError(f"{method} leaves no block out: leave out +tail")
         if equal and found.knob is None:
             raise ValueError(f"{method} has no knob that changes its density: leave out {equal}{wanted}")
         if method == DENSE.method:
@@ -82,6 +90,7 @@ class Arm:
         arm = cls(
             method=method, preset=preset, mode="native" if dense_first is None else "matched", kernel=kernel,
             dense_steps=dense_first and dense_first[0], dense_layers=dense_first and dense_first[1],
+            remainder="zeroth" if plus else "none",
         )  # fmt: skip
         if wanted.endswith("dB"):
             psnr = _number(text, wanted.removesuffix("dB"), most=PSNR_CAP_DB)
@@ -100,7 +109,8 @@ class Arm:
         }.get(self.mode, "")
         first = "" if self.dense_steps is None else f"-dense{self.dense_steps:g}x{self.dense_layers:g}"
         block = "" if self.block is None else f"-{self.block_choice}"
-        return f"{self.method}{preset}{wanted}{first}{block}"
+        tail = "" if self.remainder == "none" else "+tail"
+        return f"{self.method}{preset}{tail}{wanted}{first}{block}"
 
     @property
     def block_choice(self) -> str | None:
@@ -109,9 +119,9 @@ class Arm:
 
     @property
     def untuned(self) -> Arm:
-        """The same arm with no density or fidelity asked of it: what it learns offline does not depend on that."""
+        """The same arm with no density, fidelity or remainder asked of it: what it learns does not depend on that."""
         mode: Mode = "native" if self.dense_steps is None else "matched"
-        return replace(self, mode=mode, target_density=None, target_psnr_db=None)
+        return replace(self, mode=mode, target_density=None, target_psnr_db=None, remainder="none")
 
     def facts(self) -> dict[str, Any]:
         """The fields of a record that say what the arm is."""
@@ -129,6 +139,7 @@ class Arm:
             "dense_layers": self.dense_layers,
             "block_choice": self.block_choice,
             "kernel": self.kernel,
+            "remainder": None if self.remainder == "none" else self.remainder,
         }
 
 

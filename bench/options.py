@@ -124,7 +124,8 @@ class Options:
     methods: tuple[str, ...] = field(
         metadata=_option(
             _names,
-            "METHOD[/PRESET][=TARGET], see `calibatt methods`; a target turns the method's knob: `density` is "
+            "METHOD[/PRESET][+tail][=TARGET], see `calibatt methods`; with +tail, means stand for blocks that are left "
+            "out; a target turns the method's knob: `density` is "
             "CalibAtt's density, 0.35 that density, 30dB that PSNR against dense videos",
             default="dense,calibatt,radial,sparge,random",
         )

@@ -100,6 +100,7 @@ class Record:
         kernel, block: the kernel as it was asked for, and tokens of a query and of a key block.
         ran_on: what the default kernel chose, for the sparse plans where there are any.
         block_choice: how the blocks were chosen: `native`, the preset's own, or a size; absent for the model's.
+        remainder: what stands for the blocks that are left out: `zeroth` is the mean of each; absent for nothing.
         mask: where a kernel benchmark's mask comes from; `rows` for row reuse, `mixed` for both in one layer.
         baseline: the dense kernel that times are compared with.
         prompts: captions of the samples, in order.
@@ -172,6 +173,7 @@ class Record:
     block_choice: _Name | None = None
     ran_on: _Name | None = None
     block: tuple[int, int] | None = None
+    remainder: Literal["zeroth"] | None = None
     mask: Pattern | None = None
     baseline: _Name | None = None
     prompts: tuple[str, ...] | None = None
@@ -305,15 +307,18 @@ class Record:
     @property
     def arm(self) -> str:
         """Short name of the arm within its workload, e.g. `radial/no-warmup =0.35` or `dense`."""
-        return self._spelt(self.method, " =density", " ={:g}", " ={:g} dB")
+        return self._spelt(self.method, "+tail", " =density", " ={:g}", " ={:g} dB")
 
     @property
     def title(self) -> str:
         """The arm as a report names it, e.g. `SpargeAttn at density 0.35`."""
-        return self._spelt(self.method_label or self.method, " at equal density", " at density {:g}", " at {:g} dB")
+        label = self.method_label or self.method
+        return self._spelt(label, " + tail", " at equal density", " at density {:g}", " at {:g} dB")
 
-    def _spelt(self, method: str, equal_density: str, density: str, fidelity: str) -> str:
+    def _spelt(self, method: str, tail: str, equal_density: str, density: str, fidelity: str) -> str:
         name = method if self.preset in (None, "default") else f"{method}/{self.preset}"
+        if self.remainder is not None:
+            name += tail
         if self.mode == "equal_density":
             name += equal_density if self.target_density is None else density.format(self.target_density)
         elif self.mode == "equal_fidelity":
@@ -342,7 +347,9 @@ class Record:
         if self.suite in ("kernel", "forward"):
             return (*self.workload, self.method, self.preset, kernel, self.block, self.mask)
         # elsewhere a preset or a choice fixes the blocks
-        wanted = (self.mode, self.target_density, self.target_psnr_db, self.dense_steps, self.dense_layers)
+        wanted = (
+            self.mode, self.target_density, self.target_psnr_db, self.dense_steps, self.dense_layers, self.remainder,
+        )  # fmt: skip
         return (*self.workload, self.method, self.preset, *wanted, self.block_choice, kernel)
 
     def to_extra_info(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from jaxtyping import Float, UInt8
@@ -20,6 +20,7 @@ from calibatt.kernels.catalogue import KERNELS
 from calibatt.methods.base import Foreseen, Knob, Method, Planner
 from calibatt.methods.call import Attention
 from calibatt.methods.catalogue import METHODS, build
+from calibatt.methods.remainder import WithRemainder
 from calibatt.methods.scheduled import Scheduled
 from calibatt.models.video_metrics import eight_bit, psnr_db
 
@@ -173,6 +174,9 @@ class Tuner:
 
     def _solved(self, arm: Arm, knob: Knob) -> float | Unsupported:
         goal, kernel = self._goal(arm, knob), KERNELS[arm.kernel]
+        if arm.mode == "equal_density" and not knob.over_videos:
+            # means are no part of the density: the masks are those of the arm without them
+            arm = replace(arm, remainder="none")
         return solve(
             lambda x: goal.measure(self._built(arm, **{knob.field: x}), kernel),
             knob,
@@ -181,15 +185,16 @@ class Tuner:
             quantity=goal.quantity,
         )
 
-    def _built(self, arm: Arm, **turned: float) -> Method | Scheduled:
+    def _built(self, arm: Arm, **turned: float) -> Method | Scheduled | WithRemainder:
         prepared = self._offline.prepared(arm, **turned)
         method = build(
             arm.method, preset=arm.preset, calibration=None if prepared is None else prepared.calibration,
             block=block_of(arm, self._workload.block), **{**run_settings(arm), **turned},
         )  # fmt: skip
-        if arm.dense_steps is None or arm.dense_layers is None:
-            return method
-        return Scheduled(method, steps=arm.dense_steps, layers=arm.dense_layers)
+        planner: Method | Scheduled = method
+        if arm.dense_steps is not None and arm.dense_layers is not None:
+            planner = Scheduled(method, steps=arm.dense_steps, layers=arm.dense_layers)
+        return planner if arm.remainder == "none" else WithRemainder(planner, arm.remainder)
 
     def _refusal(self, arm: Arm, knob: Knob | None) -> Unsupported | None:
         """Why the arm does not apply here, or its knob cannot be turned."""

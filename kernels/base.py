@@ -31,6 +31,7 @@ class Task:
         reuses: whether heads reuse rows.
         skips: whether the kernel is to note low blocks, or leave them out, by itself (`plan.Skip`).
         int8: queries and keys that have one scale, where it is to multiply them in INT8.
+        approximates: whether means stand for the blocks that are not computed (`plan.Plan.remainder`).
     """
 
     device: torch.device
@@ -41,6 +42,7 @@ class Task:
     reuses: bool = False
     skips: bool = False
     int8: tuple[int, int] | None = None
+    approximates: bool = False
 
     @property
     def plain(self) -> bool:
@@ -54,7 +56,7 @@ class Task:
         return cls(
             device=q.device, dtype=q.dtype, head_dim=q.shape[-1], block=block,
             variable=plan.mask is not None and block is None, reuses=plan.reuse is not None,
-            skips=plan.skip is not None, int8=plan.int8,
+            skips=plan.skip is not None, int8=plan.int8, approximates=plan.remainder != "none",
         )  # fmt: skip
 
 
@@ -77,6 +79,11 @@ def variable_refusal(name: str) -> Unsupported:
     )
 
 
+def remainder_refusal(name: str) -> Unsupported:
+    """What kernels say that drop the blocks they do not compute."""
+    return Unsupported(f"{name} drops what it does not compute: the Triton kernel and FlexAttention approximate it")
+
+
 @runtime_checkable
 class Attender(Protocol):
     """Anything that computes attention under a plan."""
@@ -89,6 +96,8 @@ class Attender(Protocol):
         plan: Plan,
     ) -> Float[Tensor, "batch heads tokens head_dim"]:
         """Softmax attention, scaled by 1/√head_dim, over the blocks of the plan; a row with no block gives zeros.
+
+        Where the plan has a remainder, it is of the blocks that are not computed.
 
         Raises:
             ValueError: inputs and plan do not belong together.

@@ -14,7 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.base import Task, Unsupported, check, check_accepted, dtype_name, triton_only, variable_refusal
+from calibatt.kernels.base import (
+    Task,
+    Unsupported,
+    check,
+    check_accepted,
+    dtype_name,
+    remainder_refusal,
+    triton_only,
+    variable_refusal,
+)
 from calibatt.kernels.dense import Dense
 from calibatt.kernels.expand import block_lists
 from calibatt.kernels.mask import BlockMask
@@ -101,6 +110,8 @@ class Flash4:
             objection = _block_objection(torch.cuda.get_device_capability(task.device), task.block)
         if objection is None and task.variable:
             return variable_refusal("FlashAttention-4")
+        if objection is None and task.approximates:
+            return remainder_refusal("FlashAttention-4")
         return triton_only("FlashAttention-4", task) if objection is None else Unsupported(objection)
 
     @in_order

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -11,14 +12,16 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from calibatt.kernels.base import Task, Unsupported, check, check_accepted, triton_only, variable_refusal
 from calibatt.kernels.dense import Dense
-from calibatt.kernels.mask import BlockMask
+from calibatt.kernels.flex_code import weighted
+from calibatt.kernels.mask import BlockMask, block_count, listed
 from calibatt.kernels.ordered import in_order
 from calibatt.kernels.per_head import attend_per_head
 from calibatt.kernels.plan import Plan
+from calibatt.kernels.remainder import block_means
 from calibatt.kernels.tiles import tile_of
 
 # a suite that walks over geometries compiles more variants than Dynamo's default limit of 8, past which it would
@@ -71,12 +74,17 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     mask = plan.launch_mask()
     assert isinstance(mask, BlockMask)
     shares = _shares(q, mask)
+    keep, score_mod = mask.keep(), None
+    if plan.remainder != "none":
+        k, v, keep, weights = _with_means(k, v, mask)
+        weights = weights.unflatten(1, (shares, -1)).transpose(0, 1).expand(max(shares, len(q)), -1, -1, -1)
+        score_mod = weighted(weights.contiguous(), plan.tokens, mask.block_q)
     if shares > 1:
         # queries in the place of the batch, all of them with the same keys
         q = q[0].unflatten(1, (shares, -1)).transpose(0, 1)
         k, v = (x.expand(shares, -1, -1, -1) for x in (k, v))
     # share × heads × query blocks of the share
-    indices, counts = (x.unflatten(1, (shares, -1)).transpose(0, 1).contiguous() for x in mask.lists())
+    indices, counts = (x.unflatten(1, (shares, -1)).transpose(0, 1).contiguous() for x in listed(keep))
     # all kept blocks are "full": nothing inside a block is masked, so no mask function is evaluated
     blocks = FlexMask.from_kv_blocks(
         torch.zeros_like(counts),
@@ -84,14 +92,33 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         counts,
         indices,
         BLOCK_SIZE=(mask.block_q, mask.block_k),
-        seq_lengths=(mask.tokens // shares, mask.tokens),
+        seq_lengths=(mask.tokens // shares, k.shape[2]),
     )
     options: dict[str, Any] = {}
     if q.is_cuda:
         # 64 keys a tile is what Flex itself takes at head dim 128
         options = {"kernel_options": {"BLOCK_M": tile_of(mask.block_q, 128), "BLOCK_N": tile_of(mask.block_k, 64)}}
-    out = _flex(q, k, v, block_mask=blocks, **options)
+    out = _flex(q, k, v, score_mod=score_mod, block_mask=blocks, **options)
     return out if shares == 1 else out.transpose(0, 1).flatten(1, 2)[None]
+
+
+def _with_means(k: Tensor, v: Tensor, mask: BlockMask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys and values with the means of their blocks behind them, in blocks of their own, which all are kept.
+
+    Returns:
+        Keys, values, kept blocks, and what is added to the scores with keys that are no tokens, by query block: the
+        logarithm of a mean's tokens; -inf where its block is kept, and where keys only fill a block up.
+    """
+    columns = mask.k_blocks * mask.block_k - mask.tokens, -mask.k_blocks % mask.block_k
+    sizes = mask.sizes()[1]
+
+    def extended(x: Tensor) -> Tensor:
+        return torch.cat((pad(x, (0, 0, 0, columns[0])), pad(block_means(x, sizes), (0, 0, 0, columns[1]))), 2)
+
+    keep = mask.keep()
+    weights = pad(sizes.float().log()[:, None].masked_fill(keep, -math.inf), columns, value=-math.inf)
+    keep = pad(keep, (0, block_count(mask.k_blocks, mask.block_k)), value=True)
+    return extended(k), extended(v), keep, weights
 
 
 def _shares(q: Tensor, mask: BlockMask) -> int:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int, Int32
 from torch import Tensor
 
-from calibatt.kernels.base import Task, Unsupported, dtype_name, triton_only, variable_refusal
+from calibatt.kernels.base import Task, Unsupported, dtype_name, remainder_refusal, triton_only, variable_refusal
 from calibatt.kernels.expand import KINDS, kinds_on
 from calibatt.kernels.fused import FusedKernel, Launch
 from calibatt.kernels.mask import block_count
@@ -65,6 +65,8 @@ class Gluon(FusedKernel):
             return Unsupported(f"the Gluon kernel needs blocks that are multiples of {_ROWS}: got {task.block}")
         if task.variable:
             return variable_refusal("the Gluon kernel")
+        if task.approximates:
+            return remainder_refusal("the Gluon kernel")
         return triton_only("the Gluon kernel", task)
 
     def add_reused(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, out: Tensor) -> None:

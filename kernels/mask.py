@@ -90,12 +90,14 @@ class Mask(ABC):
 
     def seen(self, head: int, queries: Int[Tensor, "rows"]) -> Bool[Tensor, "rows tokens"]:
         """Which keys some queries of one head attend to, token by token."""
+        of_keys = _block_of_each(self.of_heads([head]).sizes()[1], self.tokens)
+        return self.seen_blocks(head, queries)[:, of_keys]
+
+    def seen_blocks(self, head: int, queries: Int[Tensor, "rows"]) -> Bool[Tensor, "rows k_blocks"]:
+        """Which key blocks some queries of one head attend to."""
         own = self.of_heads([head])
-        of_queries, of_keys = (
-            torch.arange(sizes.shape[1], device=sizes.device).repeat_interleave(sizes[0], output_size=self.tokens)
-            for sizes in own.sizes()
-        )
-        return own.keep()[0, of_queries[queries]][:, of_keys]
+        of_queries = _block_of_each(own.sizes()[0], self.tokens)
+        return own.keep()[0, of_queries[queries]]
 
     def density(self) -> Float[Tensor, "mask_heads"]:
         """Kept fraction of the query-key products of each head, counted on real tokens."""
@@ -195,9 +197,7 @@ class BlockMask(Mask):
 
     def lists(self) -> tuple[Int32[Tensor, "mask_heads q_blocks k_blocks"], Int32[Tensor, "mask_heads q_blocks"]]:
         """Per query block: the kept key blocks, ascending, then the others; and how many are kept."""
-        keep = self.keep()
-        indices = torch.argsort(keep.logical_not().to(torch.uint8), dim=-1, stable=True)
-        return indices.to(torch.int32), keep.sum(-1, dtype=torch.int32)
+        return listed(self.keep())
 
     def without(self, other: BlockMask) -> BlockMask:
         """The blocks that are kept here and not there, of masks of the same blocks.
@@ -314,9 +314,22 @@ class VariableBlockMask(Mask):
         return BlockMask.from_keep(pairs > 0, tokens=self.tokens, block_q=block_q, block_k=block_k)
 
 
+def listed(
+    keep: Bool[Tensor, "mask_heads q_blocks k_blocks"],
+) -> tuple[Int32[Tensor, "mask_heads q_blocks k_blocks"], Int32[Tensor, "mask_heads q_blocks"]]:
+    """Per query block: the kept key blocks, ascending, then the others; and how many are kept."""
+    indices = torch.argsort(keep.logical_not().to(torch.uint8), dim=-1, stable=True)
+    return indices.to(torch.int32), keep.sum(-1, dtype=torch.int32)
+
+
 def row_bytes(k_blocks: int) -> int:
     """Bytes of a row of bits of so many key blocks."""
     return block_count(k_blocks, 8 * _ROW_BYTES) * _ROW_BYTES
+
+
+def _block_of_each(sizes: Int[Tensor, "1 blocks"], tokens: int) -> Int[Tensor, "tokens"]:
+    """The block that each token is in."""
+    return torch.arange(sizes.shape[1], device=sizes.device).repeat_interleave(sizes[0], output_size=tokens)
 
 
 def _bit_weights(device: torch.device) -> UInt8[Tensor, "8"]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from calibatt.kernels.base import check
 from calibatt.kernels.int8 import dequantise, quantise
 from calibatt.kernels.plan import Plan
+from calibatt.kernels.remainder import block_means
 
 # query rows computed at a time, so that 118,800 tokens fit in memory
 _CHUNK = 1024
@@ -26,7 +27,7 @@ def attend(
 ) -> Float[Tensor, "batch heads tokens head_dim"]:
     """Attention under a plan, in fp64, or in another dtype to see what eager arithmetic in it loses.
 
-    A query row with no key block gives zeros.
+    A query row with no key block gives zeros, unless the plan has a remainder: then it has the means of all blocks.
 
     Args:
         q, k, v: inputs of any dtype.
@@ -46,19 +47,30 @@ def attend(
         q, k = dequantise(q_int, q_scales, plan.int8[0]), dequantise(k_int, k_scales, plan.int8[1])
     q, k, v = (x.to(dtype) for x in (q, k, v))
     out = torch.empty_like(q)
+    if plan.remainder != "none":
+        assert plan.mask is not None
+        sizes = plan.mask.sizes()[1]
+        k, v = (torch.cat((x, block_means(x, sizes)), 2) for x in (k, v))
     for head, kind in enumerate(plan.kinds):
         for start in range(0, plan.tokens, _CHUNK):
             rows = slice(start, min(start + _CHUNK, plan.tokens))
-            scores = q[:, head, rows] @ k[:, head].transpose(-1, -2) / math.sqrt(q.shape[-1])
+            # means come after the tokens, and are of masked heads only
+            keys, values = (x[:, head, : None if kind == "masked" else plan.tokens] for x in (k, v))
+            scores = q[:, head, rows] @ keys.transpose(-1, -2) / math.sqrt(q.shape[-1])
             if kind == "masked":
                 assert plan.mask is not None
-                keep = plan.mask.seen(head, torch.arange(rows.start, rows.stop, device=q.device))
+                queries = torch.arange(rows.start, rows.stop, device=q.device)
+                keep = plan.mask.seen(head, queries)
+                if plan.remainder != "none":
+                    of_head = sizes[head if len(sizes) > 1 else 0]
+                    keep = torch.cat((keep, ~plan.mask.seen_blocks(head, queries) & (of_head > 0)), 1)
+                    scores[..., plan.tokens :] += of_head.to(dtype).log()
                 # the softmax of a row without keys is 0 / 0, and defined as zeros; any other NaN came with the inputs
                 weights = torch.softmax(scores.masked_fill(~keep, -math.inf), dim=-1)
                 weights = weights.masked_fill(~keep.any(-1, keepdim=True), 0.0)
             else:
                 weights = torch.softmax(scores, dim=-1)
-            out[:, head, rows] = weights @ v[:, head]
+            out[:, head, rows] = weights @ values
         if kind == "reused" and plan.reuse is not None:
             out[:, head] = out[:, head, plan.reuse.computed[plan.reuse.source]]
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int, Int32
@@ -15,6 +15,7 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, Mask
 
 HeadKind = Literal["dense", "masked", "reused"]
+Remainder = Literal["none", "zeroth"]
 
 
 def anchor_rows(rows: int, count: int) -> tuple[int, ...]:
@@ -204,6 +205,8 @@ class Plan:
             (`kernels/int8.py`); None where they are multiplied as they are.
         scored: blocks whose scores the method computes to find the mask, as a kernel that skips would; None for none.
             No kernel reads it: it counts in the density.
+        remainder: what stands for the blocks of masked heads that are not computed: nothing, or to zeroth order the
+            mean of each (`kernels/remainder.py`). Blocks are those of the mask, in the plan's order.
 
     Raises:
         ValueError: a part is missing, or belongs to another sequence or number of heads.
@@ -217,8 +220,13 @@ class Plan:
     skip: Skip | None = None
     int8: tuple[int, int] | None = None
     scored: BlockMask | None = None
+    remainder: Remainder = "none"
 
     def __post_init__(self) -> None:
+        if self.remainder not in get_args(Remainder):
+            raise ValueError(f"a remainder is one of {', '.join(get_args(Remainder))}: got {self.remainder!r}")
+        if self.remainder != "none" and self.mask is None:
+            raise ValueError(f"a plan without a mask leaves no block out: it has no remainder {self.remainder!r}")
         if ("masked" in self.kinds) != (self.mask is not None) or ("reused" in self.kinds) != (self.reuse is not None):
             raise ValueError(
                 "a plan carries a mask where a head is masked, row reuse where one is reused, else neither"
@@ -301,7 +309,10 @@ class Plan:
         order = self.order and self.order.each(lambda order: order if len(order) == 1 else order[list(heads)])
         reuse = self.reuse if "reused" in kinds else None
         scored = self.scored and self.scored.of_heads(heads)
-        return replace(self, kinds=kinds, mask=mask, reuse=reuse, order=order, skip=skip, scored=scored)
+        return replace(
+            self, kinds=kinds, mask=mask, reuse=reuse, order=order, skip=skip, scored=scored,
+            remainder="none" if mask is None else self.remainder,
+        )  # fmt: skip
 
     def heads_of(self, kind: HeadKind) -> list[int]:
         """Indices of the heads of one kind."""
@@ -324,6 +335,7 @@ class Plan:
     def density(self) -> Float[Tensor, "heads"]:
         """Computed fraction of each head's products, of queries with keys and of weights with values.
 
+        Means that stand for other blocks do not count: one key more for each block.
         What a kernel leaves out by itself counts for half, since it needs the scores to know; once it has run. So does
         what the method scored to find the mask.
         """

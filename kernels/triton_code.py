@@ -14,6 +14,8 @@ _LN2 = tl.constexpr(0.6931471805599453)
 _STEP = tl.constexpr(1 / 127)
 _TINY = tl.constexpr(2.0**-126)
 _NO_DIGITS = tl.constexpr(12582912.0)
+# means of blocks walked at a time: of 64, 264 to 312 bytes of a thread spill on sm90, of 32 about as few as without
+_MEANS = tl.constexpr(32)
 
 
 @triton.jit
@@ -136,13 +138,36 @@ def quantise(
 
 
 @triton.jit
+def block_means(
+    k, v, starts, k_means, v_means, starts_step, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """The mean key and the mean value of one block of one head; zeros where it is empty."""
+    block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first, behind = tl.load(starts + head * starts_step + block), tl.load(starts + head * starts_step + block + 1)
+    channel = tl.arange(0, HEAD_DIM)
+    keys, values = tl.zeros([HEAD_DIM], tl.float32), tl.zeros([HEAD_DIM], tl.float32)
+    k += batch * k_batch + head.to(tl.int64) * k_head
+    v += batch * v_batch + head.to(tl.int64) * v_head
+    for start in range(first, behind, ROWS):
+        token = (start + tl.arange(0, ROWS))[:, None]
+        real, token = token < behind, token.to(tl.int64)
+        keys += tl.sum(tl.load(k + token * k_token + channel[None, :], mask=real, other=0.0).to(tl.float32), 0)
+        values += tl.sum(tl.load(v + token * v_token + channel[None, :], mask=real, other=0.0).to(tl.float32), 0)
+    size = tl.maximum(behind - first, 1).to(tl.float32)
+    here = ((batch * tl.num_programs(1) + head) * tl.num_programs(0) + block) * HEAD_DIM + channel
+    tl.store(k_means + here, (keys / size).to(k_means.dtype.element_ty))
+    tl.store(v_means + here, (values / size).to(v_means.dtype.element_ty))
+
+
+@triton.jit
 def attend(
-    q, k, v, q_scales, k_scales, out, lse, indices, counts, kinds, computed, served, low,
-    thresholds, scale, tokens, computed_count, served_most, q_blocks, k_blocks, heads,
+    q, k, v, q_scales, k_scales, out, lse, indices, counts, kinds, computed, served, low, thresholds, k_means, v_means,
+    starts, words, mask_step, scale, tokens, computed_count, served_most, q_blocks, k_blocks, heads,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     HEAD_DIM: tl.constexpr, REUSE: tl.constexpr, WITH_LSE: tl.constexpr, NOTE: tl.constexpr, LEAVE: tl.constexpr,
-    TMA: tl.constexpr, INT8: tl.constexpr, SCALE_Q: tl.constexpr, SCALE_K: tl.constexpr,
+    TMA: tl.constexpr, INT8: tl.constexpr, SCALE_Q: tl.constexpr, SCALE_K: tl.constexpr, REMAINDER: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head: online softmax over the keys that the head's kind gives it."""
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -202,6 +227,12 @@ def attend(
         inner, count * parts, tokens, scale, scales, k_token, v_token, batch.to(tl.int32), head, BLOCK_K, TILE_K,
         HEAD_DIM, NOTE, LEAVE, TMA, INT8, SCALE_K, True,
     )  # fmt: skip
+    if REMAINDER:
+        list_row = head * mask_step * q_blocks + tile * TILE_Q // BLOCK_Q
+        most, total, mean = _over_means(
+            most, total, mean, queries, k_means, v_means, starts, words, batch * heads + head, 0, list_row,
+            tl.where(masked, k_blocks, 0), k_blocks, scale, HEAD_DIM,
+        )  # fmt: skip
 
     out += batch * out_batch + head * out_head
     lse += (batch * heads + head) * tokens
@@ -276,9 +307,11 @@ def merge(
 
 @triton.jit
 def attend_variable(
-    q, k, v, out, lse, query_tiles, key_tiles, counts, scale, tokens, q_blocks, listed_most, heads, mask_step,
+    q, k, v, out, lse, query_tiles, key_tiles, counts, k_means, v_means, starts, words, scale, tokens, q_blocks,
+    k_blocks, listed_most, heads, mask_step,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD_DIM: tl.constexpr, WITH_LSE: tl.constexpr, TMA: tl.constexpr,
+    REMAINDER: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one block of one head: online softmax over tiles of keys that `expand_variable` lists."""
     tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -314,6 +347,11 @@ def attend_variable(
         most, total, mean, queries, k_here, v_here, key_tiles + list_row * listed_most, whole, count, scale, k_token,
         v_token, batch.to(tl.int32), head, TILE_K, HEAD_DIM, TMA, True,
     )  # fmt: skip
+    if REMAINDER:
+        most, total, mean = _over_means(
+            most, total, mean, queries, k_means, v_means, starts, words, batch * heads + head, mask_head, list_row,
+            tl.where(first < behind, k_blocks, 0), k_blocks, scale, HEAD_DIM,
+        )  # fmt: skip
 
     tl.store(
         out + batch * out_batch + head * out_head + token[:, None].to(tl.int64) * out_token + channel[None, :],
@@ -321,6 +359,34 @@ def attend_variable(
     )  # fmt: skip
     if WITH_LSE:
         tl.store(lse + (batch * heads + head) * tokens + token, most * _LN2 + tl.log(total), mask=real)
+
+
+@triton.jit
+def _over_means(
+    most, total, mean, queries, k_means, v_means, starts, words, means_row, starts_row, list_row, last, k_blocks,
+    scale, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Go on with the means of key blocks up to the last: one key for each that is not kept, as heavy as its tokens."""
+    k_means += means_row * k_blocks * HEAD_DIM
+    v_means += means_row * k_blocks * HEAD_DIM
+    starts += starts_row * (k_blocks + 1)
+    # bits are padded to whole words
+    words += list_row * tl.cdiv(k_blocks, 32)
+    for first in range(0, last, _MEANS):
+        block = first + tl.arange(0, _MEANS)
+        there = block < k_blocks
+        bit = (tl.load(words + block // 32, mask=there, other=0) >> (block % 32)) & 1
+        size = tl.load(starts + block + 1, mask=there, other=0) - tl.load(starts + block, mask=there, other=0)
+        weight = tl.where((bit == 0) & (size > 0), tl.log2(tl.maximum(size, 1).to(tl.float32)), float("-inf"))
+        scores = _scores(queries, k_means, first, k_blocks, scale, HEAD_DIM, 0, 0, _MEANS, HEAD_DIM, False, True)
+        scores += weight[None, :]
+        new_most = tl.maximum(most, tl.max(scores, 1))
+        values = _values(v_means, first, k_blocks, HEAD_DIM, 0, 0, _MEANS, HEAD_DIM, False, True)
+        # queries may have had no key yet, and all of these blocks be kept or empty
+        finite = tl.where(new_most == float("-inf"), 0.0, new_most)
+        total, mean = _add(scores, values, most, finite, total, mean)
+        most = new_most
+    return most, total, mean
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from calibatt.kernels.base import Task, Unsupported, dtype_name
 from calibatt.kernels.expand import floats_on, key_tiles, query_tiles
 from calibatt.kernels.fused import FusedKernel, Launch
 from calibatt.kernels.int8 import key_mean
-from calibatt.kernels.mask import VariableBlockMask, block_count
+from calibatt.kernels.mask import Mask, VariableBlockMask, block_count
 from calibatt.kernels.plan import Plan
 from calibatt.kernels.tiles import compute_capability, descriptor, has_tma, interpreted, tile_of
 
@@ -23,6 +23,8 @@ _MOST_SKIPPED = 128
 # Blocks that differ in size are cut into tiles as if they were of this one. k-means leaves 250 queries and 76 keys in a
 # cluster of Wan's 75,600 tokens: two tiles of queries a cluster, and a tile of keys that most ranges of clusters fill
 _VARIABLE = (128, 64)
+# tokens that `block_means` loads at a time: 16 KiB of keys and as much of values, as `permute._ROWS`
+_MEAN_ROWS = 64
 # tl.dot multiplies tiles of at least 16 × 16
 _LEAST_TILE = 16
 
@@ -30,7 +32,8 @@ _LEAST_TILE = 16
 class Triton(FusedKernel):
     """For any NVIDIA GPU: masked heads walk their lists, dense ones all keys, reused ones compute a few rows.
 
-    Blocks that differ in size (`plan.VariableBlockMask`) have device code of their own.
+    Blocks that differ in size (`plan.VariableBlockMask`) have device code of their own. Where a plan has a remainder,
+    means of key blocks are made in a launch before, and walked like keys after the kept ones.
     """
 
     name = "triton"
@@ -55,6 +58,10 @@ class Triton(FusedKernel):
         if task.skips and task.block is not None and any(tile_of(size, _MOST_SKIPPED) != size for size in task.block):
             return Unsupported(
                 f"the Triton kernel leaves out whole tiles, powers of two up to {_MOST_SKIPPED}: got {task.block}"
+            )
+        if task.approximates and (task.skips or task.int8 is not None):
+            return Unsupported(
+                "the Triton kernel approximates neither blocks that it leaves out by itself nor any beside keys in INT8"
             )
         # a low block is one tile
         least = task.block[1] if task.skips and task.block is not None else _LEAST_TILE
@@ -90,17 +97,20 @@ class Triton(FusedKernel):
             # a block is left out as a whole; one of 128 × 128 needs the registers of eight warps
             tile_q, tile_k = block
             warps = 8 if tile_q * tile_k == _MOST_SKIPPED**2 else warps
+        means = _means(k, v, plan, plan.mask)
         keys, values = (descriptor(x, tile_k, head_dim) for x in (k, v)) if tma else (k, v)
         triton_code.attend[(block_count(tokens, tile_q), heads, batch)](
             q, keys, values, q_scales, k_scales, out, q if lse is None else lse, given.indices, given.counts,
-            given.kinds, given.computed, given.served, low, thresholds,
+            given.kinds, given.computed, given.served, low, thresholds, *means,
+            int(plan.mask is not None and plan.mask.heads > 1),
             math.log2(math.e) / math.sqrt(head_dim), tokens, len(given.computed),
             given.served_most, given.q_blocks, given.k_blocks, heads,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             BLOCK_Q=block[0], BLOCK_K=block[1], TILE_Q=tile_q, TILE_K=tile_k, HEAD_DIM=head_dim,
             REUSE=plan.reuse is not None, WITH_LSE=lse is not None, NOTE=plan.skip is not None,
             LEAVE=plan.skip is not None and plan.skip.leave, TMA=tma, INT8=plan.int8 is not None,
-            SCALE_Q=(plan.int8 or block)[0], SCALE_K=(plan.int8 or block)[1], num_warps=warps, num_stages=stages,
+            SCALE_Q=(plan.int8 or block)[0], SCALE_K=(plan.int8 or block)[1], REMAINDER=plan.remainder != "none",
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
 
@@ -113,14 +123,33 @@ def _launch_variable(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
     tma = has_tma(k, v)
     tile_q, tile_k, warps, stages = launch_shape(compute_capability(q.device), _VARIABLE, head_dim, tma=tma)
     queries, (listed, counts) = query_tiles(mask, tile_q), key_tiles(mask, tile_k)
+    means = _means(k, v, plan, mask)
     keys, values = (descriptor(x, tile_k, head_dim) for x in (k, v)) if tma else (k, v)
     triton_code.attend_variable[(queries.shape[1], heads, batch)](
-        q, keys, values, out, q if lse is None else lse, queries, listed, counts,
-        math.log2(math.e) / math.sqrt(head_dim), tokens, mask.q_blocks, listed.shape[2], heads, int(mask.heads > 1),
+        q, keys, values, out, q if lse is None else lse, queries, listed, counts, *means,
+        math.log2(math.e) / math.sqrt(head_dim), tokens, mask.q_blocks, mask.k_blocks, listed.shape[2], heads,
+        int(mask.heads > 1),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        TILE_Q=tile_q, TILE_K=tile_k, HEAD_DIM=head_dim, WITH_LSE=lse is not None, TMA=tma, num_warps=warps,
-        num_stages=stages,
+        TILE_Q=tile_q, TILE_K=tile_k, HEAD_DIM=head_dim, WITH_LSE=lse is not None, TMA=tma,
+        REMAINDER=plan.remainder != "none", num_warps=warps, num_stages=stages,
     )  # fmt: skip
+
+
+def _means(k: Tensor, v: Tensor, plan: Plan, mask: Mask | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean keys and values of all blocks, where blocks begin, and a mask's bits; where no mean counts, stand-ins."""
+    from calibatt.kernels import triton_code
+
+    if plan.remainder == "none":
+        return k, v, k, v
+    assert mask is not None
+    batch, heads, _, head_dim = k.shape
+    starts = torch.nn.functional.pad(mask.sizes()[1].cumsum(-1, dtype=torch.int32), (1, 0))
+    k_means, v_means = (x.new_empty((batch, heads, mask.k_blocks, head_dim)) for x in (k, v))
+    triton_code.block_means[(mask.k_blocks, heads, batch)](
+        k, v, starts, k_means, v_means, starts.shape[1] if len(starts) > 1 else 0, *k.stride()[:3], *v.stride()[:3],
+        ROWS=_MEAN_ROWS, HEAD_DIM=head_dim,
+    )  # fmt: skip
+    return k_means, v_means, starts, mask.bits.view(torch.int32)
 
 
 def launch_shape(

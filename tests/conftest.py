@@ -40,7 +40,7 @@ _UNCHECKED = {
     "models.families.wan",
     "models.families.mochi",
     "models.processor",
-    *(f"kernels.{name}_code" for name in ("estimate", "gluon", "triton")),
+    *(f"kernels.{name}_code" for name in ("estimate", "flex", "gluon", "triton")),
 }
 # one by one: a package's name would stand for all that lies under it
 _MODULES = {

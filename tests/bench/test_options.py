@@ -43,12 +43,18 @@ def test_arms_are_named_by_method_preset_and_mode() -> None:
     assert (near.dense_steps, near.dense_layers) == (0.1, 0.05)
     assert str(near) == "sparge/cdf=27.5dB-dense0.1x0.05"
     assert Arm.parse("radial", "flex", (0.0, 0.0)).mode == "matched"
+    tail = Arm.parse("sparge/cdf+tail=0.35", "flex", (0.1, 0.05))
+    assert (tail.method, tail.preset, tail.remainder, tail.target_density) == ("sparge", "cdf", "zeroth", 0.35)
+    assert str(tail) == "sparge/cdf+tail=0.35-dense0.1x0.05"
+    assert str(Arm.parse("svg2/clusters+tail", "flex")) == "svg2/clusters+tail"
+    assert (tail.facts()["remainder"], near.facts()["remainder"]) == ("zeroth", None)
     # whatever the sparse kernel is, dense runs on the fastest dense one
     assert Arm.parse("dense", "flex") == DENSE
 
 
 def test_an_arm_without_its_target_is_what_learns_for_it() -> None:
     assert Arm.parse("sparge=0.35", "flex").untuned == Arm.parse("sparge", "flex")
+    assert Arm.parse("sparge+tail=0.35", "flex").untuned == Arm.parse("sparge", "flex")
     assert Arm.parse("sparge=30dB", "flex", (0.5, 0.0)).untuned == Arm.parse("sparge", "flex", (0.5, 0.0))
 
 
@@ -59,6 +65,10 @@ def test_an_arm_without_its_target_is_what_learns_for_it() -> None:
         ("radial/nowarmup", "did you mean no-warmup"),
         ("calibatt/", "after '/' give a preset"),
         ("dense=density", "no knob"),
+        ("dense+tail", "dense leaves no block out"),
+        ("sparge+", "after '\\+' give 'tail'"),
+        ("sparge+rest=0.5", "after '\\+' give 'tail'"),
+        ("sparge+tail/cdf", "after '\\+' give 'tail'"),
         ("sage=0.5", "no knob"),
         ("sage=30dB", "no knob"),
         ("sparge=", "after '=' give 'density'"),

@@ -61,6 +61,10 @@ def test_the_arm_and_the_title_differ_in_the_name_and_the_target_alone() -> None
         record = Record(**{**facts, **target}, block_choice="native")
         assert record.arm == "sparge" + rest.format(arm)
         assert record.title == "SpargeAttn" + rest.format(title)
+    approximating = Record(**{**facts, "mode": "equal_density", "target_density": 0.35}, remainder="zeroth")
+    assert approximating.arm == "sparge/x+tail =0.35, 20% of the steps dense"
+    assert approximating.title == "SpargeAttn/x + tail at density 0.35, 20% of the steps dense"
+    assert approximating.key != Record(**{**facts, "mode": "equal_density", "target_density": 0.35}).key
     # a method of somebody else's may have a name that looks like a target
     assert Record(**{**TIMED, "method": "mine =density"}).title == "mine =density"
 

@@ -24,6 +24,7 @@ from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Knob
 from calibatt.methods.call import Attention, SparseAttention
 from calibatt.methods.learning import CalibrationMismatch, Learnt
+from calibatt.methods.remainder import WithRemainder
 from calibatt.methods.scheduled import Scheduled
 from calibatt.methods.site import Site
 
@@ -231,6 +232,33 @@ def test_one_dense_schedule_for_all_stands_around_the_method(probes: list[Probe]
     method = tuner(probes, unseen).method(Arm.parse("sparge", "flex", (1.0, 0.0)))
     assert isinstance(method, Scheduled)
     assert density_of(method, probes, KERNELS["flex"]) == 1
+
+
+def test_means_of_what_is_left_out_change_no_mask_of_a_density(probes: list[Probe]) -> None:
+    made = [tuner(probes, unseen).method(Arm.parse(text, "flex")) for text in ("sparge+tail=0.5", "sparge=0.5")]
+    (one,) = probes
+    plans = [method.plan(one.q[0], one.k[0], one.v[0], SITE) for method in made if not isinstance(method, Unsupported)]
+    assert [plan.remainder for plan in plans] == ["zeroth", "none"]
+    assert all(map(torch.equal, plans[0].tensors(), plans[1].tensors()))
+    scheduled = tuner(probes, unseen).method(Arm.parse("sparge+tail", "flex", (1.0, 0.0)))
+    assert isinstance(scheduled, WithRemainder)
+    assert density_of(scheduled, probes, KERNELS["flex"]) == 1
+
+
+def test_a_fidelity_is_solved_with_the_remainder(probes: list[Probe]) -> None:
+    seen: set[str] = set()
+
+    def film(attention: Attention, prompt: str, seed: int) -> torch.Tensor:
+        (one,) = probes
+        assert isinstance(attention, SparseAttention)
+        plan = attention.method.plan(one.q[0], one.k[0], one.v[0], SITE)
+        seen.update({plan.remainder} if plan.mask is not None else ())
+        # the nearer to dense the more it keeps
+        return torch.full((3, 1, 2, 2), 0.5 + 0.1 * (1 - plan.density().mean().item()))
+
+    method = tuner(probes, film).method(Arm.parse("sparge+tail=30dB", "flex"))
+    assert isinstance(method, WithRemainder)
+    assert seen == {"zeroth"}
 
 
 def test_a_stored_calibration_that_fits_nothing_here_is_a_failure_and_no_refusal(probes: list[Probe]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from calibatt.kernels.base import Kernel, Task
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, VariableBlockMask, block_count
-from calibatt.kernels.plan import HeadKind, Plan, RowReuse, TokenOrder
+from calibatt.kernels.plan import HeadKind, Plan, Remainder, RowReuse, TokenOrder
 from calibatt.methods.base import Method
 from calibatt.methods.catalogue import METHODS, build, learns_from
 from calibatt.methods.catalogue import learner as build_learner
@@ -264,6 +264,58 @@ def test_a_kernel_takes_variable_blocks_of_tokens_that_lie_apart_beside_dense_he
     testing.require_exact(run(kernel, q, k, v, plan), q, k, v, plan)
 
 
+@pytest.mark.parametrize("adversary", [*ADVERSARIES, "some-blocks", "some-of-many-blocks"])
+def test_a_kernel_approximates_the_blocks_that_it_does_not_compute(
+    kernel: Kernel, adversary: str, place: Place
+) -> None:
+    # more key blocks than a tile of means has, and than a word of the mask
+    geometry = LARGE if adversary == "some-of-many-blocks" else SMALL
+    rows, columns = (block_count(geometry.tokens, size) for size in BLOCK)
+    keep = ADVERSARIES[adversary](rows, columns) if adversary in ADVERSARIES else some_blocks(geometry.tokens)
+    plan = replace(Plan.masked(mask_of(keep, geometry.tokens), HEADS), remainder="zeroth").to(place[0])
+    q, k, v = inputs(geometry, place)
+    out = run(kernel, q, k, v, plan)
+    testing.require_exact(out, q, k, v, plan)
+    assert bool(out.any(-1).all()), "some query has nothing"
+
+
+@pytest.mark.parametrize("scale", [1, 50], ids=["", "large-logits"])
+@pytest.mark.parametrize("ordered", [False, True], ids=["", "ordered"])
+@pytest.mark.parametrize(
+    "kinds", [("masked", "dense", "masked"), ("reused", "masked", "masked"), ("masked", "reused", "dense")],
+    ids="-".join,
+)  # fmt: skip
+def test_a_remainder_is_of_masked_heads_in_the_plans_order(
+    kernel: Kernel, kinds: tuple[HeadKind, ...], ordered: bool, scale: int, place: Place
+) -> None:
+    if ordered and "reused" in kinds:
+        pytest.skip("heads that reuse rows have no order")
+    order = torch.rand((2, HEADS, SMALL.tokens), generator=torch.Generator().manual_seed(0)).argsort(-1).int()
+    plan = replace(
+        kinds_plan(SMALL, kinds), remainder="zeroth",
+        order=TokenOrder(queries=order[0], keys=order[1]) if ordered else None,
+    ).to(place[0])  # fmt: skip
+    samples = [inputs(SMALL, place, seed) for seed in range(2)]
+    q, k, v = (torch.cat(parts) for parts in zip(*samples, strict=True))
+    q = scale * q
+    testing.require_exact(run(kernel, q, k, v, plan), q, k, v, plan)
+
+
+@pytest.mark.parametrize("adversary", [*ADVERSARIES, "some-blocks", "some-of-many-blocks"])
+def test_a_kernel_approximates_variable_blocks(kernel: Kernel, adversary: str, place: Place) -> None:
+    # more key blocks than a tile of means has
+    geometry, rows, columns = (LARGE, 9, 71) if adversary == "some-of-many-blocks" else (SMALL, 6, 9)
+    kinds: tuple[HeadKind, ...] = ("masked",) * HEADS
+    if adversary in ADVERSARIES:
+        keep = ADVERSARIES[adversary](rows, columns)
+    else:
+        keep = torch.rand((HEADS, rows, columns), generator=torch.Generator().manual_seed(0)) < 0.4
+        kinds = ("masked", "dense", "masked")
+    plan = replace(variable_plan(keep, geometry.tokens, kinds, order=True), remainder="zeroth").to(place[0])
+    q, k, v = inputs(geometry, place)
+    testing.require_exact(run(kernel, q, k, v, plan), q, k, v, plan)
+
+
 # what rivals and kernels have; the last two divide by no power of two
 SIZES = [(128, 128), (128, 64), (64, 64), (256, 128), (64, 128), (128, 80), (192, 48)]
 
@@ -286,17 +338,19 @@ def test_a_kernel_walks_blocks_of_every_size(
         reuse = RowReuse.of_anchor_rows(geometry, (0, 2))
         for kinds in (("masked",) * 3, ("masked", "reused", "dense")):
             plan = Plan(tokens=1000, kinds=kinds, mask=mask, reuse=reuse if "reused" in kinds else None)
-            plan = plan.to("cuda")
-            refusals[kinds] = kernel.refusal(Task.of(q, plan))
-            if refusals[kinds] is None:
-                testing.require_exact(kernel.attend(q, k, v, plan), q, k, v, plan)
+            for remainder in get_args(Remainder):
+                plan = replace(plan, remainder=remainder).to("cuda")
+                refusals[kinds, remainder] = kernel.refusal(Task.of(q, plan))
+                if refusals[kinds, remainder] is None:
+                    testing.require_exact(kernel.attend(q, k, v, plan), q, k, v, plan)
     if None not in refusals.values():
         pytest.skip("; ".join(sorted({refusal.reason for refusal in refusals.values() if refusal is not None})))
 
 
-def test_keeping_all_blocks_is_dense_attention(kernel: Kernel, place: Place) -> None:
+@pytest.mark.parametrize("remainder", get_args(Remainder))
+def test_keeping_all_blocks_is_dense_attention(kernel: Kernel, remainder: Remainder, place: Place) -> None:
     keep = torch.ones(HEADS, block_count(1000, BLOCK[0]), block_count(1000, BLOCK[1]), dtype=torch.bool)
-    plan = Plan.masked(mask_of(keep, 1000), HEADS).to(place[0])
+    plan = replace(Plan.masked(mask_of(keep, 1000), HEADS), remainder=remainder).to(place[0])
     q, k, v = inputs(LARGE, place)
     testing.require_exact(run(kernel, q, k, v, plan), q, k, v, Plan.dense(LARGE))
 

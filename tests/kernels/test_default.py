@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -56,6 +57,8 @@ def chosen(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, **what:
         ((9, 0), {"variable": True}, "triton"),
         ((9, 0), {"int8": (128, 64)}, "triton"),
         ((9, 0), {"block": (128, 64), "skips": True}, "triton"),
+        ((9, 0), {"block": (128, 128), "approximates": True}, "triton"),
+        ((9, 0), {"block": (64, 64), "reuses": True, "approximates": True}, "triton"),
         # FlashAttention-4 ignores lists there, or has blocks of other sizes
         ((8, 0), {"block": (128, 128)}, "triton"),
         ((8, 9), {"reuses": True}, "fa4"),
@@ -105,6 +108,8 @@ def test_what_ran_is_told_of_what_is_not_plain_where_anything_is(monkeypatch: py
     dense, sparse = Task(**cpu), Task(**cpu, block=(64, 64))
     assert ran_on(DEFAULT, [dense]) == "sdpa-flash"
     assert ran_on(DEFAULT, [dense, sparse, sparse]) == "flex"
+    assert ran_on(DEFAULT, [dense, Task(**cpu, block=(64, 64), approximates=True)]) == "flex"
+    assert ran_on(DEFAULT, [Task(**cpu, variable=True, approximates=True)]) == "triton"
     assert ran_on(DEFAULT, [Task(**cpu, int8=(64, 64)), dense, sparse]) == "flex+triton"
     assert ran_on(KERNELS["triton"], [dense, sparse]) is None
 
@@ -119,6 +124,7 @@ def test_every_kind_of_plan_comes_out_as_it_should() -> None:
         Plan.dense(GEOMETRY),
         Plan.masked(mask, 3),
         Plan(tokens=128, kinds=("masked", "reused", "dense"), mask=mask, reuse=reuse),
+        Plan(tokens=128, kinds=("masked", "reused", "dense"), mask=mask, reuse=reuse, remainder="zeroth"),
     ):
         truth = oracle.attend(q, k, v, plan)
         assert (DEFAULT.attend(q, k, v, plan) - truth).abs().max() < 1e-5
@@ -135,7 +141,7 @@ def test_what_it_chooses_on_this_gpu_computes_what_was_asked(head_dim: int) -> N
         keep = torch.ones(3, -(-128 // block[0]), -(-128 // block[1]), dtype=torch.bool)
         keep[1:, :, 1:] = False
         mask = BlockMask.from_keep(keep, tokens=128, block_q=block[0], block_k=block[1]).to("cuda")
-        plans.append(Plan.masked(mask, 3))
+        plans += [Plan.masked(mask, 3), replace(Plan.masked(mask, 3), remainder="zeroth")]
     for plan in plans:
         exact = oracle.attend(q, k, v, plan)
         budget = oracle.error_budget(q, k, v, plan, exact)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import get_args
+
 import pytest
 import torch
 
@@ -9,15 +12,16 @@ from calibatt.kernels import flex, oracle
 from calibatt.kernels.base import Task
 from calibatt.kernels.flex import Flex
 from calibatt.kernels.mask import BlockMask
-from calibatt.kernels.plan import Plan
+from calibatt.kernels.plan import Plan, Remainder
 from calibatt.kernels.tiles import tile_of
 
 CPU = Task(device=torch.device("cpu"), dtype=torch.float32, head_dim=64)
 
 
+@pytest.mark.parametrize("remainder", get_args(Remainder))
 @pytest.mark.parametrize(("tokens", "shares"), [(128, 2), (1000, 1), (96, 1)])
 def test_queries_are_shared_out_where_they_divide_and_the_output_is_the_same(
-    tokens: int, shares: int, monkeypatch: pytest.MonkeyPatch
+    tokens: int, shares: int, remainder: Remainder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if (refusal := Flex().refusal(CPU)) is not None:
         pytest.skip(refusal.reason)
@@ -27,7 +31,7 @@ def test_queries_are_shared_out_where_they_divide_and_the_output_is_the_same(
     keep = torch.rand(3, -(-tokens // 32), -(-tokens // 16), generator=generator) < 0.4
     keep[0], keep[2] = True, False
     mask = BlockMask.from_keep(keep, tokens=tokens, block_q=32, block_k=16)
-    plan = Plan.masked(mask, 3)
+    plan = replace(Plan.masked(mask, 3), remainder=remainder)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert flex._shares(q, mask) == shares
     with torch.no_grad():

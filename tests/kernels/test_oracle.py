@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from calibatt.kernels import oracle
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.mask import BlockMask
+from calibatt.kernels.mask import BlockMask, Mask, VariableBlockMask
 from calibatt.kernels.plan import Plan, RowReuse, TokenOrder
 
 GEOMETRY = Geometry(grid=(2, 5, 6), heads=3, head_dim=16)
@@ -107,3 +109,79 @@ def test_queries_and_keys_may_stand_in_orders_of_their_own() -> None:
     # queries 3 and 2 see keys 0 and 2, queries 1 and 0 see keys 1 and 3
     seen = torch.tensor([[0, 1, 0, 1], [0, 1, 0, 1], [1, 0, 1, 0], [1, 0, 1, 0]], dtype=torch.bool)
     torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen))
+
+
+def _approximated(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+    """One query and one block after the other, as the papers write it: exact terms, or |B| exp(q·k̄) and exp(q·k̄) Σv."""
+    assert plan.mask is not None
+    out = torch.zeros_like(q)
+    for head in range(q.shape[1]):
+        queries = keys = torch.arange(plan.tokens)
+        if plan.order is not None:
+            queries, keys = plan.order.queries[head].long(), plan.order.keys[head].long()
+        own = plan.mask.of_heads([head])
+        parts = zip((queries, keys), own.sizes(), strict=True)
+        q_blocks, k_blocks = (tokens.split(sizes[0].tolist()) for tokens, sizes in parts)
+        for row, rows in enumerate(q_blocks):
+            for i in rows:
+                numerator, denominator = torch.zeros(q.shape[-1]).double(), torch.zeros(()).double()
+                for column, block in enumerate(k_blocks):
+                    if len(block) == 0:
+                        continue
+                    if own.keep()[0, row, column]:
+                        weights = (k[0, head, block] @ q[0, head, i] / 4).exp()
+                        numerator += weights @ v[0, head, block]
+                        denominator += weights.sum()
+                    else:
+                        weight = (k[0, head, block].mean(0) @ q[0, head, i] / 4).exp()
+                        numerator += weight * v[0, head, block].sum(0)
+                        denominator += len(block) * weight
+                out[0, head, i] = numerator / denominator
+    return out
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["", "ordered"])
+@pytest.mark.parametrize("kind", ["blocks", "shared-by-all-heads", "variable"])
+def test_a_remainder_to_zeroth_order_is_the_papers_formula(
+    kind: str, ordered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = (x[:1].double() for x in inputs())
+    generator = torch.Generator().manual_seed(1)
+    # 60 tokens: the last blocks of 16 × 8 are shorter; of variable ones some are empty, or of one token
+    keep = torch.rand(1 if kind == "shared-by-all-heads" else 3, 4, 8, generator=generator) < 0.4
+    keep[:, 1] = False
+    mask: Mask = BlockMask.from_keep(keep, tokens=60, block_q=16, block_k=8)
+    if kind == "variable":
+        q_sizes, k_sizes = [[20, 0, 7, 33]] * 3, [[0, 9, 1, 20, 0, 14, 16, 0], [60] + [0] * 7, [7] * 7 + [11]]
+        mask = VariableBlockMask.from_keep(
+            keep, q_sizes=torch.tensor(q_sizes), k_sizes=torch.tensor(k_sizes), tokens=60
+        )
+    lots = torch.rand((2, 3, 60), generator=generator).argsort(-1).int()
+    plan = Plan.masked(mask, 3, TokenOrder(queries=lots[0], keys=lots[1]) if ordered else None)
+    plan = replace(plan, remainder="zeroth")
+    # chunks that end inside a block
+    monkeypatch.setattr(oracle, "_CHUNK", 13)
+    torch.testing.assert_close(oracle.attend(q, k, v, plan), _approximated(q, k, v, plan))
+
+
+def test_a_remainder_is_of_masked_heads_alone() -> None:
+    mask = BlockMask.from_keep(torch.eye(4, dtype=torch.bool)[None], tokens=60, block_q=16, block_k=16)
+    reuse = RowReuse.of_anchor_rows(GEOMETRY, (1, 3))
+    dropping = Plan(tokens=60, kinds=("masked", "dense", "reused"), mask=mask, reuse=reuse)
+    out, dropped = (oracle.attend(*inputs(), plan) for plan in (replace(dropping, remainder="zeroth"), dropping))
+    assert torch.equal(out[:, 1:], dropped[:, 1:])
+    assert not torch.equal(out[:, 0], dropped[:, 0])
+
+
+def test_where_keys_are_alike_within_a_block_a_remainder_comes_nearer_to_dense_than_dropping() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn((1, 3, 60, 16), generator=generator)
+    k, v = torch.randn((2, 1, 3, 4, 16), generator=generator).repeat_interleave(16, 3)[..., :60, :]
+    mask = BlockMask.from_keep(torch.eye(4, dtype=torch.bool)[None], tokens=60, block_q=16, block_k=16)
+    dropping = Plan.masked(mask, 3)
+    for noise, nearer in ((0.0, 1e-6), (0.3, 0.2)):
+        own = [x + noise * torch.randn(x.shape, generator=generator) for x in (k, v)]
+        dense = oracle.attend(q, *own, Plan.dense(GEOMETRY))
+        plans = (replace(dropping, remainder="zeroth"), dropping)
+        error, dropped = ((oracle.attend(q, *own, plan) - dense).norm().item() for plan in plans)
+        assert error < nearer * dropped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -326,3 +327,22 @@ def test_variable_blocks_stand_beside_neither_row_reuse_nor_what_a_kernel_skips(
         Plan(tokens=50, kinds=("masked", "reused"), mask=mask, reuse=RowReuse(computed=every, source=every))
     with pytest.raises(ValueError, match="differ in size go with no row reuse"):
         Plan.masked(mask, 2, skip=Skip.of(mask.cover((16, 16)), 2, threshold=-1.0, leave=False))
+
+
+# --- remainders -------------------------------------------------------------------------------------------------------
+
+
+def test_a_remainder_goes_with_a_mask_and_stays_with_it() -> None:
+    mask = variable(VARIABLE["uneven"])
+    plan = Plan(tokens=50, kinds=("masked", "dense"), mask=mask, remainder="zeroth")
+    assert plan.to("cpu").remainder == plan.unordered().remainder == plan.realised().remainder == "zeroth"
+    assert plan.of_heads([0]).remainder == "zeroth"
+    # nothing is left out of what has no mask
+    assert plan.of_heads([1]).remainder == "none"
+    # means are no part of the density
+    assert torch.equal(plan.density(), replace(plan, remainder="none").density())
+    with pytest.raises(ValueError, match="a plan without a mask leaves no block out: it has no remainder 'zeroth'"):
+        Plan(tokens=50, kinds=("dense",), remainder="zeroth")
+    # the check of types refuses it before the plan can
+    with pytest.raises((ValueError, TypeError), match="remainder"):
+        replace(plan, remainder="first")  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -171,3 +172,33 @@ def test_no_kernel_computes_another_mask_in_place_of_variable_blocks(name: str) 
     assert not Task.of(inputs()[0], Plan.masked(half_mask(), 2)).variable
     with pytest.raises(ValueError, match=r"blocks of one size|dense plans only|not on cpu|not cpu"):
         KERNELS[name].attend(*inputs(), plan)
+
+
+def test_a_remainder_is_refused_by_every_kernel_that_drops_what_it_does_not_compute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # as on a GPU that has them all
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("calibatt.kernels.flash._installed", lambda package: True)
+    monkeypatch.setattr("calibatt.kernels.gluon_hopper._triton_version", lambda: (3, 6))
+    monkeypatch.setattr("calibatt.kernels.triton_sparse.interpreted", lambda: False)
+    given = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "head_dim": 128, "block": (128, 128)}
+    for name, kernel in KERNELS.items():
+        for reuses in (False, True):
+            if kernel.refusal(Task(**given, reuses=reuses)) is not None:
+                continue
+            refusal = kernel.refusal(Task(**given, reuses=reuses, approximates=True))
+            assert (refusal is None) == (name in ("default", "flex", "triton"))
+            assert refusal is None or "drops what it does not compute: the Triton kernel and" in refusal.reason
+
+
+@pytest.mark.parametrize("other", [{"skips": True}, {"int8": (64, 64)}])
+def test_a_remainder_goes_neither_with_what_a_kernel_leaves_out_nor_with_int8(
+    other: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("calibatt.kernels.triton_sparse.interpreted", lambda: True)
+    given = {"device": torch.device("cpu"), "dtype": torch.float32, "head_dim": 64, "block": (64, 64), **other}
+    assert KERNELS["triton"].refusal(Task(**given)) is None
+    refusal = KERNELS["triton"].refusal(Task(**given, approximates=True))
+    assert refusal is not None
+    assert "approximates neither" in refusal.reason

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from calibatt.kernels.base import Task
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, VariableBlockMask, block_count
 from calibatt.kernels.plan import Plan, RowReuse, TokenOrder
+from calibatt.kernels.remainder import block_means
 from calibatt.kernels.triton_sparse import Triton
 
 pytestmark = pytest.mark.skipif(
@@ -63,7 +65,8 @@ def test_both_ways_to_load_keys_give_attention(monkeypatch: pytest.MonkeyPatch) 
         if tma and DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
             continue
         monkeypatch.setattr(triton_sparse, "has_tma", answer(tma))
-        for plan in (_mixed(), _variable()):
+        both = _mixed(), _variable()
+        for plan in (*both, *(replace(plan, remainder="zeroth") for plan in both)):
             assert _within_budget(Triton().attend(*inputs, plan), inputs, plan)
     assert False in asked
 
@@ -71,7 +74,29 @@ def test_both_ways_to_load_keys_give_attention(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("block", [(48, 48), (96, 32), (16, 80)])
 def test_blocks_that_are_no_power_of_two_are_walked_in_tiles(block: tuple[int, int]) -> None:
     inputs, plan = _inputs(), Plan.masked(_mask(*block), 3)
-    assert _within_budget(Triton().attend(*inputs, plan), inputs, plan)
+    for one in (plan, replace(plan, remainder="zeroth")):
+        assert _within_budget(Triton().attend(*inputs, one), inputs, one)
+
+
+def test_means_of_blocks_are_those_of_their_own_tokens_in_whatever_strides() -> None:
+    _, k, v = _inputs()
+    k, v = k.expand(2, -1, -1, -1), torch.cat((v, -v)).transpose(1, 2).contiguous().transpose(1, 2)
+    for plan in (replace(Plan.masked(_mask(32, 16), 3), remainder="zeroth"), replace(_variable(), remainder="zeroth")):
+        assert plan.mask is not None
+        sizes = plan.mask.sizes()[1]
+        for means, x in zip(triton_sparse._means(k, v, plan, plan.mask), (k, v), strict=False):
+            expected = block_means(x.double(), sizes)
+            torch.testing.assert_close(means.double(), expected, rtol=torch.finfo(DTYPE).eps, atol=1e-6)
+
+
+def test_log_sum_exps_hold_the_remainder() -> None:
+    # keys that are alike within a block: its mean stands for it exactly
+    q, k, v = _inputs()
+    k = k[:, :, ::16].repeat_interleave(16, 2)[:, :, : GEOMETRY.tokens]
+    plan = replace(Plan.masked(_mask(32, 16), 3), remainder="zeroth")
+    lse = Triton().attend_with_lse(q, k, v, plan)[1]
+    scores = q.double() @ k.double().mT / math.sqrt(GEOMETRY.head_dim)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
 
 def _variable() -> Plan:
@@ -144,14 +169,22 @@ TARGETS = {
     "sm90-dim64": ((9, 0), 64, (64, 64)),
     "sm120": ((12, 0), 128, (128, 128)),
 }
-# with neither row reuse nor log-sum-exps, with both, with queries and keys in INT8; and blocks that differ in size
-WHATS = ("plain", "all", "int8", "variable")
+# with neither row reuse nor log-sum-exps, with both, with queries and keys in INT8, with a remainder; and blocks that
+# differ in size, without and with one
+WHATS = ("plain", "all", "int8", "remainder", "variable", "variable-remainder")
 # bytes of shared memory that a block of threads may have: CUDA's programming guide, table of compute capabilities
 SHARED = {(8, 0): 163 * 1024, (8, 6): 99 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024, (12, 0): 99 * 1024}
 # bytes of a thread that may spill, by what is compiled: two tiles on a multiprocessor leave no room for 30 to 60 of
 # their registers, and were a seventh faster on an H200 than one tile with room. Of variable blocks, what spills is
 # outside the loop over whole tiles.
-STACK = {"sm90-all": 120, "sm90-plain": 200, "sm90-int8": 72, "sm90-variable": 232}
+STACK = {
+    "sm90-all": 120,
+    "sm90-plain": 200,
+    "sm90-int8": 72,
+    "sm90-variable": 232,
+    "sm90-remainder": 192,
+    "sm90-variable-remainder": 144,
+}
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +220,8 @@ def _compile(target: str, tma: bool, what: str) -> dict[str, Any]:
     from compiling import compiled_for
 
     capability, head_dim, block = TARGETS[target]
-    if what == "variable":
+    variable = what.startswith("variable")
+    if variable:
         code, block = triton_code.attend_variable, triton_sparse._VARIABLE
     else:
         code = triton_code.attend
@@ -198,17 +232,19 @@ def _compile(target: str, tma: bool, what: str) -> dict[str, Any]:
         "TILE_Q": tile_q,
         "TILE_K": tile_k,
         "HEAD_DIM": head_dim,
-        "WITH_LSE": what in ("all", "variable"),
+        "WITH_LSE": what == "all" or variable,
         "TMA": tma,
+        "REMAINDER": what.endswith("remainder"),
     }
-    if what != "variable":
+    if not variable:
         constants |= {
             "BLOCK_Q": block[0], "BLOCK_K": block[1], "REUSE": what == "all", "NOTE": False, "LEAVE": False,
             "INT8": what == "int8", "SCALE_Q": 128, "SCALE_K": tile_k,
         }  # fmt: skip
     multiplied = "i8" if what == "int8" else "bf16"
-    lists = ("indices", "counts", "served", "low", "query_tiles", "key_tiles")
-    pointers = dict.fromkeys(("q", "k"), f"*{multiplied}") | dict.fromkeys(("v", "out"), "*bf16")
+    lists = ("indices", "counts", "served", "low", "query_tiles", "key_tiles", "starts", "words")
+    pointers = dict.fromkeys(("q", "k"), f"*{multiplied}")
+    pointers |= dict.fromkeys(("v", "out", "k_means", "v_means"), "*bf16")
     pointers |= dict.fromkeys(lists, "*i32") | {"kinds": "*i8", "computed": "*i64"}
     pointers |= dict.fromkeys(("lse", "q_scales", "k_scales", "thresholds"), "*fp32")
     types = {**pointers, "scale": "fp32"}
