@@ -24,6 +24,7 @@ from calibatt.methods.base import Method
 from calibatt.methods.catalogue import METHODS, build, learns_from
 from calibatt.methods.catalogue import learner as build_learner
 from calibatt.methods.learning import Learner, Learnt
+from calibatt.testing import BLOCK
 
 HEADS = 3
 GEOMETRIES = {
