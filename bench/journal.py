@@ -83,8 +83,6 @@ class ChosenBaseline:
 
 
 Prepared: TypeAlias = TurnedKnob | LearntFile | ChosenBaseline
-
-
 # by the name that only they have
 _PREPARED: Mapping[str, type[Prepared]] = {"arm": TurnedKnob, "lesson": LearntFile, "baseline": ChosenBaseline}
 
@@ -226,16 +224,15 @@ class Journal:
                 if "rounds" in one:
                     place = one.pop("suite"), one.pop("workload")
                     self.rounds.setdefault(place, []).append(Rounds.from_json(one))
-                elif "record" not in one:
-                    kind = next(kind for name, kind in _PREPARED.items() if name in one)
-                    self._take(read_facts(kind, json.dumps(one)))
+                elif kinds := [kind for name, kind in _PREPARED.items() if name in one]:
+                    self._take(read_facts(kinds[0], json.dumps(one)))
                 else:
                     samples = one["samples_s"]
                     record = Record.from_extra_info(one["record"], None if samples is None else tuple(samples))
                     self.found[one["suite"], one["cell"]] = record
         except UnusableJournal:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             said = " ".join(f"{type(error).__name__}: {error}".split())
             raise UnusableJournal(f"{self.path} is damaged ({said:.200}): delete it to measure anew") from None
         self._size = len(whole)

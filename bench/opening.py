@@ -24,6 +24,7 @@ from calibatt.calibration.artifact import Calibration
 from calibatt.calibration.videos import DenseVideos, Videos
 from calibatt.kernels.base import Kernel
 from calibatt.kernels.catalogue import KERNELS
+from calibatt.kernels.names import look_up
 from calibatt.methods.call import Attention
 from calibatt.methods.learning import Learnt
 from calibatt.models.adapter import installed
@@ -112,7 +113,7 @@ def _baseline(probe: Probe, preparation: Preparation, *, log: Callable[[str], No
     """The fastest dense kernel, or the one that a stopped run chose: where two are as fast, chance decides."""
     kept = preparation.baseline()
     if kept is not None:
-        return KERNELS[kept]
+        return look_up(KERNELS, kept, "kernel")
     dense = fastest_dense(probe.q, probe.k, probe.v, probe.site.geometry, log=log)
     preparation.keep_baseline(dense.name)
     return dense

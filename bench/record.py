@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePath
@@ -21,6 +20,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_confi
 from typing_extensions import Required, TypedDict
 
 from calibatt.bench.statistics import Interval, paired_ratio
+from calibatt.methods.looks import MARKERS as MARKERS
+from calibatt.methods.looks import Marker as Marker
+from calibatt.methods.looks import look_fault
 
 SCHEMA = 1
 
@@ -31,13 +33,10 @@ Outcome = Literal["ok", "wrong", "unsupported", "out_of_memory", "failed"]
 Mode = Literal["native", "matched", "equal_density", "equal_fidelity"]
 # `rows`: heads that reuse rows; `mixed`: every other head reuses rows, the others have a random mask
 Pattern = Literal["random", "even", "banded", "captured", "rows", "mixed"]
-# of matplotlib: those that have a glyph in text too
-Marker = Literal["o", "s", "^", "v", "<", ">", "D", "P", "X", "*"]
 Samples = tuple[float, ...]
 
 SUITES: tuple[Suite, ...] = get_args(Suite)
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
-MARKERS: tuple[Marker, ...] = get_args(Marker)
 
 # phases that are in no sample: they come on top of the time, not out of it
 OUTSIDE_PHASES = frozenset({"launch"})
@@ -255,10 +254,8 @@ class Record:
         return None
 
     def _strange_look(self) -> str | None:
-        if self.method_colour is not None and not re.fullmatch("#[0-9a-fA-F]{6}", self.method_colour):
-            return f"method_colour {self.method_colour!r} is not of the form #RRGGBB"
-        if self.method_marker is not None and self.method_marker not in MARKERS:
-            return f"method_marker {self.method_marker!r} is none of {' '.join(MARKERS)}"
+        if (fault := look_fault(self.method_colour, self.method_marker)) is not None:
+            return f"method_{fault}"
         if self.artifact is not None:
             path = PurePath(self.artifact)
             if path.is_absolute() or ".." in path.parts or not path.name:

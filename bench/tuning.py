@@ -17,6 +17,7 @@ from calibatt.bench.offline import Offline, block_of, run_settings
 from calibatt.bench.preparation import Preparation
 from calibatt.kernels.base import Attender, Kernel, Task, Unsupported
 from calibatt.kernels.catalogue import KERNELS
+from calibatt.methods.around import Around
 from calibatt.methods.base import Foreseen, Knob, Method, Planner
 from calibatt.methods.call import Attention
 from calibatt.methods.catalogue import METHODS, build
@@ -185,13 +186,13 @@ class Tuner:
             quantity=goal.quantity,
         )
 
-    def _built(self, arm: Arm, **turned: float) -> Method | Scheduled | WithRemainder:
+    def _built(self, arm: Arm, **turned: float) -> Method | Around:
         prepared = self._offline.prepared(arm, **turned)
         method = build(
             arm.method, preset=arm.preset, calibration=None if prepared is None else prepared.calibration,
             block=block_of(arm, self._workload.block), **{**run_settings(arm), **turned},
         )  # fmt: skip
-        planner: Method | Scheduled = method
+        planner: Method | Around = method
         if arm.dense_steps is not None and arm.dense_layers is not None:
             planner = Scheduled(method, steps=arm.dense_steps, layers=arm.dense_layers)
         return planner if arm.remainder == "none" else WithRemainder(planner, arm.remainder)

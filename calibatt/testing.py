@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,8 +76,8 @@ def check_method(method: str, *, block: tuple[int, int] = BLOCK) -> list[str]:
         for preset in look_up(METHODS, method, "method").presets:
             for title, check in _CHECKS.items():
                 try:
-                    check(lambda geometry, preset=preset: _made(method, preset, geometry, block))
-                except _DoesNotApply as reason:
+                    check(partial(made, method, preset, block=block))
+                except DoesNotApply as reason:
                     said.append(f"{method}/{preset} does not apply: {reason}")
                     break
                 except ContractBroken as broken:
@@ -86,7 +87,7 @@ def check_method(method: str, *, block: tuple[int, int] = BLOCK) -> list[str]:
     return said
 
 
-class _DoesNotApply(Exception):
+class DoesNotApply(Exception):
     """A method refuses the small videos of these checks."""
 
 
@@ -156,17 +157,33 @@ def _places(geometry: Geometry) -> Float[Tensor, "tokens 4"]:
     return channels
 
 
-def _made(name: str, preset: str, geometry: Geometry, block: tuple[int, int]) -> Method:
+def made(
+    name: str, preset: str, geometry: Geometry, *, block: tuple[int, int] = BLOCK, device: str = "cpu",
+    learn: Callable[[Learner, str, Geometry], Learnt] = learnt_by,
+) -> Method:  # fmt: skip
+    """A method for a geometry, with what it has to learn.
+
+    Args:
+        name, preset, block: as for `calibatt.build`.
+        geometry: of its videos.
+        device: where its tables are.
+        learn: as `learnt_by`.
+
+    Raises:
+        DoesNotApply: the method refuses the geometry.
+        ContractBroken: it is to be built on what another one learns, which learns nothing.
+        UnknownName, UnusableEntry, ValueError: as `calibatt.build`.
+    """
     source, known = learns_from(name, preset), None
     if source is not None:
-        own = preset if source == METHODS[name].name else "default"
-        found = learner(source, preset=own, block=block)
+        # presets of another method's calibration have names of their own
+        found = learner(source, preset=preset if source == METHODS[name].name else "default", block=block)
         if found is None:
             raise ContractBroken(f"it is to be built on what {source} learns, which learns nothing")
-        known = learnt_by(found, source, geometry)
+        known = learn(found, source, geometry).to(device)
     method = build(name, preset=preset, calibration=known, block=block)
     if (refusal := method.refusal(geometry)) is not None:
-        raise _DoesNotApply(refusal.reason)
+        raise DoesNotApply(refusal.reason)
     return method
 
 

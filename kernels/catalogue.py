@@ -30,8 +30,7 @@ DEFAULT = Default(_EACH)
 
 def _fault(found: Any) -> str | None:
     """Why something is no kernel."""
-    missing = [name for name in ("name", "refusal", "attend") if not hasattr(found, name)]
-    return f"it has no {missing[0]}: see calibatt.kernels.base.Kernel" if missing else None
+    return None if isinstance(found, Kernel) else "it has no name, no refusal or no attend"
 
 
 KERNELS: Catalogue[Kernel] = Catalogue("kernel", (DEFAULT, *_EACH.values()), fault=_fault)

@@ -107,7 +107,7 @@ class Method(ABC):
     Class attributes:
         name: as in the catalogue.
         label, colour, marker: how reports show it: its name as its authors write it, a colour "#rrggbb", and a marker
-            that matplotlib knows.
+            of `methods/looks.py`.
         presets: named configs, each with its source; "default" is always one of them.
         knob: what to turn for a given density; None where there is nothing to turn.
         without_dense: settings with which the method itself keeps no step and no layer dense.

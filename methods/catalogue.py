@@ -21,6 +21,7 @@ from calibatt.methods.facts import read_facts
 from calibatt.methods.jenga import Jenga
 from calibatt.methods.learning import Learner, Learnt, settings_of
 from calibatt.methods.lite import Lite
+from calibatt.methods.looks import look_fault
 from calibatt.methods.losa import Losa
 from calibatt.methods.minference import MInference
 from calibatt.methods.nabla import Nabla
@@ -43,7 +44,9 @@ def _fault(found: Any) -> str | None:
     missing = [name for name in ("name", "label", "colour", "marker", "presets") if not hasattr(found, name)]
     if missing:
         return f"its class has no {missing[0]}"
-    return None if "default" in found.presets else "it has no preset 'default'"
+    if "default" not in found.presets:
+        return "it has no preset 'default'"
+    return look_fault(found.colour, found.marker)
 
 
 METHODS: Catalogue[type[Method]] = Catalogue(

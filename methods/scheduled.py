@@ -5,15 +5,13 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.kernels.base import Unsupported
-from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
+from calibatt.methods.around import Around
 from calibatt.methods.base import Method
-from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
 
 
-class Scheduled:
+class Scheduled(Around):
     """A method that is not asked in the first steps and layers.
 
     Build the method with its `without_dense` settings, so that this schedule is the only one.
@@ -24,18 +22,9 @@ class Scheduled:
     """
 
     def __init__(self, method: Method, *, steps: float, layers: float) -> None:
-        self._method = method
+        super().__init__(method)
         self._steps = steps
         self._layers = layers
-
-    @property
-    def learnt(self) -> Learnt | None:
-        """The method's own."""
-        return self._method.learnt
-
-    def refusal(self, geometry: Geometry) -> Unsupported | None:
-        """The method's own."""
-        return self._method.refusal(geometry)
 
     def plan(
         self,
@@ -47,8 +36,4 @@ class Scheduled:
         """Dense, or the method's plan."""
         if site.in_warmup(self._steps, self._layers):
             return Plan.dense(site.geometry)
-        return self._method.plan(q, k, v, site)
-
-    def reset(self) -> None:
-        """A new video."""
-        self._method.reset()
+        return self._inner.plan(q, k, v, site)

@@ -167,7 +167,8 @@ def _overlaps(
             ]
     within, possible = _correlated(torch.stack((seen, open_)), shapes)
     # what has the colour and cannot be the object's, since it is out of the picture then, counts too
-    return (within / (possible + mask.sum() - within)).flatten(1).amax(1)
+    overlap: Tensor = within / (possible + mask.sum() - within)
+    return overlap.flatten(1).amax(1)
 
 
 def _correlated(
@@ -176,7 +177,8 @@ def _correlated(
     """Sums below each shape at each place, which is its corner's; places wrap around, where only the margin is."""
     size = sums.shape[-2:]
     spectra = torch.fft.rfft2(sums)[:, None] * torch.fft.rfft2(shapes, s=size).conj()
-    return torch.fft.irfft2(spectra, s=size)
+    found: Tensor = torch.fft.irfft2(spectra, s=size)
+    return found
 
 
 def _background(

@@ -33,11 +33,13 @@ BACKGROUNDS = ("grey", "stripes", "checks", "dots")
 
 # of the pixels of an object, how many others may hide, at most, in the mean over the frames
 _MOST_HIDDEN = 0.3
-# three objects that hide no more of each other are one draw of seven or better
+# Three objects hide no more of each other in a third of all draws; where all go one way at the large size, in one of
+# forty, and then one video in twenty has no such draw among these.
 _DRAWS = 128
 # greys of the patterns and their mean, dark enough that every colour stands out
 _DARK, _MEAN, _LIGHT = -0.45, -0.3, -0.15
-# how much lighter or darker than that a place can be, and how much of its colour one of an object can lack
+# how much lighter or darker than that a place can be, and how much of its colour a place of an object
+# can lack
 _TEXTURE, _SHADE = 0.2, 0.4
 # pixels, at scale 1, from one independent value of a texture to the next: each token of the smaller sizes has its own
 _GRAIN = 4
@@ -45,7 +47,7 @@ _GRAIN = 4
 _PAN = (2, 1)
 # one scene in eight is never trained on
 _HELD_OUT_ONE_IN = 8
-# of 500,000 and more; far below that, drawing until enough differ is quick
+# of some 486,000; far below that, drawing until enough differ is quick
 _MOST_HELD_OUT = 2000
 # of scenes with one, two and three objects: drawn by the number of scenes there are, nearly all would have three
 _SHARES = (0.3, 0.4, 0.3)

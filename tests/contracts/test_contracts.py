@@ -21,8 +21,7 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, VariableBlockMask, block_count
 from calibatt.kernels.plan import HeadKind, Plan, Remainder, RowReuse, TokenOrder
 from calibatt.methods.base import Method
-from calibatt.methods.catalogue import METHODS, build, learns_from
-from calibatt.methods.catalogue import learner as build_learner
+from calibatt.methods.catalogue import METHODS
 from calibatt.methods.learning import Learner, Learnt
 from calibatt.testing import BLOCK
 
@@ -30,17 +29,15 @@ HEADS = 3
 GEOMETRIES = {
     # neither length is a multiple of a block, no grid one of anything
     "63": Geometry(grid=(1, 7, 9), heads=HEADS, head_dim=64),
-    "1000": Geometry(grid=(8, 5, 25), heads=HEADS, head_dim=128),
-    "1000-text-first": Geometry(grid=(6, 6, 27), heads=HEADS, head_dim=128, text_tokens=28, text_side="first"),
-    "1000-text-last": Geometry(grid=(6, 6, 27), heads=HEADS, head_dim=128, text_tokens=28, text_side="last"),
+    **testing.GEOMETRIES,
 }
 # The same with fewer tokens, for arms in Triton's interpreter, which takes 12 ms for every block of a head. Kernels by
 # themselves are interpreted with all of them.
 SHORT = {
     "63": GEOMETRIES["63"],
-    "1000": Geometry(grid=(3, 5, 11), heads=HEADS, head_dim=128),
-    "1000-text-first": Geometry(grid=(3, 4, 12), heads=HEADS, head_dim=128, text_tokens=28, text_side="first"),
-    "1000-text-last": Geometry(grid=(3, 4, 12), heads=HEADS, head_dim=128, text_tokens=28, text_side="last"),
+    "1000": Geometry(grid=(3, 6, 9), heads=HEADS, head_dim=128),
+    "1000-text-first": Geometry(grid=(2, 6, 12), heads=HEADS, head_dim=128, text_tokens=28, text_side="first"),
+    "1000-text-last": Geometry(grid=(2, 6, 12), heads=HEADS, head_dim=128, text_tokens=28, text_side="last"),
 }
 NARROW = Geometry(grid=(8, 5, 25), heads=HEADS, head_dim=64)
 SMALL, LARGE = GEOMETRIES["63"], GEOMETRIES["1000"]
@@ -102,24 +99,8 @@ def kinds_plan(geometry: Geometry, kinds: tuple[HeadKind, ...], seed: int = 0) -
     )
 
 
-# frames have five rows and more, of which fewer can be anchors
-LEARNT_WITH: dict[str, dict[str, Any]] = {"calibatt": {"anchors": 2}}
-
-
-def learnt(name: str, preset: str, geometry: Geometry) -> Learnt | None:
-    """What a preset's calibration holds, of whichever method it is; None where it needs none."""
-    source = learns_from(name, preset)
-    if source is None:
-        return None
-    # presets of another method's calibration have names of their own
-    own = preset if source == name else "default"
-    learner = build_learner(source, preset=own, block=BLOCK, **LEARNT_WITH.get(source, {}))
-    assert learner is not None
-    return calibrated(source, learner, geometry)
-
-
 @functools.cache
-def calibrated(method: str, learner: Learner, geometry: Geometry) -> Learnt:
+def learnt_by(learner: Learner, method: str, geometry: Geometry) -> Learnt:
     found = testing.learnt_by(learner, method, geometry)
     if method == "calibatt":
         # one repetitive head beside others
@@ -132,11 +113,10 @@ def calibrated(method: str, learner: Learner, geometry: Geometry) -> Learnt:
 
 def made(name: str, preset: str, geometry: Geometry, device: str = "cpu") -> Method:
     """A method for the geometry, what it learnt on a device; skips where it does not apply."""
-    known = learnt(name, preset, geometry)
-    method = build(name, preset=preset, calibration=known and known.to(device), block=BLOCK)
-    if (refusal := method.refusal(geometry)) is not None:
-        pytest.skip(refusal.reason)
-    return method
+    try:
+        return testing.made(name, preset, geometry, learn=learnt_by, device=device)
+    except testing.DoesNotApply as reason:
+        pytest.skip(str(reason))
 
 
 def run(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
@@ -281,16 +261,19 @@ def test_a_kernel_approximates_the_blocks_that_it_does_not_compute(
 
 
 @pytest.mark.parametrize("scale", [1, 50], ids=["", "large-logits"])
-@pytest.mark.parametrize("ordered", [False, True], ids=["", "ordered"])
 @pytest.mark.parametrize(
-    "kinds", [("masked", "dense", "masked"), ("reused", "masked", "masked"), ("masked", "reused", "dense")],
-    ids="-".join,
-)  # fmt: skip
+    ("kinds", "ordered"),
+    [
+        (("masked", "dense", "masked"), False),
+        # heads that reuse rows have no order
+        (("masked", "dense", "masked"), True),
+        (("reused", "masked", "masked"), False),
+        (("masked", "reused", "dense"), False),
+    ],
+)
 def test_a_remainder_is_of_masked_heads_in_the_plans_order(
     kernel: Kernel, kinds: tuple[HeadKind, ...], ordered: bool, scale: int, place: Place
 ) -> None:
-    if ordered and "reused" in kinds:
-        pytest.skip("heads that reuse rows have no order")
     order = torch.rand((2, HEADS, SMALL.tokens), generator=torch.Generator().manual_seed(0)).argsort(-1).int()
     plan = replace(
         kinds_plan(SMALL, kinds), remainder="zeroth",

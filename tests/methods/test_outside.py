@@ -98,6 +98,12 @@ def test_a_check_that_fails_says_which_and_of_which_preset(importable: Path) -> 
         check_method("forgetful:Pooled")
 
 
+def test_a_look_that_no_figure_can_have_is_refused_before_anything_is_measured(importable: Path) -> None:
+    (importable / "odd.py").write_text(SOURCE.replace('"X"', '"h"'))
+    with pytest.raises(UnusableEntry, match=r"^odd:Pooled is no method: marker 'h' is none of o s \^ v"):
+        Arm.parse("odd:Pooled", "default")
+
+
 class _One:
     def __init__(self, name: str) -> None:
         self.name = name
