@@ -6,11 +6,12 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ EXIT_BROKEN_PIPE = 141
 # set to anything, it shows where an internal error was raised
 TRACEBACK = "CALIBATT_TRACEBACK"
 _LONGEST_LINE = 300
+# where a package is imported by another name than it is installed by
+_DISTRIBUTIONS = {"skimage": "scikit-image", "pynvml": "nvidia-ml-py"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +56,9 @@ def _failed(command: str, error: Exception) -> int:
         # nobody reads on, as with `| head`: what Python would still write at its exit is dropped
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    if isinstance(error, ModuleNotFoundError) and (extra := _extra_with(error)) is not None:
+        _complain(f"calibatt {command}: {error.name} is not installed: pip install 'calibatt[{extra}]'")
+        return EXIT_BAD_INPUT
     if isinstance(error, ValueError | OSError):
         _complain(plain(f"calibatt {command}: {error}", _LONGEST_LINE))
         return EXIT_BAD_INPUT
@@ -62,6 +68,15 @@ def _failed(command: str, error: Exception) -> int:
     hint = f"set {TRACEBACK}=1 to see where"
     _complain(plain(f"calibatt {command}: internal error: {what}", _LONGEST_LINE - len(hint)) + f" ({hint})")
     return EXIT_INTERNAL
+
+
+def _extra_with(error: ModuleNotFoundError) -> str | None:
+    """The first of calibatt's extras that brings what is missing; None where none does."""
+    module = (error.name or "").partition(".")[0]
+    wanted = _DISTRIBUTIONS.get(module, module)
+    # such as: matplotlib>=3.9; extra == "report"
+    brought = (re.match(r"""([\w-]+).*; extra == ['"](\w+)""", line) for line in requires("calibatt") or ())
+    return next((one[2] for one in brought if one and one[1] == wanted), None)
 
 
 def _complain(text: str) -> None:
