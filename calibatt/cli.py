@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import io
 import os
 import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_merge)
 
-    commands.add_parser("methods", help="list the methods").set_defaults(run=_methods)
+    command = commands.add_parser(
+        "compare", help="two result files side by side, and what differs about their machines"
+    )
+    command.add_argument("files", type=Path, nargs=2, metavar="FILE", help="result files")
+    command.set_defaults(run=_compare)
+
+    command = commands.add_parser("methods", help="list the methods, or show one with its settings and presets")
+    command.add_argument("name", nargs="?", help="which one to show; package.module:Class for one of your own")
+    command.set_defaults(run=_methods)
     commands.add_parser("models", help="list the models").set_defaults(run=_models)
     commands.add_parser("kernels", help="list the kernels, and which of them run here").set_defaults(run=_kernels)
     return parser
@@ -511,9 +520,20 @@ def _merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from calibatt.bench.record import load_run
+    from calibatt.reports.compare import compared
+
+    print(compared(*map(load_run, arguments.files)))
+    return 0
+
+
 def _methods(arguments: argparse.Namespace) -> int:
+    from calibatt.kernels.names import look_up
     from calibatt.methods.catalogue import METHODS, learns_from
 
+    if arguments.name is not None:
+        return _method_shown(look_up(METHODS, arguments.name, "method"))
     rows = []
     for name, method in METHODS.items():
         sources = {preset: learns_from(name, preset) for preset in method.presets}
@@ -526,6 +546,17 @@ def _methods(arguments: argparse.Namespace) -> int:
         summary = (method.__doc__ or "").strip().splitlines()[0]
         rows.append((name, ", ".join(method.presets), kind, summary))
     _table(("METHOD", "PRESETS", "CALIBRATION", "WHAT IT DOES"), rows)
+    return 0
+
+
+def _method_shown(method: Any) -> int:
+    """What a method is and where it comes from, what each setting means, and each preset's settings."""
+    config = next(iter(method.presets.values()))
+    for text in (sys.modules[method.__module__].__doc__, type(config).__doc__):
+        print(inspect.cleandoc(text or ""), end="\n\n")
+    names = [field.name for field in fields(config)]
+    rows = [(name, *(str(getattr(preset, name)) for preset in method.presets.values())) for name in names]
+    _table(("SETTING", *method.presets), rows)
     return 0
 
 
