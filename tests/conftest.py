@@ -37,8 +37,7 @@ _UNCHECKED = {
     "bench.record",
     "reports.artifact",
     "models.adapter",
-    "models.families.wan",
-    "models.families.mochi",
+    *(f"models.families.{name}" for name in ("cogvideox", "hunyuan", "ltx", "mochi", "wan")),
     "models.processor",
     *(f"kernels.{name}_code" for name in ("estimate", "flex", "gluon", "triton")),
 }
