@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from calibatt.kernels import oracle
 from calibatt.kernels.plan import Plan
 from calibatt.methods.site import Site
 from calibatt.models.catalogue import MODELS
 from calibatt.models.entry import ModelEntry, Resolution
 
-_WORDS = "a red blue circle square moving left right over stripes and dots still".split()
+_WORDS = ["a", "red", "blue", "circle", "square", "moving", "left", "right", "over", "stripes", "and", "dots", "still"]
 # five words and eleven; with the token that ends a text, 6 and 12
 PROMPTS = ("a red circle moving left", "a blue square and a red circle moving right over stripes")
 _TEXT_TOKENS = 16
@@ -43,9 +44,21 @@ class Note:
         return Plan.dense(site.geometry)
 
 
+class Exact:
+    """Computes what a plan says in fp64, since small sequences are not worth compiling a kernel for."""
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> torch.Tensor:
+        return oracle.attend(q, k, v, plan).to(q.dtype)
+
+
 @pytest.fixture
 def note() -> Note:
     return Note()
+
+
+@pytest.fixture
+def exact() -> Exact:
+    return Exact()
 
 
 @dataclass
@@ -176,7 +189,12 @@ def _hunyuan() -> Any:
 
 
 def _ltx() -> Any:
-    from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
+    from diffusers import (
+        AutoencoderKLLTXVideo,
+        FlowMatchEulerDiscreteScheduler,
+        LTXPipeline,
+        LTXVideoTransformer3DModel,
+    )
 
     transformer = LTXVideoTransformer3DModel(
         num_attention_heads=2, attention_head_dim=32, num_layers=2, cross_attention_dim=64, caption_channels=32
@@ -223,7 +241,10 @@ def _wan22_vae() -> Any:
 _SMALL = Resolution(height=64, width=96, frames=9)
 _BUILDERS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "wan2.1-1.3b": (_wan, {}),
-    "wan2.2-ti2v-5b": (partial(_wan, channels=48, expand_timesteps=True), {"size": replace(_SMALL, height=128, width=192)}),
+    "wan2.2-ti2v-5b": (
+        partial(_wan, channels=48, expand_timesteps=True),
+        {"size": replace(_SMALL, height=128, width=192)},
+    ),
     "wan2.2-a14b": (partial(_wan, experts=2, boundary_ratio=0.875), {}),
     "mochi-1": (_mochi, {"head_dim": 64, "size": replace(_SMALL, frames=13), "text_tokens": _TEXT_TOKENS}),
     "hunyuanvideo": (
@@ -264,12 +285,7 @@ def _entry(name: str, *, size: Resolution = _SMALL, **changes: Any) -> ModelEntr
     return replace(MODELS[name], **{**sizes, "resolutions": resolutions, **changes})
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `model` runs for every small model."""
-    if "model" in metafunc.fixturenames:
-        metafunc.parametrize("model", _BUILDERS, indirect=True)
-
-
-@pytest.fixture
+@pytest.fixture(params=list(_BUILDERS))
 def model(request: pytest.FixtureRequest, tiny: Callable[[str], Tiny]) -> Tiny:
+    """Every small model, in turn."""
     return tiny(request.param)
