@@ -14,6 +14,7 @@ from torch import Tensor
 from calibatt.kernels.geometry import Geometry, TextSide
 from calibatt.kernels.names import look_up
 from calibatt.methods.site import Branch
+from calibatt.models.identity import transformers_of
 
 # takes device and dtype, and a folder of weights to use in place of the model's own
 Loader = Callable[[torch.device, torch.dtype, "Path | None"], Any]
@@ -256,11 +257,27 @@ class ModelEntry:
         Raises:
             UnknownName: the model has no such resolution.
             ValueError: the model has no loader.
-            OSError: the weights cannot be had.
+            OSError: the weights cannot be had, or are another model's.
         """
         loader = self.checked_loader()
         shift = self.resolution(resolution).flow_shift
         pipe = loader(device, dtype, weights)
+        other = self._other_model(pipe)
+        if other is not None:
+            raise OSError(f"{weights or 'what its loader makes'} does not hold {self.name}, which is {other}")
         if shift is not None:
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=shift)
         return pipe
+
+    def _other_model(self, pipe: Any) -> str | None:
+        """What the model is, and what a pipeline has in its place; None where that is the model, or nobody knows."""
+        if self.family is None:
+            return None
+        own = f"a {self.family.transformer} of {self.layers} layers and {self.heads} heads"
+        for transformer in transformers_of(pipe):
+            if type(transformer).__name__ != self.family.transformer:
+                return f"{own}: it holds a {type(transformer).__name__}"
+            attentions = self.family.attentions(transformer)
+            if (len(attentions), attentions[0].heads) != (self.layers, self.heads):
+                return f"{own}: it holds one of {len(attentions)} and {attentions[0].heads}"
+        return None
