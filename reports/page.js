@@ -4,8 +4,9 @@
 // figures are written with their units
 const UNITS = { "µs": 1e-6, ms: 1e-3, KiB: 2 ** 10, MiB: 2 ** 20, GiB: 2 ** 30, "%": 0.01 };
 const FIGURE = /^(-?\d[\d.]*(?:e[-+]?\d+)?)\s*([^\s\d(,]*)/;
-// kinds of a column that may be chosen from a list: more are found sooner by typing
+// what may be chosen from a list: of more, or of longer ones, one is found sooner by typing
 const MOST_CHOICES = 40;
+const LONGEST_CHOICE = 40;
 
 function cell(shown, text) {
   const [, number, unit] = FIGURE.exec(text) ?? [];
@@ -69,8 +70,8 @@ function tableOverAll() {
 
   const choices = document.getElementById("choices");
   heads.forEach((head, i) => {
-    const many = kinds[i].length < 2 || kinds[i].length > MOST_CHOICES;
-    if (many || !("place" in head.dataset || (!figures[i] && i))) return;
+    const few = kinds[i].length > 1 && kinds[i].length <= MOST_CHOICES;
+    if (!few || kinds[i].some((kind) => kind.length > LONGEST_CHOICE) || !("place" in head.dataset || (!figures[i] && i))) return;
     const select = element("select", {}, new Option("all", ""), ...kinds[i].map((kind) => new Option(kind)));
     select.onchange = () => table.column(i).search.fixed("choice", select.value && ((text) => text === select.value)).draw();
     choices.append(element("label", {}, names[i], select));

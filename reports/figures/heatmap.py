@@ -30,7 +30,7 @@ KEY = "Medians: {samples}, no interval."
 _MOST_COLUMNS = 24
 _MOST_LINES = 40
 # columns that are wide enough for a figure in each cell
-_MOST_WRITTEN = 16
+_MOST_WRITTEN = 20
 # the scale of speedups reaches at least as far from 1, or noise would be blue and red
 _LEAST_RANGE = 1.25
 # of the sum of a colour's red, green and blue, weighted as eyes see them: what is darker has white figures
@@ -42,14 +42,15 @@ def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
     """For speedup and PSNR one figure for every forty workloads and two dozen arms, of the arms of one suite."""
     for name, (read, _) in _MEASURES.items():
         known = [row for row in rows if row.record.method != DENSE and read(row.record) is not None]
-        workloads = list(dict.fromkeys(row.record.workload for row in known))
-        arms = list(dict.fromkeys(row.label for row in known))
+        cells = {(row.record.workload, row.label): row for row in known}
+        workloads, arms = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
         if len(workloads) < 2:
             continue
+        # one scale, so that figures can be compared
+        scale = _scale(name, [value for row in known if (value := read(row.record)) is not None])
         for lines in _portions(workloads, _MOST_LINES):
             for columns in _portions(arms, _MOST_COLUMNS):
-                cells = {(row.record.workload, row.label): row for row in known}
-                yield f"{name} over all workloads", _figure(cells, lines, columns, name)
+                yield f"{name} over all workloads", _figure(cells, lines, columns, name, scale)
 
 
 def _portions(values: Sequence[Any], most: int) -> list[Sequence[Any]]:
@@ -70,7 +71,9 @@ _MEASURES: Mapping[str, tuple[Callable[[Record], float | None], str]] = MappingP
 )
 
 
-def _figure(cells: Mapping[Any, Row], lines: Sequence[Any], columns: Sequence[str], name: str) -> Figure:
+def _figure(
+    cells: Mapping[Any, Row], lines: Sequence[Any], columns: Sequence[str], name: str, scale: Mapping[str, Any]
+) -> Figure:
     read, form = _MEASURES[name]
     values = np.array(
         [[read(cells[key].record) if (key := (line, column)) in cells else math.nan for column in columns]
@@ -81,7 +84,6 @@ def _figure(cells: Mapping[Any, Row], lines: Sequence[Any], columns: Sequence[st
     figure = new_figure(1.6 + 0.26 * len(lines) + 0.06 * max(map(len, columns)))
     axes = figure.add_subplot()
     axes.set_facecolor(FAINT)
-    scale = _scale(values) if name == "Speedup" else {"cmap": "cividis"}
     image = axes.imshow(values, aspect="auto", interpolation="nearest", **scale)
     if len(columns) <= _MOST_WRITTEN:
         _write(axes, image, values, form)
@@ -98,11 +100,16 @@ def _figure(cells: Mapping[Any, Row], lines: Sequence[Any], columns: Sequence[st
     return figure
 
 
-def _scale(values: Any) -> dict[str, Any]:
-    """Colours by the logarithm, as far on both sides of 1, so that twice as fast is as blue as half as fast is red."""
-    from matplotlib.colors import LogNorm
+def _scale(name: str, values: Sequence[float]) -> dict[str, Any]:
+    """Colours for all values.
 
-    far = max(_LEAST_RANGE, *(np.exp(np.abs(np.log(values[np.isfinite(values)])))))
+    Of speedups by their logarithm, as far on both sides of 1, so that twice as fast is as blue as half as fast is red.
+    """
+    from matplotlib.colors import LogNorm, Normalize
+
+    if name != "Speedup":
+        return {"cmap": "cividis", "norm": Normalize(min(values), max(values))}
+    far = max(_LEAST_RANGE, *values, *(1 / value for value in values))
     return {"cmap": "RdBu", "norm": LogNorm(1 / far, far)}
 
 
