@@ -29,8 +29,9 @@ KEY = "Medians: {samples}, no interval."
 # so many can be read beside each other on a page column, and below each other
 _MOST_COLUMNS = 24
 _MOST_LINES = 40
-# columns that are wide enough for a figure in each cell
-_MOST_WRITTEN = 20
+# columns that are wide enough for a figure in each cell, and cells that are read one by one
+_MOST_WRITTEN_COLUMNS = 20
+_MOST_WRITTEN = 200
 # the scale of speedups reaches at least as far from 1, or noise would be blue and red
 _LEAST_RANGE = 1.25
 # of the sum of a colour's red, green and blue, weighted as eyes see them: what is darker has white figures
@@ -85,7 +86,7 @@ def _figure(
     axes = figure.add_subplot()
     axes.set_facecolor(FAINT)
     image = axes.imshow(values, aspect="auto", interpolation="nearest", **scale)
-    if len(columns) <= _MOST_WRITTEN:
+    if len(columns) <= _MOST_WRITTEN_COLUMNS and values.size <= _MOST_WRITTEN:
         _write(axes, image, values, form)
     records = [next(row.record for (line, _), row in cells.items() if line == wanted) for wanted in lines]
     axes.set_yticks(range(len(lines)), _names(records), fontsize=SMALL)

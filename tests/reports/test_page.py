@@ -470,7 +470,7 @@ def test_names_of_others_are_text_wherever_they_stand(
     page = write_report([write_run(arms)], tmp_path / "report")
     text = page.read_text(encoding="utf-8")
     # ours: the data that the page holds, and what it does
-    assert text.count("<script") == text.count("</script") == 3
+    assert len(re.findall(r"<script[ >]", text)) == text.count("</script>") == 3
     assert "alert('1')" not in text
     (place,) = re.findall(r"data-place='(.*?)'", text)
     assert json.loads(place)[3] == evil
