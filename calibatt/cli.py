@@ -155,9 +155,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_calibrate)
 
-    command = commands.add_parser("report", help="an HTML page and PNGs from files of `pytest bench --benchmark-json`")
+    command = commands.add_parser("report", help="a page, figures and data of files of `pytest bench --benchmark-json`")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="result files")
     command.add_argument("-o", "--out", type=Path, required=True, help="folder of the report")
+    command.add_argument(
+        "--figures",
+        type=int,
+        default=24,
+        help="once there are so many, further workloads have none; default: %(default)s",
+    )
     command.set_defaults(run=_report)
 
     command = commands.add_parser(
@@ -570,7 +576,7 @@ def _rank(device: Any) -> tuple[int, int]:
 def _report(arguments: argparse.Namespace) -> int:
     from calibatt.reports.page import write_report
 
-    print(f"wrote {write_report(arguments.files, arguments.out)}")
+    print(f"wrote {write_report(arguments.files, arguments.out, arguments.figures)}")
     return 0
 
 

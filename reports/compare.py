@@ -14,9 +14,7 @@ from calibatt.reports.tables import markdown
 
 # what a run says of itself that is no trait of its machine
 _OF_THE_RUN = ("commit", "date", "command")
-# of the report's columns, what people compare
-_COMPARED = ("speedup (95 %)", "time", "PSNR dB", "alignment", "sparsity", "method error", "peak memory", "outcome")
-_COLUMNS = [column for column in COLUMNS if column.title in _COMPARED]
+_COLUMNS = [column for column in COLUMNS if column.first]
 
 
 def compared(first: Run, second: Run) -> str:
