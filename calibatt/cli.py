@@ -161,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--figures",
         type=int,
+        # `FIGURES` of `reports/page.py`, which other commands need not load
         default=24,
         help="once there are so many, further workloads have none; default: %(default)s",
     )
