@@ -13,8 +13,8 @@ from typing import Any
 CONFIDENCE = 0.95
 # the share of samples that a trimmed mean leaves out at either end: Yuen 1974, Wilcox 2012
 _TRIM = 0.2
-# the quantile of 1 % then has 20 draws below it
-_DRAWS = 2000
+# the quantile of 1 % then has ten draws below it
+_DRAWS = 1000
 # runs by which their own spread is estimated: three a side, or one against five
 _LEAST_FREEDOM = 4
 # of a power of 80 %, as Cohen 1988 has it
@@ -98,8 +98,8 @@ class Shift:
     Args:
         value: the difference of the means over runs of each run's trimmed mean.
         low, high: the bootstrap's interval, each end with a chance of `level` to be wrong.
-        p: of the rank test that new samples do not lie below old ones.
-        best_p: the least p that so many samples can have.
+        p: that new samples do not lie below old ones: the larger of the rank test's and the interval's.
+        best_p: the least p that the rank test can have of so many samples.
         error: standard error of the value: what is common to a run is in it.
         freedom: degrees of freedom of the error.
         estimated: whether the spread between runs is these runs' own.
@@ -114,19 +114,17 @@ class Shift:
     freedom: float
     estimated: bool
 
-    def detectable(self, level: float, tolerance: float) -> float | None:
+    def detectable(self, level: float) -> float | None:
         """The least fall that runs like these would show with a power of 80 %; None where they cannot show any.
 
         Args:
             level: the p value, before any correction, at or below which a fall is one.
-            tolerance: what a fall must exceed.
         """
         from scipy.stats import t
 
         if self.best_p > level:
             return None
-        least = max(float(t.isf(level, self.freedom)) * self.error, tolerance)
-        return least + float(t.isf(1 - _POWER, self.freedom)) * self.error
+        return float(t.isf(level, self.freedom) + t.isf(1 - _POWER, self.freedom)) * self.error
 
 
 def shift_of_runs(
@@ -137,8 +135,8 @@ def shift_of_runs(
     Where there are three runs a side, or one against five, the spread between runs is estimated from them, pooled over
     both sides; with fewer it is what is given. It widens the bootstrap's interval, which draws samples anew within
     each run, and it enters the rank test, that of Mann and Whitney (1947) on all samples: its p value is averaged over
-    what the runs may have in common (Box 1980). An estimate from few runs may be too low, so that interval and p value
-    have Student's distribution in place of the normal one.
+    what the runs may have in common (Box 1980). An estimate from few runs may be too low, so that the interval, and the
+    p value that goes with it, are by Student's distribution in place of the normal one.
 
     Args:
         new, old: for each run its samples, of whatever differences mean something: logarithms, where ratios do.
@@ -170,11 +168,12 @@ def shift_of_runs(
     value, free = float(centres[0].mean() - centres[1].mean()), float(freedom) if estimated else math.inf
     low, high = np.quantile(value + noise, (level, 1 - level))
     ours, theirs = (np.concatenate(side) for side in sides)
+    error = math.sqrt(within + between)
+    # where nothing varies, any difference is one
+    interval_p = float(t.sf(-value / error, free)) if error else float(value >= 0)
     return Shift(
-        value=value, low=float(low), high=float(high),
-        p=float(t.sf(norm.isf(_rank_p(ours, theirs, math.sqrt(between))), free)),
-        best_p=float(t.sf(_largest_z(ours.size, theirs.size), free)),
-        error=math.sqrt(within + between), freedom=free, estimated=estimated,
+        value=value, low=float(low), high=float(high), p=max(interval_p, _rank_p(ours, theirs, math.sqrt(between))),
+        best_p=float(norm.sf(_largest_z(ours.size, theirs.size))), error=error, freedom=free, estimated=estimated,
     )  # fmt: skip
 
 
