@@ -14,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,57 @@ class _Course:
     throttled: bool | None = None
 
 
+class _Cells:
+    """Inputs, masks and kernels, the same in every process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.dtype = device, working_dtype(device)
+        self.geometry, self.block = _GEOMETRIES[device.type]
+        generator = torch.Generator(device).manual_seed(0)
+        # tokens before heads in memory, as models hand them over
+        shape = (1, self.geometry.tokens, self.geometry.heads, self.geometry.head_dim)
+        self._q, self._k, self._v = (
+            torch.randn(shape, generator=generator, device=device, dtype=self.dtype).transpose(1, 2) for _ in range(3)
+        )
+        self.dense = fastest_dense(self._q, self._k, self._v, self.geometry, log=lambda line: None)
+        self.plans = {
+            density: make_plan("even", density, self.geometry, self.block, lambda: torch.empty(0)).to(device)
+            for density in DENSITIES
+        }
+
+    def attend(self, density: float | None) -> Tensor:
+        """One call under a mask; dense for None."""
+        if density is None:
+            return self.dense.attend(self._q, self._k, self._v, Plan.dense(self.geometry))
+        return DEFAULT.attend(self._q, self._k, self._v, self.plans[density])
+
+    def courses(self, timer: PhaseTimer) -> dict[str, _Course]:
+        """Dense attention, each mask, and in place of the first one each slowdown of it, by name."""
+        slowed, *others = DENSITIES
+        works: dict[str, float | None] = {"dense": None, **{str(density): density for density in others}}
+        courses = {name: _Course(work=partial(self.attend, density)) for name, density in works.items()}
+        work = partial(self.attend, slowed)
+        unit = _unit_per_share(self.device, timer, work)
+        for name, share in SLOWDOWNS.items():
+            courses[name] = _Course(work=_Slowed(work, self.device, round(share * unit)))
+        return courses
+
+    def record(self, course: _Course, dense: _Course, density: float | None, **facts: Any) -> Record:
+        """What an arm has done, as the kernel suite records it."""
+        facts |= {
+            "suite": "kernel", "model": "gate-study", "outcome": "ok", "tokens": self.geometry.tokens,
+            "heads": self.geometry.heads, "head_dim": self.geometry.head_dim, "dtype": dtype_name(self.dtype),
+            "samples_s": tuple(course.seconds),
+        }  # fmt: skip
+        if density is None:
+            return Record(**facts, method="dense", kernel=self.dense.name)
+        arm = BlockArm(kernel=DEFAULT.name, density=density, mask="even", block=self.block)
+        kept = self.plans[density].density().mean().item()
+        return Record(
+            **facts, **arm.facts(), baseline=self.dense.name, baseline_samples_s=tuple(dense.seconds), density=kept
+        )
+
+
 @torch.no_grad()
 def measure(device: torch.device, rounds: int) -> dict[str, list[Record]]:
     """Time the cells; the records of each file, by its name.
@@ -64,48 +116,26 @@ def measure(device: torch.device, rounds: int) -> dict[str, list[Record]]:
     Args:
         device: where they run.
         rounds: samples an arm, after one round that warms up.
+
+    Raises:
+        RuntimeError: an arm failed.
     """
-    geometry, block = _GEOMETRIES[device.type]
-    dtype, generator = working_dtype(device), torch.Generator(device).manual_seed(0)
-    # tokens before heads in memory, as models hand them over
-    shape = (1, geometry.tokens, geometry.heads, geometry.head_dim)
-    q, k, v = (torch.randn(shape, generator=generator, device=device, dtype=dtype).transpose(1, 2) for _ in range(3))
-    dense = fastest_dense(q, k, v, geometry, log=lambda line: None)
-    # the mask is every process's, as the inputs are: no generator of the process's own is asked
-    plans = {
-        density: make_plan("even", density, geometry, block, lambda: torch.empty(0)).to(device) for density in DENSITIES
-    }
-    slowed, *others = DENSITIES
-    whole, timer = Plan.dense(geometry), PhaseTimer(device)
-
-    def attend(density: float) -> Tensor:
-        return DEFAULT.attend(q, k, v, plans[density])
-
-    unit = _unit_per_share(device, timer, lambda: attend(slowed))
-    courses = {"dense": _Course(work=lambda: dense.attend(q, k, v, whole))}
-    courses |= {str(density): _Course(work=lambda density=density: attend(density)) for density in others}
-    courses |= {name: _Course(work=_Slowed(lambda: attend(slowed), device, round(share * unit)))
-                for name, share in SLOWDOWNS.items()}  # fmt: skip
+    cells, timer = _Cells(device), PhaseTimer(device)
+    courses = cells.courses(timer)
     before = load(device)
     failures = take_turns(list(courses), rounds + 1, lambda round_, name: _turn(device, courses[name], timer, round_))
     if failures:
         raise RuntimeError("; ".join(f"{name}: {failure.reason}" for name, failure in failures.items()))
-    facts = {
-        "suite": "kernel", "model": "gate-study", "outcome": "ok", "tokens": geometry.tokens, "heads": geometry.heads,
-        "head_dim": geometry.head_dim, "dtype": dtype_name(dtype), "disturbed": disturbance(before, load(device)),
+    # they took turns: what disturbed one disturbed all
+    spoilt = {
+        "disturbed": disturbance(before, load(device)),
         "throttled": throttled(*(course.throttled for course in courses.values())),
-    }  # fmt: skip
-    baseline = tuple(courses["dense"].seconds)
-
-    def sparse(density: float, name: str) -> Record:
-        arm = BlockArm(kernel=DEFAULT.name, density=density, mask="even", block=block)
-        kept = plans[density].density().mean().item()
-        return Record(**facts, **arm.facts(), baseline=dense.name, samples_s=tuple(courses[name].seconds),
-                      baseline_samples_s=baseline, density=kept)  # fmt: skip
-
-    first = Record(**facts, method="dense", kernel=dense.name, samples_s=baseline)
-    rest = [sparse(density, str(density)) for density in others]
-    return {name: [first, sparse(slowed, name), *rest] for name in SLOWDOWNS}
+    }
+    slowed, *others = DENSITIES
+    dense = courses["dense"]
+    first = cells.record(dense, dense, None, **spoilt)
+    rest = [cells.record(courses[str(density)], dense, density, **spoilt) for density in others]
+    return {name: [first, cells.record(courses[name], dense, slowed, **spoilt), *rest] for name in SLOWDOWNS}
 
 
 class _Slowed:
@@ -169,7 +199,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="for the result files")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="as the attention suite has; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="samples an arm; default: %(default)s")
     given = parser.parse_args(arguments)
     write(given.folder, measure(pick_device(given.device), given.rounds), arguments)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from types import MappingProxyType
+from typing import Any
 
 from calibatt.bench.record import Record
 from calibatt.bench.statistics import Shift, shift_of_runs
@@ -392,7 +393,8 @@ def choose(on: str | None = None, tolerance: str | None = None, mde: str | None 
         speedup = found.get("speedup")
         if not isinstance(speedup, Sampled):
             raise ValueError(f"{flag} {amount}: is of speedup, which --on leaves out")
-        found["speedup"] = replace(speedup, **{field: _amount(speedup, f"{flag} {amount}", amount)})
+        change: dict[str, Any] = {field: _amount(speedup, f"{flag} {amount}", amount)}
+        found["speedup"] = replace(speedup, **change)
     return MappingProxyType(found)
 
 

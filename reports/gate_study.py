@@ -127,16 +127,17 @@ def _figure(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def measured(folder: Path, processes: int, device: str) -> list[Process]:
+def measured(folder: Path, processes: int, device: str, rounds: int) -> list[Process]:
     """Measure in so many processes, one after the other.
 
     Raises:
         subprocess.CalledProcessError: one failed; what it said is on stderr.
     """
-    pool = []
+    pool: list[Process] = []
     for i in range(processes):
         place = folder / str(i)
-        subprocess.run([sys.executable, "-m", _WORKER, str(place), "--device", device], check=True)
+        arguments = (str(place), "--device", device, "--rounds", str(rounds))
+        subprocess.run([sys.executable, "-m", _WORKER, *arguments], check=True)
         pool.append({name: load_run(place / f"{name}.json") for name in _FILES})
         print(f"{i + 1} of {processes} processes", file=sys.stderr)
     return pool
@@ -180,10 +181,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--processes", type=int, default=60, help="that measure; default: %(default)s")
     parser.add_argument("--runs", type=int, default=200, help="gate runs of each kind; default: %(default)s")
     parser.add_argument("--side", type=int, default=5, help="processes on either side of one; default: %(default)s")
+    # as many as the attention suite has
+    parser.add_argument("--rounds", type=int, default=20, help="of each process; default: %(default)s")
     given = parser.parse_args(arguments)
     content = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
     with tempfile.TemporaryDirectory() as folder, background_load(given.device):
-        pool = measured(Path(folder), given.processes, given.device)
+        pool = measured(Path(folder), given.processes, given.device, given.rounds)
     found = rates(pool, runs=given.runs, side=given.side)
     first = pool[0]["plain"]
     content[_name(first.machine)] = {
