@@ -144,7 +144,16 @@ def _gate(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Show what the gate said."""
+    """Show the main figures, how to see the others, and what the gate said."""
+    from calibatt.reports.tables import for_terminals
+
+    if not config.option.collectonly and (records := config.stash[_SESSION].records):
+        out = _path(config.option.benchmark_json)
+        terminalreporter.section("results")
+        for line in for_terminals(records):
+            terminalreporter.write_line(line)
+        if out is not None:
+            terminalreporter.write_line(f"more in a report: calibatt report {out} -o {out.with_suffix('.report')}")
     if _VERDICT in config.stash:
         terminalreporter.section("gate")
         for line in config.stash[_VERDICT]:

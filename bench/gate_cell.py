@@ -185,7 +185,7 @@ def write(folder: Path, measured: dict[str, list[Record]], arguments: Sequence[s
     """Write a result file for each slowdown into a folder."""
     facts: dict[str, Any] = {
         "machine_info": fingerprint.machine(), "commit_info": fingerprint.commit(),
-        "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "datetime": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python -m calibatt.bench.gate_cell", *arguments]), "untimed": [],
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)

@@ -133,13 +133,19 @@ class BenchSession:
         return found
 
     @property
-    def finished(self) -> bool:
-        """Whether every chosen cell has its record, of as many rounds as were asked for."""
-        return not self._cut and all(
-            (suite, Cell(workload=workload, arm=arm)) in self._records
+    def records(self) -> list[Record]:
+        """Those that there are of the chosen cells, in their order."""
+        cells = (
+            (suite, Cell(workload=workload, arm=arm))
             for (suite, workload), arms in self._chosen.items()
             for arm in arms
         )
+        return [self._records[cell] for cell in cells if cell in self._records]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every chosen cell has its record, of as many rounds as were asked for."""
+        return not self._cut and len(self.records) == sum(map(len, self._chosen.values()))
 
     def _measure(self, suite: SuiteName, workload: Workload) -> None:
         """Measure what is missing of a suite on a workload."""

@@ -711,6 +711,6 @@ def _model(arguments: argparse.Namespace) -> tuple[Any, str, Any]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    for row in [head, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    from calibatt.reports.tables import aligned
+
+    print("\n".join(aligned([head, *rows])))

@@ -46,7 +46,7 @@ def _workloads(first: Run, second: Run) -> list[str]:
     found: dict[Any, list[Mapping[Any, Row]]] = {}
     titles = {}
     for place, run in enumerate((first, second)):
-        for records in workloads(run):
+        for records in workloads(run.records):
             titles.setdefault(records[0].workload, title(records[0]))
             arms = found.setdefault(records[0].workload, [{}, {}])
             arms[place] = {row.record.key: row for row in rows(records)}

@@ -17,10 +17,10 @@ _LONGEST_FACT = 80
 _MOST_THROTTLED = 3
 
 
-def workloads(run: Run) -> list[list[Record]]:
-    """The records of each workload, whole generations first."""
+def workloads(records: Sequence[Record]) -> list[list[Record]]:
+    """Records of each workload, whole generations first."""
     found: dict[Any, list[Record]] = {}
-    for record in run.records:
+    for record in records:
         found.setdefault(record.workload, []).append(record)
     return sorted(found.values(), key=lambda records: _SUITE_ORDER.index(records[0].suite))
 

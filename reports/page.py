@@ -190,7 +190,7 @@ def _used(sections: Sequence[Section]) -> list[int]:
 
 
 def _part(run: Run, number: int, figures: int) -> Part:
-    found = workloads(run)
+    found = workloads(run.records)
     suites = dict.fromkeys(records[0].suite for records in found)
     arms = [row for records in found for row in rows(records)]
     overviews = [

@@ -1,4 +1,4 @@
-"""The main figures of a run in Markdown and LaTeX, for READMEs, pull requests and papers."""
+"""The main figures of a run in Markdown and LaTeX, for READMEs, pull requests and papers, and as plain text."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ _LATEX: Mapping[str, str] = MappingProxyType(
         "·": "$\\cdot$", "…": "\\dots{}", "“": "``", "”": "''",
     }
 )  # fmt: skip
+_FIRST = [column for column in COLUMNS if column.first]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +46,34 @@ def tables(run: Run) -> str:
     return "\n".join(_in_markdown(table) for table in _tables(run))
 
 
+def for_terminals(records: Sequence[Record]) -> list[str]:
+    """What people want to know first, in aligned columns: a table for each workload."""
+    lines = []
+    for some in workloads(records):
+        arms = rows(some)
+        cells = [[column.read(arm) for column in _FIRST] for arm in arms]
+        # that all is well goes without saying
+        shown = [i for i in range(len(_FIRST)) if {row[i] for row in cells} - {"", "ok"}]
+        table = [["", *(_FIRST[i].title for i in shown)]]
+        table += [[arm.label, *(row[i] for i in shown)] for arm, row in zip(arms, cells, strict=True)]
+        lines += [plain(title(some[0])), *aligned(table), ""]
+    return lines
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of text, whose cells stand below each other."""
+    table = [[plain(cell) for cell in row] for row in table]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+
+
 def latex(run: Run) -> str:
     """The same tables for LaTeX with its package `booktabs`."""
     return "\n".join(_in_latex(table) for table in _tables(run))
 
 
 def _tables(run: Run) -> Iterator[_Table]:
-    for records in workloads(run):
+    for records in workloads(run.records):
         arms = rows(records)
         if any(arm.record.speedup is not None for arm in arms):
             yield _figures(records, arms)

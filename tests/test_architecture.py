@@ -22,7 +22,7 @@ ARROWS = {
     "reports": {"bench.machine", "bench.record", "bench.statistics"},
 }
 # pytest's command line for the benchmark, which ends with the gate's verdict
-OF_FILES = {"bench/conftest.py": {"reports.gate"}}
+OF_FILES = {"bench/conftest.py": {"reports.gate", "reports.tables"}}
 # heavy or optional packages that importing a module must not load
 # (torch itself loads NVML's bindings where they are installed)
 LAZY = ("diffusers", "transformers", "matplotlib", "skimage", "imageio", "jinja2", "optuna")

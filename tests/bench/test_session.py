@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -80,6 +81,9 @@ def test_a_run_that_is_gated_ends_with_the_verdict(tmp_path: Path, bench: Bench)
     done = bench(*arguments, f"--gate={none_in_common}")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
     assert "have no arm in common" in done.stdout
+    # the table that people want, and where to read on
+    assert re.search(r"^ +speedup \(95 %\) +time ", done.stdout, flags=re.MULTILINE)
+    assert f"calibatt report {path} -o {tmp_path / 'now.report'}" in done.stdout
     # it is written all the same
     measured = json.loads(path.read_text())
     before.write_text(json.dumps(measured))

@@ -15,7 +15,7 @@ import pytest
 
 from calibatt.bench.record import Record, load_run
 from calibatt.reports.data import records_csv, records_json
-from calibatt.reports.tables import latex
+from calibatt.reports.tables import for_terminals, latex
 
 
 def test_the_json_has_every_field_of_every_record(full_run: Path) -> None:
@@ -68,3 +68,21 @@ def test_latex_tables_have_the_figures_and_no_command_of_others(
     assert cells == [len(columns)] * 2
     assert r"$\times$" in line
     assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 1
+
+
+def test_the_table_at_the_end_of_a_run_has_a_line_an_arm_below_aligned_heads(make: SimpleNamespace) -> None:
+    records = [make.dense_arm(), make.arm("radial", 1.2), make.broken("sta", reason="test data: too small\n\x1b[2J")]
+    name, head, *lines, end = for_terminals(records)
+    assert "denoise · shapes · quick" in name
+    assert [line.split()[0] for line in lines] == ["Dense", "Radial", "sta"]
+    at = head.index("PSNR dB")
+    assert lines[1][at : at + 4].replace(".", "").isdigit()
+    assert all(line[at - 2 : at].isspace() for line in lines)
+    # a file's text is one line without control codes
+    assert "too small" in lines[2]
+    assert "\x1b" not in lines[2]
+    assert end == ""
+
+
+def test_of_a_run_in_which_all_is_well_nothing_says_so(make: SimpleNamespace) -> None:
+    assert "outcome" not in for_terminals([make.dense_arm(), make.arm("radial")])[1]

@@ -169,7 +169,7 @@ def _named(figure: Any, shown: Iterable[Row]) -> list[list[Any]]:
     "name", ["cpu/methods.json", "cpu/methods-equal.json", "h100/attention.json", "h100/videos.json"]
 )
 def test_of_the_committed_results_a_dozen_at_most_are_named_and_no_name_covers_another(name: str) -> None:
-    for records in workloads(load_run(RESULTS / name)):
+    for records in workloads(load_run(RESULTS / name).records):
         shown = rows(records)
         for _, figure in fidelity.draw(shown):
             for axes, texts in zip(figure.axes, _named(figure, shown), strict=True):
@@ -388,7 +388,7 @@ def test_medians_of_bars_are_those_of_the_rounds(make: SimpleNamespace) -> None:
 
 def _imprint(name: str, place: int = 0) -> tuple[str, str]:
     run = load_run(RESULTS / name)
-    arms = rows(workloads(run)[place])
+    arms = rows(workloads(run.records)[place])
     return imprint(run, arms).replace("\N{NO-BREAK SPACE}", " "), samples(arms)
 
 
@@ -470,7 +470,7 @@ def test_the_text_below_a_figure_is_inside_what_is_saved_and_moves_nothing() -> 
 def test_a_heat_map_has_a_line_a_workload_and_a_column_an_arm(make: SimpleNamespace) -> None:
     records = [record for record in make.many(60) if record.method != "method-3" or record.resolution != "240p"]
     run = Run(path=Path("run.json"), machine={}, commit={}, datetime="", command="", records=tuple(records))
-    arms = [row for some in workloads(run) for row in rows(some)]
+    arms = [row for some in workloads(run.records) for row in rows(some)]
     drawn = dict(heatmap.draw(arms))
     assert list(drawn) == ["Speedup over all workloads", "PSNR (dB) over all workloads"]
     axes = drawn["Speedup over all workloads"].axes[0]
@@ -478,7 +478,7 @@ def test_a_heat_map_has_a_line_a_workload_and_a_column_an_arm(make: SimpleNamesp
     assert [text.get_text() for text in axes.get_yticklabels()] == ["240p", "480p", "720p"]
     values = axes.images[0].get_array().filled(np.nan)
     assert values.shape == (3, 19)
-    for line, some in enumerate(workloads(run)):
+    for line, some in enumerate(workloads(run.records)):
         by_name = {row.label: row.record.speedup for row in rows(some)}
         for column, text in enumerate(axes.get_xticklabels()):
             interval = by_name.get(text.get_text())
@@ -491,7 +491,7 @@ def test_one_workload_of_a_suite_has_no_heat_map(make: SimpleNamespace) -> None:
 
 def test_parts_of_a_large_heat_map_have_one_scale_white_where_an_arm_is_as_fast_as_dense(make: SimpleNamespace) -> None:
     run = Run(path=Path("run.json"), machine={}, commit={}, datetime="", command="", records=tuple(make.many(2000)))
-    arms = [row for some in workloads(run) for row in rows(some)]
+    arms = [row for some in workloads(run.records) for row in rows(some)]
     figures = [figure for title, figure in heatmap.draw(arms) if title.startswith("Speedup")]
     assert [len(figure.axes[0].get_yticklabels()) for figure in figures] == [40, 40, 20]
     images = [figure.axes[0].images[0] for figure in figures]

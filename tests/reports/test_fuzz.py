@@ -139,8 +139,8 @@ def _shown(run: Run) -> None:
     assert run_facts(run)
     assert records_csv([run])
     assert records_json([run])
-    assert len(headlines([rows(records) for records in workloads(run)])) <= 5
-    for records in workloads(run):
+    assert len(headlines([rows(records) for records in workloads(run.records)])) <= 5
+    for records in workloads(run.records):
         arms = rows(records)
         assert all(isinstance(column.read(arm), str) for arm in arms for column in COLUMNS)
         assert all(isinstance(sentence, str) for sentence in findings(arms))
