@@ -39,6 +39,8 @@ from calibatt.models.shapes.scenes import held_out_captions
 MASS = 0.95
 # 21 of them
 LEVELS = tuple(level / 20 for level in range(21))
+# of the heads of one layer there are few: every other level
+HEAD_LEVELS = LEVELS[::2]
 OURS, PUBLISHED, PICTURE = "concentration.json", "concentration-published.json", "concentration.png"
 
 # the tables of sparsevideo 0.1.0, by the models they are of; the first four are drawn
@@ -261,8 +263,16 @@ def summarise_profiles(folder: Path) -> dict[str, Any]:
         steps, layers, heads = shares.shape
         models[model] = {
             "table": name, "steps": steps, "layers": layers, "heads": heads, **asdict(Summary.of(shares)),
+            "late": late_heads(shares),
         }  # fmt: skip
-    return {"source": _SOURCE, "mass": MASS, "levels": LEVELS, "models": models}
+    return {"source": _SOURCE, "mass": MASS, "levels": LEVELS, "head_levels": HEAD_LEVELS, "models": models}
+
+
+def late_heads(shares: Float[Tensor, "steps layers heads"]) -> tuple[tuple[float, ...], ...]:
+    """Of each layer, quantiles at HEAD_LEVELS of the heads' means over the second half of the steps."""
+    late = shares[len(shares) // 2 :].double().mean(0)
+    levels = torch.tensor(HEAD_LEVELS, dtype=torch.float64)
+    return tuple(_rounded(torch.quantile(heads, levels)) for heads in late)
 
 
 def read_summaries(path: Path) -> dict[str, Summary]:
