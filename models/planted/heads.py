@@ -1,7 +1,7 @@
 """Which planted head attends to what, and how sharply, fitted to published figures of large models.
 
-The figures are shares of keys that hold 0.95 of a head's attention (`models/shapes/concentration.py`): of each layer, how
-they are distributed over its heads, and their mean at each step.
+The figures are shares of keys that hold 0.95 of a head's attention (`models/shapes/concentration.py`): of each layer,
+how they are distributed over its heads, and their mean at each step.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Fit:
 def fit(profile: str, geometry: Geometry, *, layers: int, seed: int) -> Fit:
     """Heads whose shares are distributed as those of a published model, layer by layer.
 
-    Where the model has another number of layers than the published one, its layers are those at the same relative depth.
+    Where the model has another number of layers than the published one, its layers are those at the same depth.
 
     Args:
         profile: name of a published model, as in `concentration-published.json`.
@@ -89,19 +89,27 @@ def fit(profile: str, geometry: Geometry, *, layers: int, seed: int) -> Fit:
     Raises:
         UnknownName: there is no such profile.
     """
-    published = _published()
-    model = look_up(published["models"], profile, "profile")
+    figures = published(profile)
     kinds = {kind: _Sharpness(kind, geometry) for kind in KINDS}
     generator = np.random.default_rng(seed)
-    depths = np.linspace(0, model["layers"] - 1, layers).round().astype(int)
-    # heads of a layer are evenly spread over its distribution, in any order
-    levels = (np.arange(geometry.heads) + 0.5) / geometry.heads
+    depths = np.linspace(0, figures["layers"] - 1, layers).round().astype(int)
     found = []
     for depth in depths:
-        late = np.log(np.maximum(model["late"][depth], _SMALLEST))
-        shares = np.exp(np.interp(generator.permutation(levels), published["head_levels"], late))
+        shares = generator.permutation(late_shares(figures, figures["late"][depth], geometry.heads))
         found.append(tuple(_head(share, kinds, generator) for share in shares))
-    return Fit(layers=tuple(found), course=_course(found, model["by_step"], kinds))
+    return Fit(layers=tuple(found), course=_course(found, figures["by_step"], kinds))
+
+
+def late_shares(figures: Mapping[str, Any], layer: Sequence[float], heads: int) -> Float[np.ndarray, " heads"]:
+    """Shares of so many heads, evenly spread over a published layer's distribution, from the sharpest on.
+
+    Args:
+        figures: of `published`.
+        layer: one of its `late`.
+        heads: how many.
+    """
+    levels = (np.arange(heads) + 0.5) / heads
+    return np.exp(np.interp(levels, figures["head_levels"], np.log(np.maximum(layer, _SMALLEST))))
 
 
 def expected(head: Head, geometry: Geometry, *, divisor: float = 1.0) -> float:
@@ -126,7 +134,7 @@ class _Sharpness:
     def __init__(self, kind: Kind, geometry: Geometry) -> None:
         self._kind = kind
         self._shares = Shares(kind, geometry, MASS)
-        self._strengths = _AMPLITUDES[_AMPLITUDES <= _SHARPEST[kind]]
+        self._strengths = _AMPLITUDES[_SHARPEST[kind] >= _AMPLITUDES]
         self._heads = [_of_strength(kind, float(strength)) for strength in self._strengths]
         self.late = self.at(1.0)
 
@@ -175,6 +183,11 @@ def _course(
     return tuple(zip(_KNOTS, np.interp(wanted, means, _DIVISORS).tolist(), strict=True))
 
 
-@cache
-def _published() -> Mapping[str, Any]:
-    return dict(json.loads((WEIGHTS / PUBLISHED).read_text(encoding="utf-8")))
+def published(profile: str) -> Mapping[str, Any]:
+    """The figures of one model in `concentration-published.json`, with the levels of its heads' quantiles.
+
+    Raises:
+        UnknownName: there is no such model.
+    """
+    facts = json.loads((WEIGHTS / PUBLISHED).read_text(encoding="utf-8"))
+    return {**look_up(facts["models"], profile, "profile"), "head_levels": facts["head_levels"]}

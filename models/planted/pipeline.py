@@ -45,8 +45,8 @@ def plant(entry: ModelEntry, transformer: Any) -> None:
 def load_planted(entry: ModelEntry, *, resolution: str, device: torch.device, dtype: torch.dtype) -> Any:
     """A model's pipeline with planted weights, as `ModelEntry.load` gives it with its own.
 
-    A prompt's embedding is drawn from a seed that depends on its text alone. What comes out as a video is the first three
-    channels of the latents, which nobody has decoded.
+    A prompt's embedding is drawn from a seed that depends on its text alone. What comes out as a video is the first
+    three channels of the latents, which nobody has decoded.
 
     Raises:
         UnknownName: the model has no such resolution.

@@ -115,7 +115,7 @@ def _run_the_clock(transformer: Any, planted: Fit) -> None:
     """
     embedder = transformer.condition_embedder
     first, second, modulate = embedder.time_embedder.linear_1, embedder.time_embedder.linear_2, embedder.time_proj
-    times = [1000 * _SHIFT * (1 - share) / (1 + (_SHIFT - 1) * (1 - share)) for share, _ in planted.course][::-1]
+    times = [timestep(share) for share, _ in planted.course][::-1]
     divisors = [divisor for _, divisor in planted.course][::-1]
     # the slowest sine of the timestep's features is as good as the timestep itself
     half = first.in_features // 2
@@ -134,6 +134,12 @@ def _run_the_clock(transformer: Any, planted: Fit) -> None:
     second.bias[_CLOCK] = _CLOCK_SCALE * divisors[0]
     modulate.weight[:, _CLOCK] = 0
     modulate.weight.unflatten(0, (6, -1))[1, :, _CLOCK] = 1 / _CLOCK_SCALE
+
+
+def timestep(share: float) -> float:
+    """The timestep, 1000 to 0, at which so much of the steps is over in the published figures."""
+    left = 1 - share
+    return 1000 * _SHIFT * left / (1 + (_SHIFT - 1) * left)
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

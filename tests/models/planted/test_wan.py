@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from calibatt.calibration.collect import calibrate
 from calibatt.kernels.geometry import Geometry
 from calibatt.methods.call import Call
 from calibatt.methods.catalogue import build
@@ -15,6 +17,7 @@ from calibatt.models.adapter import attached
 from calibatt.models.entry import ModelEntry
 from calibatt.models.generate import generate
 from calibatt.models.planted.heads import Fit, expected, fit
+from calibatt.models.planted.pipeline import load_planted
 from calibatt.models.planted.structure import AXES
 from calibatt.models.planted.wan import plant
 from calibatt.models.shapes.concentration import NeededShares
@@ -123,3 +126,17 @@ def test_only_what_diffusers_keeps_in_fp32_is_fp32_in_a_bf16_model(pipe: Any, en
 def test_another_transformer_is_refused() -> None:
     with pytest.raises(ValueError, match="planted in a WanTransformer3DModel: this is a Linear"):
         plant(torch.nn.Linear(2, 2), Geometry(grid=(1, 2, 2), heads=1, head_dim=8), profile="Wan 2.1 14B")
+
+
+def test_calibatt_finds_structure_that_random_weights_do_not_have(entry: ModelEntry) -> None:
+    few = replace(entry, layers=2, heads=4)
+    assert few.untrained is not None
+    at: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
+    planted = load_planted(few, resolution="tiny", **at)
+    random = few.untrained(few.geometry("tiny"), few.layers, *at.values()).pipe.transformer
+    densities = []
+    for transformer in (planted.transformer, random):
+        one = type(planted)(**{**planted.components, "transformer": transformer})
+        learnt = calibrate(few, one, resolution="tiny", prompts=("a cat",), seed=7, steps=2, block=(16, 16), anchors=2)
+        densities.append(build("calibatt", calibration=learnt).mean_density())
+    assert densities[0] < densities[1] - 0.2
