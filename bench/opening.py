@@ -36,9 +36,9 @@ from calibatt.models.shapes.entry import SHAPES
 
 # attention calls at which arms are checked: from the first step and layer to the last, evenly
 _PROBES = (0, 1 / 3, 2 / 3, 1)
-# at another model's size, where fp64 takes minutes for all: two calls within the video, and a few heads of each
-_RESAMPLED_PROBES = (1 / 3, 2 / 3)
-_RESAMPLED_HEADS = 4
+# at a large model's size, where fp64 takes minutes for all: two calls within the video, and a few heads of each
+_FEW_PROBES = (1 / 3, 2 / 3)
+_FEW_HEADS = 4
 # the embedded model's larger size, whose number of frames is nearest to those of large models
 _RESAMPLED_FROM = "standard"
 
@@ -85,7 +85,8 @@ def open_workload(
     film, videos = _videos(workload)
     log("one dense video to take attention inputs from")
     kernel = dense_kernels(workload.device, workload.dtype, workload.entry.head_dim)[0]
-    shares = _RESAMPLED_PROBES if workload.resampled else _PROBES
+    large = workload.resampled or workload.planted
+    shares = _FEW_PROBES if large else _PROBES
     probes = take_probes(videos, kernel, prompts.rounds[0], shares)
     first, heads = probes[0], probes[0].site.geometry.heads
     dense = _baseline(first, preparation, log=log)
@@ -101,7 +102,7 @@ def open_workload(
     )  # fmt: skip
     return Context(
         name=str(workload), device=workload.device, prompts=prompts.rounds, probes=probes,
-        checked_heads=spread(heads, _RESAMPLED_HEADS if workload.resampled else heads), dense=dense,
+        checked_heads=spread(heads, _FEW_HEADS if large else heads), dense=dense,
         kernel=lambda arm: dense if arm == DENSE else KERNELS[arm.kernel], method=tuner.method,
         prepared=offline.prepared,
         # videos of the model whose size is taken would take longer

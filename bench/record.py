@@ -227,7 +227,8 @@ class Record:
             return "samples and baseline samples are not pairs"
         if self.mode == "equal_fidelity" and self.target_psnr_db is None:
             return "mode equal_fidelity has a target_psnr_db"
-        if self.planted and not (self.psnr_db is self.ssim is self.alignment is self.method_error is None):
+        truth = (self.psnr_db, self.ssim, self.alignment, self.method_error)
+        if self.planted and any(one is not None for one in truth):
             return "planted weights have no fidelity"
         error, budget = self.kernel_error, self.kernel_error_budget
         if self.outcome == "ok" and error is not None and budget is not None and error > budget:

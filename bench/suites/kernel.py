@@ -150,7 +150,7 @@ class _Bench:
 
 
 def cells(options: Options) -> list[Cell]:
-    """Every mask on every kernel at every model's geometry, and permutations; none of resampled inputs or planted weights.
+    """Every mask on every kernel at every model's geometry, and permutations; nothing where inputs are a model's.
 
     Raises:
         ValueError: an option makes no sense.

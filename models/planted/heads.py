@@ -71,7 +71,8 @@ class Fit:
 
     def divisor(self, share: float) -> float:
         """What amplitudes are divided by when this share of the steps is over."""
-        return float(np.interp(share, *zip(*self.course, strict=True)))
+        shares, divisors = zip(*self.course, strict=True)
+        return float(np.interp(share, shares, divisors))
 
 
 @cache
@@ -142,12 +143,14 @@ class _Sharpness:
         """The shares where amplitudes are divided by that, by strength."""
         amplitudes, contents = np.array([(head.amplitude / divisor, head.content) for head in self._heads]).T
         # sums in fp32 leave small rises
-        return np.minimum.accumulate(self._shares.at(amplitudes, contents))
+        falling: Float[np.ndarray, " heads"] = np.minimum.accumulate(self._shares.at(amplitudes, contents))
+        return falling
 
     def shares(self, heads: Sequence[Head], divisor: float) -> Float[np.ndarray, " heads"]:
         """What these heads' shares become where amplitudes are divided by that."""
         strengths = [head.content if self._kind == "diffuse" else head.amplitude for head in heads]
-        return np.interp(strengths, self._strengths, self.at(divisor))
+        moved: Float[np.ndarray, " heads"] = np.interp(strengths, self._strengths, self.at(divisor))
+        return moved
 
     def head(self, share: float) -> Head:
         """The head that has this share."""

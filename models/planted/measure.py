@@ -2,8 +2,8 @@
 
     python -m calibatt.models.planted.measure --model wan2.1-1.3b --resolution 720p --out FILE
 
-At a full size without a GPU: queries and keys of every layer are those of the latents of one noise as they are before the
-first layer, which a planted model's layers add little to, and only some queries of each head are looked at.
+At a full size without a GPU: queries and keys of every layer are those of the latents of one noise as they are before
+the first layer, which a planted model's layers add little to, and only some queries of each head are looked at.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from calibatt.models.entry import ModelEntry
 from calibatt.models.planted import wan
+from calibatt.models.planted.heads import Fit
 
 # the published figures that each model's heads are fitted to (`models/shapes/concentration.py`)
 PROFILES: Mapping[str, str] = MappingProxyType({"wan2.1-1.3b": "Wan 2.1 1.3B", "wan2.1-14b": "Wan 2.1 14B"})
@@ -30,8 +31,8 @@ def check_plantable(entry: ModelEntry) -> None:
         raise ValueError(f"weights can be planted in {', '.join(PROFILES)}: not in {entry.name}")
 
 
-def plant(entry: ModelEntry, transformer: Any) -> None:
-    """Fill a model's transformer in place, with any number of layers; the same at every call.
+def plant(entry: ModelEntry, transformer: Any) -> Fit:
+    """Fill a model's transformer in place, with any number of layers, the same at every call; returns what is planted.
 
     Raises:
         ValueError: as `check_plantable`.
@@ -39,7 +40,7 @@ def plant(entry: ModelEntry, transformer: Any) -> None:
     check_plantable(entry)
     # published shares are of the largest size
     largest = max((entry.geometry(name) for name in entry.resolutions), key=lambda geometry: geometry.tokens)
-    wan.plant(transformer, largest, profile=PROFILES[entry.name])
+    return wan.plant(transformer, largest, profile=PROFILES[entry.name])
 
 
 def load_planted(entry: ModelEntry, *, resolution: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -71,6 +72,8 @@ def _pipeline_class() -> Any:
 
     class PlantedPipeline(WanPipeline):
         """Wan's pipeline, but for the text encoder and the autoencoder."""
+
+        transformer: Any
 
         def _get_t5_prompt_embeds(
             self,

@@ -99,7 +99,8 @@ class Shares:
             enough = (weights * above).sum(-1, keepdims=True) >= self._mass
             low, high = np.where(enough, middle, low), np.where(enough, high, middle)
         kept = (self._counts * ndtr((structure - low) / spread)).sum(-1) / self._counts.sum(-1)
-        return kept.mean(-1).astype(np.float64)
+        shares: Float[np.ndarray, " heads"] = kept.mean(-1).astype(np.float64)
+        return shares
 
 
 def _sorts(values: Float[np.ndarray, " keys"]) -> tuple[Float[np.ndarray, " sorts"], Float[np.ndarray, " sorts"]]:
