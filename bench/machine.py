@@ -34,17 +34,22 @@ class Comparison:
     """How alike two machines are.
 
     Args:
-        difference: the first; None where what both say is the same.
+        differences: between what both say.
         unknown: fields that not both say.
     """
 
-    difference: Difference | None
+    differences: tuple[Difference, ...]
     unknown: tuple[str, ...]
+
+    @property
+    def difference(self) -> Difference | None:
+        """The first."""
+        return next(iter(self.differences), None)
 
     @property
     def alike(self) -> bool:
         """Whether they are the same in every field that decides a speed."""
-        return self.difference is None and not self.unknown
+        return not self.differences and not self.unknown
 
 
 def compare(here: Mapping[str, Any], there: Mapping[str, Any]) -> Comparison:
@@ -55,14 +60,14 @@ def compare(here: Mapping[str, Any], there: Mapping[str, Any]) -> Comparison:
     """
     packages = sorted({*(here.get("versions") or {}), *(there.get("versions") or {})} - {_OWN})
     fields = {**_FIELDS, **{f"version of {name}": _package(name) for name in packages}}
-    difference, unknown = None, []
+    differences, unknown = [], []
     for name, read in fields.items():
         mine, other = read(here), read(there)
         if mine is _UNKNOWN or other is _UNKNOWN:
             unknown.append(name)
-        elif mine != other and difference is None:
-            difference = Difference(name=name, here=_shown(mine), there=_shown(other))
-    return Comparison(difference=difference, unknown=tuple(unknown))
+        elif mine != other:
+            differences.append(Difference(name=name, here=_shown(mine), there=_shown(other)))
+    return Comparison(differences=tuple(differences), unknown=tuple(unknown))
 
 
 def describe(machine: Mapping[str, Any]) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from importlib.metadata import version
+from dataclasses import asdict, fields
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,10 @@ EXIT_BROKEN_PIPE = 141
 # set to anything, it shows where an internal error was raised
 TRACEBACK = "CALIBATT_TRACEBACK"
 _LONGEST_LINE = 300
+# letters of a kernel's name, which templates make long
+_LONGEST_NAME = 70
+# where a package is imported by another name than it is installed by
+_DISTRIBUTIONS = {"skimage": "scikit-image", "pynvml": "nvidia-ml-py"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +59,9 @@ def _failed(command: str, error: Exception) -> int:
         # nobody reads on, as with `| head`: what Python would still write at its exit is dropped
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    if isinstance(error, ModuleNotFoundError) and (extra := _extra_with(error)) is not None:
+        _complain(f"calibatt {command}: {error.name} is not installed: pip install 'calibatt[{extra}]'")
+        return EXIT_BAD_INPUT
     if isinstance(error, ValueError | OSError):
         _complain(plain(f"calibatt {command}: {error}", _LONGEST_LINE))
         return EXIT_BAD_INPUT
@@ -62,6 +71,15 @@ def _failed(command: str, error: Exception) -> int:
     hint = f"set {TRACEBACK}=1 to see where"
     _complain(plain(f"calibatt {command}: internal error: {what}", _LONGEST_LINE - len(hint)) + f" ({hint})")
     return EXIT_INTERNAL
+
+
+def _extra_with(error: ModuleNotFoundError) -> str | None:
+    """The first of calibatt's extras that brings what is missing; None where none does."""
+    module = (error.name or "").partition(".")[0]
+    wanted = _DISTRIBUTIONS.get(module, module)
+    # such as: matplotlib>=3.9; extra == "report"
+    brought = (re.match(r"""([\w-]+).*; extra == ['"](\w+)""", line) for line in requires("calibatt") or ())
+    return next((one[2] for one in brought if one and one[1] == wanted), None)
 
 
 def _complain(text: str) -> None:
@@ -78,24 +96,21 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("generate", help="a prompt to a video file, dense or sped up")
-    command.add_argument("prompt", help='e.g. "a red circle moving left and a blue square, still, over stripes"')
+    _add_video(command)
     command.add_argument("-o", "--out", type=Path, default=Path("video.mp4"), help=".mp4 or .gif; default: %(default)s")
-    _add_model(command)
-    command.add_argument("--seed", type=int, default=0, help="seed of the starting noise; default: %(default)s")
-    command.add_argument("--guidance", type=float, help="classifier-free guidance scale; default: the model's")
-    command.add_argument("--method", default="dense", help="see `calibatt methods`; default: %(default)s")
-    command.add_argument("--preset", default="default", help="preset of the method; default: %(default)s")
-    _add_settings(command)
-    command.add_argument(
-        "--kernel",
-        default="default",
-        help="see `calibatt kernels`; default: for each call, the one measured to be fastest for its kind",
-    )
-    command.add_argument("--calibration", type=Path, help="file of `calibatt calibrate`, for methods that need one")
     command.add_argument(
         "--compare", action="store_true", help="also make the dense video; print both times and the PSNR"
     )
     command.set_defaults(run=_generate)
+
+    command = commands.add_parser("profile", help="what one step of a video spends its time on, kernel by kernel")
+    _add_video(command)
+    command.add_argument("--step", type=int, help="index of the step; default: the one in the middle")
+    command.add_argument("--top", type=int, help="how many kernels to show; default: 20")
+    command.add_argument(
+        "--trace", type=Path, metavar="FILE", help="also write a Chrome trace, for chrome://tracing or Perfetto"
+    )
+    command.set_defaults(run=_profile)
 
     command = commands.add_parser(
         "calibrate", help="learn offline what a method needs, for one model, resolution and number of steps"
@@ -140,9 +155,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_calibrate)
 
-    command = commands.add_parser("report", help="an HTML page and PNGs from files of `pytest bench --benchmark-json`")
+    command = commands.add_parser("report", help="a page, figures and data of files of `pytest bench --benchmark-json`")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="result files")
     command.add_argument("-o", "--out", type=Path, required=True, help="folder of the report")
+    command.add_argument(
+        "--figures",
+        type=int,
+        default=24,
+        help="once there are so many, further workloads have none; default: %(default)s",
+    )
     command.set_defaults(run=_report)
 
     command = commands.add_parser(
@@ -164,7 +185,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_merge)
 
-    commands.add_parser("methods", help="list the methods").set_defaults(run=_methods)
+    command = commands.add_parser(
+        "compare", help="two result files side by side, and what differs about their machines"
+    )
+    command.add_argument("files", type=Path, nargs=2, metavar="FILE", help="result files")
+    command.set_defaults(run=_compare)
+
+    command = commands.add_parser("methods", help="list the methods, or show one with its settings and presets")
+    command.add_argument("name", nargs="?", help="which one to show; package.module:Class for one of your own")
+    command.set_defaults(run=_methods)
     commands.add_parser("models", help="list the models").set_defaults(run=_models)
     commands.add_parser("kernels", help="list the kernels, and which of them run here").set_defaults(run=_kernels)
     return parser
@@ -176,6 +205,23 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--steps", type=int, help="denoising steps; default: the model's at that resolution")
     command.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     command.add_argument("--weights", type=Path, help="folder of other weights, in Diffusers' layout")
+
+
+def _add_video(command: argparse.ArgumentParser) -> None:
+    """What a video is of, and what computes its attention."""
+    command.add_argument("prompt", help='e.g. "a red circle moving left and a blue square, still, over stripes"')
+    _add_model(command)
+    command.add_argument("--seed", type=int, default=0, help="seed of the starting noise; default: %(default)s")
+    command.add_argument("--guidance", type=float, help="classifier-free guidance scale; default: the model's")
+    command.add_argument("--method", default="dense", help="see `calibatt methods`; default: %(default)s")
+    command.add_argument("--preset", default="default", help="preset of the method; default: %(default)s")
+    _add_settings(command)
+    command.add_argument(
+        "--kernel",
+        default="default",
+        help="see `calibatt kernels`; default: for each call, the one measured to be fastest for its kind",
+    )
+    command.add_argument("--calibration", type=Path, help="file of `calibatt calibrate`, for methods that need one")
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
@@ -200,29 +246,15 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def _generate(arguments: argparse.Namespace) -> int:
     from calibatt.bench.timer import timed
     from calibatt.calibration.artifact import check_output
-    from calibatt.kernels.catalogue import DEFAULT, KERNELS
-    from calibatt.kernels.names import look_up
+    from calibatt.kernels.catalogue import DEFAULT
     from calibatt.methods.catalogue import build
     from calibatt.models.adapter import attached
-    from calibatt.models.device import working_dtype
     from calibatt.models.generate import check_video_path, generate, save_video
     from calibatt.models.video_metrics import eight_bit, psnr_db
 
-    # what can be wrong is looked at before the model is loaded
     check_video_path(arguments.out)
     check_output(arguments.out)
-    entry, resolution, device = _model(arguments)
-    entry.checked_loader()
-    entry.check_prompt(arguments.prompt)
-    steps = arguments.steps or entry.steps_at(resolution)
-    kernel = look_up(KERNELS, arguments.kernel, "kernel")
-    method = _method(arguments, entry, resolution, steps, device)
-    geometry = entry.geometry(resolution)
-    refusal = method.refusal(geometry) or kernel.refusal(_task(method, geometry, steps, entry.layers, device))
-    if refusal is not None:
-        raise ValueError(refusal.reason)
-
-    pipe = entry.load(resolution=resolution, device=device, dtype=working_dtype(device), weights=arguments.weights)
+    entry, resolution, steps, device, method, kernel, pipe = _ready(arguments)
 
     def one(method: Any, kernel: Any, *, stop_after: int | None = None) -> tuple[float, Any]:
         with attached(pipe, method, kernel):
@@ -250,6 +282,75 @@ def _generate(arguments: argparse.Namespace) -> int:
     save_video(video, arguments.out)
     print(f"wrote {arguments.out}")
     return 0
+
+
+def _ready(arguments: argparse.Namespace) -> tuple[Any, str, int, Any, Any, Any, Any]:
+    """The model, the resolution, the steps, the device, the method, the kernel, and the pipeline."""
+    from calibatt.kernels.catalogue import KERNELS
+    from calibatt.kernels.names import look_up
+    from calibatt.models.device import working_dtype
+
+    # what can be wrong is looked at before the model is loaded
+    entry, resolution, device = _model(arguments)
+    entry.checked_loader()
+    entry.check_prompt(arguments.prompt)
+    steps = arguments.steps or entry.steps_at(resolution)
+    if not 0 <= (getattr(arguments, "step", None) or 0) < steps:
+        raise ValueError(f"--step {arguments.step}: there are steps 0 to {steps - 1}")
+    kernel = look_up(KERNELS, arguments.kernel, "kernel")
+    method = _method(arguments, entry, resolution, steps, device)
+    geometry = entry.geometry(resolution)
+    refusal = method.refusal(geometry) or kernel.refusal(_task(method, geometry, steps, entry.layers, device))
+    if refusal is not None:
+        raise ValueError(refusal.reason)
+    pipe = entry.load(resolution=resolution, device=device, dtype=working_dtype(device), weights=arguments.weights)
+    return entry, resolution, steps, device, method, kernel, pipe
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from calibatt.bench.breakdown import StepProfiler, annotated
+    from calibatt.calibration.artifact import check_output
+    from calibatt.models.generate import generate
+
+    if arguments.trace is not None:
+        check_output(arguments.trace)
+    top = _at_least_one(arguments, "top", 20)
+    entry, resolution, steps, device, method, kernel, pipe = _ready(arguments)
+    step = steps // 2 if arguments.step is None else arguments.step
+    profiler = StepProfiler(device, step)
+
+    def video(**how: Any) -> None:
+        generate(
+            entry, pipe, prompt=arguments.prompt, resolution=resolution, seed=arguments.seed, steps=steps,
+            guidance=arguments.guidance, **how,
+        )  # fmt: skip
+
+    with annotated(pipe, method, kernel):
+        # compiles and caches what would otherwise be of the step
+        video(stop_after=1)
+        profiler.begin()
+        video(stop_after=step + 1, after_step=profiler.after_step)
+    _show(profiler.breakdown(), top)
+    if arguments.trace is not None:
+        profiler.save(arguments.trace)
+        print(f"wrote {arguments.trace}")
+    return 0
+
+
+def _show(found: Any, top: int) -> None:
+    """What a step was spent on: its parts, then the longest kernels."""
+    from calibatt.bench.breakdown import PARTS
+    from calibatt.reports.columns import seconds
+
+    def line(*names: str, took: float, launches: int | str) -> Sequence[str]:
+        return (*names, seconds(took), f"{took / found.seconds:.1%}", str(launches))
+
+    print(f"the step took {seconds(found.seconds)} under the profiler, whose own cost is in it\n")
+    parts = [line(part, took=took, launches=count) for part in PARTS for took, count in [found.of(part)] if count]
+    _table(("PART", "TIME", "SHARE", "LAUNCHES"), [*parts, line("idle", took=found.idle_s, launches="")])
+    print()
+    works = [line(one.name[:_LONGEST_NAME], one.part, took=one.seconds, launches=one.launches) for one in found.works]
+    _table(("KERNEL", "PART", "TIME", "SHARE", "LAUNCHES"), works[:top])
 
 
 def _method(arguments: argparse.Namespace, entry: Any, resolution: str, steps: int, device: Any) -> Any:
@@ -476,7 +577,7 @@ def _rank(device: Any) -> tuple[int, int]:
 def _report(arguments: argparse.Namespace) -> int:
     from calibatt.reports.page import write_report
 
-    print(f"wrote {write_report(arguments.files, arguments.out)}")
+    print(f"wrote {write_report(arguments.files, arguments.out, arguments.figures)}")
     return 0
 
 
@@ -497,9 +598,20 @@ def _merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from calibatt.bench.record import load_run
+    from calibatt.reports.compare import compared
+
+    print(compared(*map(load_run, arguments.files)))
+    return 0
+
+
 def _methods(arguments: argparse.Namespace) -> int:
+    from calibatt.kernels.names import look_up
     from calibatt.methods.catalogue import METHODS, learns_from
 
+    if arguments.name is not None:
+        return _method_shown(look_up(METHODS, arguments.name, "method"))
     rows = []
     for name, method in METHODS.items():
         sources = {preset: learns_from(name, preset) for preset in method.presets}
@@ -512,6 +624,17 @@ def _methods(arguments: argparse.Namespace) -> int:
         summary = (method.__doc__ or "").strip().splitlines()[0]
         rows.append((name, ", ".join(method.presets), kind, summary))
     _table(("METHOD", "PRESETS", "CALIBRATION", "WHAT IT DOES"), rows)
+    return 0
+
+
+def _method_shown(method: Any) -> int:
+    """What a method is and where it comes from, what each setting means, and each preset's settings."""
+    config = next(iter(method.presets.values()))
+    for text in (sys.modules[method.__module__].__doc__, type(config).__doc__):
+        print(inspect.cleandoc(text or ""), end="\n\n")
+    names = [field.name for field in fields(config)]
+    rows = [(name, *(str(getattr(preset, name)) for preset in method.presets.values())) for name in names]
+    _table(("SETTING", *method.presets), rows)
     return 0
 
 

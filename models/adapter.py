@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from inspect import signature
 from typing import Any, cast
 from weakref import ref
 
@@ -21,18 +22,19 @@ from calibatt.methods.catalogue import build
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Branch, Site
 from calibatt.models.catalogue import FAMILIES
-from calibatt.models.entry import Family
+from calibatt.models.entry import Family, Grid
 from calibatt.models.identity import origin_of, transformers_of
 from calibatt.models.processor import AttentionProcessor, GridSeen, enrol
+from calibatt.models.steps import counting, noise_level, step_index
 
 
 @contextmanager
 def installed(pipe: Any, attention: Attention) -> Iterator[None]:
     """While this context is open, an attention computes the pipeline's self-attention.
 
-    Steps are read off the pipeline's scheduler, branches off what the pipeline announces (`cache_context`), or off the
-    order of its passes where the family knows it. On leaving, the processors, hooks and methods that were there before
-    are back.
+    Steps are read off the pipeline's scheduler, or counted as it takes them; branches off what the pipeline announces
+    (`cache_context`), or off the order of its passes where the family knows it. On leaving, the processors, hooks and
+    methods that were there before are back.
 
     Args:
         pipe: a Diffusers pipeline whose transformers are of a family in `models/families`; compiled or not.
@@ -162,6 +164,7 @@ def _install(pipe: Any, attention: Attention, undo: ExitStack) -> None:
     transformers = transformers_of(pipe)
     _refuse_unfit(pipe, family, transformers)
     run = _Run(pipe, family, attention)
+    undo.callback(run.close)
     number = enrol(run)
     for transformer in transformers:
         layers = family.attentions(transformer)
@@ -169,7 +172,8 @@ def _install(pipe: Any, attention: Attention, undo: ExitStack) -> None:
         for layer, module in enumerate(layers):
             undo.callback(partial(setattr, module, "processor", module.processor))
             module.processor = family.processor(run, number, layer, run.grid, module.processor)
-        see = partial(_see_grid, run.grid, family.patch(transformer.config))
+        names = tuple(signature(type(transformer).forward).parameters)[1:]
+        see = partial(_see_grid, run.grid, family.extents, family.patch(transformer.config), names)
         undo.callback(transformer.register_forward_pre_hook(see, with_kwargs=True).remove)
         announced = partial(run.announced, transformer, transformer.cache_context)
         undo.callback(_replace(transformer, "cache_context", announced))
@@ -200,10 +204,12 @@ def _refuse_two_calls(scheduler: Any) -> None:
         )
 
 
-def _see_grid(grid: GridSeen, patch: tuple[int, int, int], module: Any, args: Any, kwargs: Any) -> None:
+def _see_grid(
+    grid: GridSeen, extents: Callable[[dict[str, Any]], Grid], patch: Grid, names: tuple[str, ...], module: Any,
+    args: Any, kwargs: Any,
+) -> None:  # fmt: skip
     """Note the grid of the pass that begins; where the whole transformer is compiled, so is this."""
-    hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    frames, rows, columns = hidden_states.shape[2:]
+    frames, rows, columns = extents({**dict(zip(names, args, strict=False)), **kwargs})
     grid.frames, grid.rows, grid.columns = frames // patch[0], rows // patch[1], columns // patch[2]
 
 
@@ -233,6 +239,8 @@ class _Run:
         self._attention = attention
         self._name: str | None = None
         self._timesteps: Tensor | None = None
+        self._taken = 0
+        self._release: Callable[[], None] | None = None
         self._step = -1
         self._pass = 0
         self._sigma = 1.0
@@ -302,14 +310,13 @@ class _Run:
         if timesteps is not self._timesteps:
             _refuse_two_calls(pipe.scheduler)
             self._timesteps, self._step = timesteps, -1
+            self._count(pipe.scheduler)
             self._attention.start_video()
-        step = self._index(pipe)
+        step = step_index(pipe, self._taken)
         if step != self._step:
             self._step, self._pass = step, 0
             # once a step: it may have to be fetched from a GPU
-            sigma = float(pipe.scheduler.sigmas[step])
-            # Mochi's schedule counts from data to noise
-            self._sigma = 1 - sigma if pipe.scheduler.config.get("invert_sigmas") else sigma
+            self._sigma = noise_level(pipe.scheduler, step)
         elif layer == 0:
             self._pass += 1
         name = self._name
@@ -326,16 +333,21 @@ class _Run:
             raise ValueError(f"{type(pipe).__name__} announces a pass named {name!r}, which is no branch of its family")
         return branches
 
-    @staticmethod
-    def _index(pipe: Any) -> int:
-        """Index of the step that is under way, among all of the scheduler's."""
-        scheduler = pipe.scheduler
-        if scheduler.step_index is not None:
-            return int(scheduler.step_index)
-        if scheduler.begin_index is not None:
-            return int(scheduler.begin_index)
-        # before its first step, and where a part of the steps is left out (video to video), it is among the last ones
-        return len(scheduler.timesteps) - int(getattr(pipe, "num_timesteps", None) or len(scheduler.timesteps))
+    def _count(self, scheduler: Any) -> None:
+        """Count the steps of a video that begins, where the scheduler does not itself (CogVideoX's)."""
+        self.close()
+        self._taken = 0
+        if not hasattr(scheduler, "step_index"):
+            self._release = _replace(scheduler, "step", counting(scheduler.step, self._took))
+
+    def _took(self) -> None:
+        self._taken += 1
+
+    def close(self) -> None:
+        """Give the scheduler back as it was."""
+        if self._release is not None:
+            self._release()
+            self._release = None
 
     def _site(self, q: Tensor, layer: int, grid: tuple[int, int, int], branch: Branch, sample: int) -> Site:
         if min(grid) < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from calibatt.kernels.geometry import Geometry, TextSide
 from calibatt.kernels.names import look_up
 from calibatt.methods.site import Branch
+from calibatt.models.identity import transformers_of
 
 # takes device and dtype, and a folder of weights to use in place of the model's own
 Loader = Callable[[torch.device, torch.dtype, "Path | None"], Any]
@@ -52,6 +53,7 @@ class Family:
     Args:
         transformer: name of the transformer's class.
         attentions: its self-attention modules, layer by layer; each has a `processor`.
+        extents: from the arguments of the transformer's forward, by name, frames × rows × columns of latents.
         patch: from the transformer's config, frames × rows × columns of latents that make one token.
         processor: class of the processors that stand in its self-attention; see `processor.AttentionProcessor`.
         branches: from the pipeline and the name that it announces a forward pass by (`cache_context`), the branches
@@ -60,16 +62,32 @@ class Family:
             pipeline is refused.
         text_side: where text tokens stand in self-attention; None where there are none.
         keywords: from a model and a size, the arguments of its pipeline that fix them.
+        noise: starting noise as its pipeline takes it.
     """
 
     transformer: str
     attentions: Callable[[Any], Sequence[Any]]
+    extents: Callable[[Mapping[str, Any]], Grid]
     patch: Callable[[Any], Grid]
     processor: Callable[..., Any]
     branches: Callable[[Any, str], tuple[Branch, ...]]
     passes: tuple[str, ...]
     text_side: TextSide | None
     keywords: Callable[[ModelEntry, Resolution], Mapping[str, Any]]
+    noise: Callable[[Float[Tensor, "batch channels frames rows columns"]], Tensor]
+
+
+def video_extents(arguments: Mapping[str, Any]) -> Grid:
+    """Those of latents that most transformers take: batch, channels, frames, rows, columns."""
+    _, _, frames, rows, columns = arguments["hidden_states"].shape
+    return frames, rows, columns
+
+
+def video_noise(
+    noise: Float[Tensor, "batch channels frames rows columns"],
+) -> Float[Tensor, "batch channels frames rows columns"]:
+    """As it is drawn, as most of Diffusers' pipelines take it."""
+    return noise
 
 
 def video_keywords(entry: ModelEntry, size: Resolution) -> Mapping[str, Any]:
@@ -80,6 +98,7 @@ def video_keywords(entry: ModelEntry, size: Resolution) -> Mapping[str, Any]:
         "width": size.width,
         "num_frames": size.frames,
         "max_sequence_length": entry.prompt_tokens,
+        **entry.options,
     }
 
 
@@ -127,6 +146,7 @@ class ModelEntry:
         steps, guidance: defaults of a generation.
         prompt_tokens: length the prompt is padded to.
         negative_prompt: prompt of the unconditional pass.
+        options: further arguments of its pipeline, at any size.
         family: what the adapter knows of its transformer; None where only the attention can be measured, by itself.
         loader: makes the pipeline; None likewise.
         untrained: makes a forward pass of the model's shape with random weights; None where it cannot be had.
@@ -154,6 +174,7 @@ class ModelEntry:
     text_tokens: int = 0
     text_side: TextSide = "last"
     negative_prompt: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
     alignment: Alignment | None = None
     captions: Callable[[int, int], list[str]] | None = None
     read: Callable[[str], object] | None = None
@@ -187,16 +208,17 @@ class ModelEntry:
         return self.resolution(resolution).block or self.block
 
     def latent_shape(self, resolution: str) -> tuple[int, int, int, int, int]:
-        """Shape of the latents of one video: batch, channels, frames, rows, columns."""
+        """Shape of the latents of one video: batch, channels, frames, rows, columns; their last patch is filled."""
         size = self.resolution(resolution)
         time, space = self.latent_stride
-        return (1, self.latent_channels, (size.frames - 1) // time + 1, size.height // space, size.width // space)
+        extents = ((size.frames - 1) // time + 1, size.height // space, size.width // space)
+        frames, rows, columns = (-(-extent // patch) * patch for extent, patch in zip(extents, self.patch, strict=True))
+        return (1, self.latent_channels, frames, rows, columns)
 
     def geometry(self, resolution: str) -> Geometry:
         """Layout of the tokens of one self-attention call."""
-        # latents that do not fill their last patch are padded
         frames, rows, columns = (
-            -(-extent // patch) for extent, patch in zip(self.latent_shape(resolution)[2:], self.patch, strict=True)
+            extent // patch for extent, patch in zip(self.latent_shape(resolution)[2:], self.patch, strict=True)
         )
         return Geometry(
             grid=(frames, rows, columns), heads=self.heads, head_dim=self.head_dim, text_tokens=self.text_tokens,
@@ -235,11 +257,27 @@ class ModelEntry:
         Raises:
             UnknownName: the model has no such resolution.
             ValueError: the model has no loader.
-            OSError: the weights cannot be had.
+            OSError: the weights cannot be had, or are another model's.
         """
         loader = self.checked_loader()
         shift = self.resolution(resolution).flow_shift
         pipe = loader(device, dtype, weights)
+        other = self._other_model(pipe)
+        if other is not None:
+            raise OSError(f"{weights or 'what its loader makes'} does not hold {self.name}, which is {other}")
         if shift is not None:
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=shift)
         return pipe
+
+    def _other_model(self, pipe: Any) -> str | None:
+        """What the model is, and what a pipeline has in its place; None where that is the model, or nobody knows."""
+        if self.family is None:
+            return None
+        own = f"a {self.family.transformer} of {self.layers} layers and {self.heads} heads"
+        for transformer in transformers_of(pipe):
+            if type(transformer).__name__ != self.family.transformer:
+                return f"{own}: it holds a {type(transformer).__name__}"
+            attentions = self.family.attentions(transformer)
+            if (len(attentions), attentions[0].heads) != (self.layers, self.heads):
+                return f"{own}: it holds one of {len(attentions)} and {attentions[0].heads}"
+        return None

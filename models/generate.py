@@ -97,7 +97,7 @@ def generate_all(
         prompt=list(prompts),
         num_inference_steps=steps,
         guidance_scale=guidance,
-        latents=torch.cat(noise).to(pipe.device),
+        latents=family.noise(torch.cat(noise)).to(pipe.device),
         output_type="pt",
         callback_on_step_end=interrupt,
         **family.keywords(entry, size),

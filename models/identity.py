@@ -16,7 +16,8 @@ _VALUES = 64
 # what decides the noise of each step, of schedulers as Diffusers configures them
 _SCHEDULE = (
     "shift", "flow_shift", "base_shift", "max_shift", "use_dynamic_shifting", "prediction_type", "use_flow_sigmas",
-    "use_karras_sigmas", "invert_sigmas", "beta_schedule", "num_train_timesteps",
+    "use_karras_sigmas", "invert_sigmas", "beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr",
+    "snr_shift_scale", "timestep_spacing", "shift_terminal", "num_train_timesteps",
 )  # fmt: skip
 
 

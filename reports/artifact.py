@@ -5,23 +5,28 @@ It is read as a file of somebody else's: what it claims to hold is checked befor
 
 from __future__ import annotations
 
+import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from calibatt.bench.record import UnusableFile
 
+T = TypeVar("T")
+
 # so many masks and frames of a video are shown: more in a row are too small to see
 _MASKS = 4
 _FRAMES = 5
 # pixels across of a frame as it is kept: at `_FRAMES` in a row, twice what is drawn
 _FRAME_PIXELS = 448
+# and as it plays, beside another: some 800 across both
+_CLIP_PIXELS = 416
 # a picture wider or higher than this is no video's
 _ASPECT = 8
 
@@ -82,10 +87,23 @@ def load_pictures(path: Path | None) -> Pictures | None:
     Raises:
         UnusableFile: it is damaged, holds something else, or claims more than pictures need.
     """
+    return _read(path, _load)
+
+
+def load_clip(path: Path | None) -> NDArray[np.uint8] | None:
+    """All frames of an artifact's first video, uint8 [frames, height, width, 3]; None where there is none.
+
+    Raises:
+        UnusableFile: as of `load_pictures`.
+    """
+    return _read(path, _load_clip)
+
+
+def _read(path: Path | None, load: Callable[[Path], T]) -> T | None:
     if path is None:
         return None
     try:
-        return _load(path)
+        return load(path)
     except UnusableFile as error:
         raise UnusableFile(
             f"{path}: {error}; run the benchmark again, or delete the file for a report without"
@@ -120,11 +138,27 @@ def _load(path: Path) -> Pictures:
     return Pictures(**found)
 
 
-def _check_header(name: str, form: _Form, stream: IO[bytes]) -> None:
+def _load_clip(path: Path) -> NDArray[np.uint8] | None:
+    with zipfile.ZipFile(path) as file:
+        if "frames.npy" not in file.namelist():
+            return None
+        with file.open("frames.npy") as stream:
+            _, *shape = _check_header("frames", _FORMS["frames"], stream)
+            # the videos stand one after the other, and the rest is not read
+            video = np.frombuffer(stream.read(math.prod(shape)), np.uint8).reshape(shape)
+    every = max(1, round(shape[2] / _CLIP_PIXELS))
+    shown: NDArray[np.uint8] = video[:, ::every, ::every].copy()
+    return shown
+
+
+def _check_header(name: str, form: _Form, stream: IO[bytes]) -> tuple[int, ...]:
+    """The shape of an array, which is one that is shown; the stream is then where its elements begin."""
     version = np.lib.format.read_magic(stream)
     if version != (1, 0):
         raise UnusableFile(f"its {name} is of numpy's format {version}, not (1, 0)")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(stream)
+    if by_columns and name == "frames":
+        raise UnusableFile("its frames are stored by columns")
     if len(shape) != len(form.most):
         raise UnusableFile(f"its {name} has {len(shape)} dimensions, not {len(form.most)}")
     if dtype.kind not in form.kinds or (name == "frames" and dtype != np.uint8):
@@ -140,6 +174,7 @@ def _check_header(name: str, form: _Form, stream: IO[bytes]) -> None:
         raise UnusableFile(f"its {name} has the shape {shape}: step, layer and head are 3")
     if name == "frames" and (shape[4] != 3 or not 1 / _ASPECT <= shape[2] / shape[3] <= _ASPECT):
         raise UnusableFile(f"its {name} has the shape {shape}, which is no video's")
+    return tuple(shape)
 
 
 def _shown_frames(videos: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -17,13 +17,15 @@ class Column:
     Args:
         title, hint: what stands above it, and what that means.
         read: what it shows of an arm; nothing where there is nothing.
-        brief: whether it stands in the Markdown tables too.
+        brief: whether it stands in the Markdown and LaTeX tables too.
+        first: whether the table over all arms shows it before a reader chooses.
     """
 
     title: str
     hint: str
     read: Callable[[Row], str]
     brief: bool = False
+    first: bool = False
 
 
 # what is looked up, in place of estimated, takes microseconds
@@ -117,23 +119,25 @@ def _number(value: float | None, form: str) -> str:
 
 # a column that no arm fills is left out
 COLUMNS: Sequence[Column] = (
-    Column("speedup (95 %)", "over dense, same rounds", _speedup, brief=True),
-    Column("time", "median of the rounds", _time, brief=True),
+    Column("speedup (95 %)", "over dense, same rounds", _speedup, brief=True, first=True),
+    Column("time", "median of the rounds", _time, brief=True, first=True),
     Column(
         "PSNR dB",
         "median (lowest–highest) over the videos",
         lambda row: _median(row.record.psnr_db, "{:.1f}", spread=True),
         brief=True,
+        first=True,
     ),
     Column("SSIM", "median over the videos", lambda row: _median(row.record.ssim, "{:.3f}"), brief=True),
     Column("alignment", "how much of the caption can be read back, mean", _alignment, brief=True),
-    Column("sparsity", "share of the block products left out", _sparsity, brief=True),
+    Column("sparsity", "share of the block products left out", _sparsity, brief=True, first=True),
     Column("recall", "attention mass kept", lambda row: _percent(row.record.recall), brief=True),
     Column(
         "method error",
         "of attention outputs against dense, over the calls of a dense video, or some of them",
         lambda row: _number(row.record.method_error, "{:.2f}"),
         brief=True,
+        first=True,
     ),
     Column("of calls", "that the method error is pooled over", lambda row: _number(row.record.error_calls, "{:d}")),
     Column("estimate", "time that choosing the blocks takes", lambda row: _phases(row, "plan"), brief=True),
@@ -149,12 +153,12 @@ COLUMNS: Sequence[Column] = (
         "own settings, or one schedule, density or fidelity",
         lambda row: (row.record.mode or "").replace("_", " "),
     ),
-    Column("kernel", "what computes the chosen blocks", lambda row: row.record.computed_by, brief=True),
+    Column("kernel", "what computes the chosen blocks", lambda row: row.record.computed_by, brief=True, first=True),
     Column("kernel error", "largest, against fp64; and its budget", _kernel_error),
     Column("of the ideal", "speedup against 1 / density", lambda row: _percent(row.record.of_ideal), brief=True),
     Column("TFLOP/s", "of the blocks kept", lambda row: _number(row.record.tflops, "{:.3g}")),
     Column("of a GEMM", "that rate against a large matrix product's", lambda row: _percent(_of_gemm(row.record))),
-    Column("peak memory", "of the GPU", lambda row: _size(row.record.peak_memory_bytes)),
+    Column("peak memory", "of the GPU", lambda row: _size(row.record.peak_memory_bytes), first=True),
     Column("plan memory", "of one plan, or of the calibration", lambda row: _size(row.record.plan_memory_bytes)),
     Column("energy J", "median a video", lambda row: _median(row.record.energy_j, "{:.0f}")),
     Column("clock MHz", "median", lambda row: _median(row.record.clocks_mhz, "{:.0f}")),
@@ -166,5 +170,5 @@ COLUMNS: Sequence[Column] = (
         "calibration cost", "times dense generation", lambda row: _number(row.record.calibration_cost_ratio, "{:.2f}×")
     ),
     Column("mask agreement", "overlap between prompts", lambda row: _percent(row.record.mask_agreement)),
-    Column("outcome", "and why an arm has no times", outcome),
+    Column("outcome", "and why an arm has no times", outcome, first=True),
 )

@@ -27,7 +27,12 @@ def workloads(run: Run) -> list[list[Record]]:
 
 def title(record: Record) -> str:
     """What names a record's workload."""
-    return " · ".join([*_name(record), *(["inputs resampled"] if record.inputs else [])])
+    return " · ".join(parts_of_title(record))
+
+
+def parts_of_title(record: Record) -> list[str]:
+    """The parts of that name."""
+    return [*_name(record), *(["inputs resampled"] if record.inputs else [])]
 
 
 def _name(record: Record) -> list[str]:
@@ -66,16 +71,18 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
 
 
 def imprint(run: Run, rows: Sequence[Row]) -> str:
-    """What a figure of a workload says of itself, wherever it is shown: what was run, on what, when, and what about it
-    is not as in a model's own videos. What the file does not say is left out."""
+    """What a figure says of itself, wherever it is shown: what was run, on what, when, and what about it is not as in a
+    model's own videos. What the file does not say is left out, and of several workloads what they do not share."""
     record = rows[0].record
+    workloads = list({row.record.workload: row.record for row in rows}.values())
     shared = shared_words(rows)
     masks = sorted({row.record.mask for row in rows if row.record.mask})
     baselines = sorted({row.record.baseline for row in rows if row.record.baseline})
     throttled = [row.label for row in rows if row.record.throttled]
     cpu = run.machine.get("cpu") or {}
     facts = [
-        *_name(record),
+        *(part for part in _name(record) if all(part in _name(other) for other in workloads)),
+        len(workloads) > 1 and f"{len(workloads)} workloads",
         # of a kernel by itself nothing is a model's but the sizes
         record.suite == "kernel" and "queries, keys and values drawn at random",
         shared and f"every arm: {', '.join(shared)}",

@@ -1,4 +1,7 @@
-"""What a workload's figures say, in sentences. Where a method is no faster than dense, they say that too."""
+"""What the figures say, in sentences: of a workload, and of a whole page.
+
+Where a method is no faster than dense, they say that too.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +21,18 @@ def findings(rows: Sequence[Row]) -> list[str]:
     """Sentences about one workload: methods from the fastest on, the control, what is doubtful or missing."""
     timed = [row for row in rows if row.record.speedup is not None]
     timed.sort(key=_place)
-    said = [_speed(row) for row in timed]
+    said = [speed(row) for row in timed]
     said += [_preparation(row) for row in rows if row.record.suite == "calibration" and row.record.samples_s]
     said += _control(rows, timed)
     throttled = [row.label for row in rows if row.record.throttled]
     if throttled:
-        said.append(f"Heat or power held the GPU's clock down during {_listed(throttled)}: the times are doubtful.")
+        said.append(f"Heat or power held the GPU's clock down during {listed(throttled)}: the times are doubtful.")
     disturbed = [row.label for row in rows if row.record.doubt and not row.record.throttled]
     if disturbed:
-        said.append(f"Others had a good part of the CPUs during {_listed(disturbed)}: the times are doubtful.")
+        said.append(f"Others had a good part of the CPUs during {listed(disturbed)}: the times are doubtful.")
     missing = [row.label for row in rows if row.record.outcome != "ok"]
     if missing:
-        said.append(f"Not timed: {_listed(missing)}; the reasons are below.")
+        said.append(f"Not timed: {listed(missing)}; the reasons are below.")
     return said
 
 
@@ -38,7 +41,8 @@ def _place(row: Row) -> tuple[bool, float]:
     return row.record.method == RANDOM, -row.record.speedup.median
 
 
-def _speed(row: Row) -> str:
+def speed(row: Row) -> str:
+    """How fast an arm is, as far as its interval lets one say, and how near to dense."""
     record, interval = row.record, row.record.speedup
     assert interval is not None
     if interval.low is None or interval.high is None:
@@ -57,6 +61,8 @@ def _speed(row: Row) -> str:
     facts = []
     if record.psnr_db is not None:
         facts.append(f"PSNR {statistics.median(record.psnr_db):.1f} dB")
+    elif record.method_error is not None:
+        facts.append(f"method error {record.method_error:.2g}")
     if record.alignment is not None and record.alignment_dense is not None:
         after, before = statistics.fmean(record.alignment), statistics.fmean(record.alignment_dense)
         facts.append(f"alignment {after:.2f} where dense has {before:.2f}")
@@ -77,40 +83,51 @@ def _preparation(row: Row) -> str:
 
 def _control(rows: Sequence[Row], timed: Sequence[Row]) -> list[str]:
     """How the methods stand against masks that are random."""
-    methods = [row for row in timed if row.record.method != RANDOM and _closeness(row.record) is not None]
-    if not methods:
+    if not any(row.record.method != RANDOM and closeness(row.record) is not None for row in timed):
         return []
-    controls = [row for row in timed if row.record.method == RANDOM and _closeness(row.record) is not None]
+    controls = beaten_by_chance(rows)
     if not controls:
         ran = any(row.record.method == RANDOM for row in rows)
         why = "could not be timed" if ran else "was not asked for"
         return [f"The random control {why}: nothing shows what the choice of blocks is worth."]
-    paired = {id(standing.row): standing for standing in standings(rows)}
+    alike = {id(standing.row): [row.label for row, _ in standing.alike] for standing in standings(rows)}
     said = []
+    for control, beaten in controls:
+        if names := alike.get(id(control)):
+            said.append(f"{listed(names)}: not told apart from {control.label}, by pairs of videos.")
+        shown = [f"{row.label} ({shown_closeness(control)} against {shown_closeness(row)})" for row in beaten]
+        if shown:
+            said.append(f"{control.label} beats {listed(shown)}: as close to dense or closer, at no more cost.")
+        else:
+            said.append(f"{control.label} ({shown_closeness(control)}) beats no method.")
+    return said
+
+
+def beaten_by_chance(rows: Sequence[Row]) -> list[tuple[Row, list[Row]]]:
+    """Every control of a workload with the methods that it beats: as close to dense or closer, at no more cost."""
+    known = [row for row in rows if row.record.speedup is not None and closeness(row.record) is not None]
+    controls = [row for row in known if row.record.method == RANDOM]
+    paired = {id(standing.row): standing for standing in standings(rows)} if controls else {}
+    found = []
     for control in controls:
         standing = paired.get(id(control))
         # where pairs of videos can tell, medians have no say
         told = {} if standing is None else {id(row): True for row, _ in standing.nearer}
         told |= {} if standing is None else {id(row): False for row, _ in (*standing.alike, *standing.farther)}
         beaten = [
-            f"{method.label} ({_shown(control.record)} against {_shown(method.record)})"
-            for method in methods
-            if told.get(id(method), _as_close(control.record, method.record))
-            and _costs_no_more(control.record, method.record)
+            row
+            for row in known
+            if row.record.method != RANDOM
+            and told.get(id(row), _as_close(control.record, row.record))
+            and _costs_no_more(control.record, row.record)
         ]
-        if standing is not None and standing.alike:
-            names = _listed([row.label for row, _ in standing.alike])
-            said.append(f"{names}: not told apart from {control.label}, by pairs of videos.")
-        if beaten:
-            said.append(f"{control.label} beats {_listed(beaten)}: as close to dense or closer, at no more cost.")
-        else:
-            said.append(f"{control.label} ({_shown(control.record)}) beats no method.")
-    return said
+        found.append((control, beaten))
+    return found
 
 
 def _as_close(control: Record, method: Record) -> bool:
     """As close to dense or closer."""
-    close, reference = _closeness(control), _closeness(method)
+    close, reference = closeness(control), closeness(method)
     return close is not None and reference is not None and close >= reference
 
 
@@ -122,18 +139,21 @@ def _costs_no_more(control: Record, method: Record) -> bool:
     return fast is not None and other is not None and fast.median >= other.median
 
 
-def _closeness(record: Record) -> float | None:
+def closeness(record: Record) -> float | None:
     """How close the arm comes to dense, the higher the closer: by its videos, or by its attention outputs."""
     if record.suite == "denoise":
         return None if record.psnr_db is None else statistics.median(record.psnr_db)
     return None if record.method_error is None else -record.method_error
 
 
-def _shown(record: Record) -> str:
-    closeness = _closeness(record)
-    assert closeness is not None
-    return f"{closeness:.1f} dB" if record.suite == "denoise" else f"method error {-closeness:.3g}"
+def shown_closeness(row: Row) -> str:
+    """That with its unit; nothing where it was not measured."""
+    close = closeness(row.record)
+    if close is None:
+        return ""
+    return f"{close:.1f} dB" if row.record.suite == "denoise" else f"method error {-close:.3g}"
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names as a sentence has them."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

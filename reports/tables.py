@@ -1,53 +1,107 @@
-"""The main figures of a run in Markdown, for READMEs and pull requests."""
+"""The main figures of a run in Markdown and LaTeX, for READMEs, pull requests and papers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
-from calibatt.bench.record import Run, plain
+from calibatt.bench.record import Record, Run, plain
 from calibatt.reports.columns import COLUMNS, outcome
 from calibatt.reports.facts import title, workloads
 from calibatt.reports.pairs import HEAD, METHOD, standings
 from calibatt.reports.rows import DENSE, Row, rows
 
+# characters that LaTeX takes for its own, and ours that its default fonts lack
+_LATEX: Mapping[str, str] = MappingProxyType(
+    {
+        **{one: f"\\{one}" for one in "{}$&#%_"},
+        "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "\\textless{}",
+        ">": "\\textgreater{}", "|": "\\textbar{}", "×": "$\\times$", "–": "--", "µ": "\\textmu{}", "−": "$-$",
+        "·": "$\\cdot$", "…": "\\dots{}", "“": "``", "”": "''",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Table:
+    """One table, in no markup.
+
+    Args:
+        above: what stands above it.
+        titled: whether that is the name of a workload.
+        lines: cells of each line, the head first.
+        below: sentences that follow.
+    """
+
+    above: str
+    titled: bool
+    lines: Sequence[Sequence[str]]
+    below: Sequence[str] = ()
+
 
 def tables(run: Run) -> str:
-    """A table for each workload with a speedup, then what has no times, and why."""
-    parts = []
-    columns = [column for column in COLUMNS if column.brief]
+    """In Markdown: a table for each workload with a speedup, then what has no times, and why."""
+    return "\n".join(_in_markdown(table) for table in _tables(run))
+
+
+def latex(run: Run) -> str:
+    """The same tables for LaTeX with its package `booktabs`."""
+    return "\n".join(_in_latex(table) for table in _tables(run))
+
+
+def _tables(run: Run) -> Iterator[_Table]:
     for records in workloads(run):
         arms = rows(records)
-        if all(arm.record.speedup is None for arm in arms):
-            continue
-        timed = [arm for arm in arms if arm.record.outcome == "ok"]
-        cells = [[column.read(arm) for column in columns] for arm in timed]
-        kernels = {arm.record.computed_by for arm in timed if arm.record.method != DENSE}
-        # labels tell kernels apart only where an arm ran on several
-        told = records[0].suite == "kernel" or len(kernels) < 2
-        shown = [
-            i
-            for i, column in enumerate(columns)
-            if any(row[i] for row in cells) and not (column.title == "kernel" and told)
+        if any(arm.record.speedup is not None for arm in arms):
+            yield _figures(records, arms)
+            if found := standings(arms):
+                yield _Table(above=METHOD, titled=False, lines=[HEAD, *(standing.cells for standing in found)])
+
+
+def _figures(records: Sequence[Record], arms: Sequence[Row]) -> _Table:
+    columns = [column for column in COLUMNS if column.brief]
+    timed = [arm for arm in arms if arm.record.outcome == "ok"]
+    cells = [[column.read(arm) for column in columns] for arm in timed]
+    kernels = {arm.record.computed_by for arm in timed if arm.record.method != DENSE}
+    # labels tell kernels apart only where an arm ran on several
+    told = records[0].suite == "kernel" or len(kernels) < 2
+    shown = [
+        i
+        for i, column in enumerate(columns)
+        if any(row[i] for row in cells) and not (column.title == "kernel" and told)
+    ]
+    lines = [["arm", *(columns[i].title for i in shown)]]
+    lines += [[arm.label, *(row[i] for i in shown)] for arm, row in zip(timed, cells, strict=True)]
+    below = [f"{arm.label}: {outcome(arm)}." for arm in arms if arm.record.outcome != "ok"]
+    return _Table(above=title(records[0]), titled=True, lines=lines, below=below)
+
+
+def _in_markdown(table: _Table) -> str:
+    head, *lines = table.lines
+    above = f"**{markdown(table.above)}**" if table.titled else table.above
+    written = [[markdown(cell or "–") for cell in line] for line in (head, ["---"] * len(head), *lines)]
+    parts = ["\n".join([above, "", *(f"| {' | '.join(line)} |" for line in written), ""])]
+    return "\n".join(parts + [markdown(sentence) + "\n" for sentence in table.below])
+
+
+def _in_latex(table: _Table) -> str:
+    head, *lines = ([_latex(cell or "–") for cell in line] for line in table.lines)
+    return "\n".join(
+        [
+            r"\begin{table}", r"\centering", r"\small", f"\\caption{{{_latex(table.above)}}}",
+            f"\\begin{{tabular}}{{{'l' * len(head)}}}", r"\toprule", f"{' & '.join(head)} \\\\", r"\midrule",
+            *(f"{' & '.join(line)} \\\\" for line in lines), r"\bottomrule", r"\end{tabular}", r"\end{table}",
+            *(f"% {plain(sentence)}" for sentence in table.below), "",
         ]
-        table = [["arm", *(columns[i].title for i in shown)], ["---"] * (len(shown) + 1)]
-        table += [[arm.label, *(row[i] or "–" for i in shown)] for arm, row in zip(timed, cells, strict=True)]
-        lines = [f"| {' | '.join(map(markdown, line))} |" for line in table]
-        parts.append("\n".join([f"**{markdown(title(records[0]))}**", "", *lines, ""]))
-        parts += [markdown(f"{arm.label}: {outcome(arm)}.") + "\n" for arm in arms if arm.record.outcome != "ok"]
-        parts += _pairs(arms)
-    return "\n".join(parts)
-
-
-def _pairs(arms: Sequence[Row]) -> list[str]:
-    """Who is nearer to dense than whom, where that can be told."""
-    found = standings(arms)
-    if not found:
-        return []
-    lines = [HEAD, ["---"] * len(HEAD), *(standing.cells for standing in found)]
-    table = "\n".join(f"| {' | '.join(markdown(cell or '–') for cell in line)} |" for line in lines)
-    return [f"{METHOD}\n\n{table}\n"]
+    )  # fmt: skip
 
 
 def markdown(text: str) -> str:
     """Text as Markdown shows it: one line, no cell of its own, no HTML."""
     return plain(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+def _latex(text: str) -> str:
+    """Text as LaTeX shows it: one line, no command of its own."""
+    return "".join(_LATEX.get(one, one) for one in plain(text))

@@ -376,6 +376,21 @@ def test_report_and_gate_refuse_a_json_that_is_not_ours(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_method_is_shown_with_its_source_its_settings_and_its_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "radial"]) == 0
+    said = capsys.readouterr().out
+    assert "Follows github.com/mit-han-lab/radial-attention" in said
+    assert "decay: factor on the width" in said
+    assert [line.split() for line in said.splitlines() if line.startswith(("SETTING", "dense_steps"))] == [
+        ["SETTING", "default", "no-warmup"],
+        ["dense_steps", "0.24", "0.0"],
+    ]
+
+
+def test_a_method_that_is_not_there_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean radial" in _refused(capsys, "methods", "radail")
+
+
 @pytest.mark.parametrize("table", ["methods", "models", "kernels"])
 def test_the_tables_name_everything_there_is(table: str, capsys: pytest.CaptureFixture[str]) -> None:
     from calibatt.kernels.catalogue import KERNELS

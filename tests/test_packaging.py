@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from calibatt.cli import EXIT_BAD_INPUT, main
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -47,3 +49,40 @@ def test_hugging_faces_kernels_package_stays_importable(tmp_path: Path, command:
     )
     arguments = ["bench", "-p", "witness", "--collect-only", "-q"]
     assert "kernels says hello" in _run(sys.executable, *command, *arguments, cwd=ROOT, PYTHONPATH=str(tmp_path))
+
+
+# by the names they are imported by; jinja2 comes with torch, and a pipeline of the user's own needs transformers itself
+_EXTRAS = (
+    "accelerate", "ftfy", "imageio", "imageio_ffmpeg", "matplotlib", "optuna", "peft", "psutil", "pynvml",
+    "pytest", "pytest_benchmark", "scipy", "skimage",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_pipeline_is_made_sparse_without_any_extra(tmp_path: Path) -> None:
+    program = f"""
+import importlib.machinery, sys
+class Installed(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {_EXTRAS} else super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Installed
+import torch, calibatt
+entry = calibatt.MODELS["shapes"]
+pipe = entry.load(resolution="quick", device=torch.device("cpu"), dtype=torch.float32)
+calibatt.sparsify(pipe, "radial")
+calibatt.generate(entry, pipe, prompt="a red circle, still, over grey", resolution="quick", steps=1, seed=0)
+print("made")
+"""
+    assert _run(sys.executable, "-c", program, cwd=tmp_path).strip() == "made"
+
+
+def test_a_command_names_the_extra_that_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["report", str(ROOT / "bench/results/cpu/losa.json"), "-o", "report"]) == EXIT_BAD_INPUT
+    said = capsys.readouterr().err
+    assert said == "calibatt report: matplotlib is not installed: pip install 'calibatt[report]'\n"
+    assert not list(tmp_path.iterdir())

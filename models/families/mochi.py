@@ -1,9 +1,12 @@
-"""Mochi 1: text after the video in one sequence, without its padding; both branches of guidance in one batch."""
+"""Mochi 1: text after the video in one sequence, without its padding; both branches of guidance in one batch.
+
+Text that is no padding is computed whole: blocks that hold any are dense, as queries and as keys.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -12,10 +15,9 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from calibatt.methods.site import Branch
-from calibatt.models.entry import Family, Grid, ModelEntry, Resolution, video_keywords
+from calibatt.models.entry import Family, Grid, ModelEntry, Resolution, video_extents, video_keywords, video_noise
 from calibatt.models.processor import AttentionProcessor, rotated
-
-_REPOSITORY = "genmo/mochi-1-preview"
+from calibatt.models.weights import load
 
 
 class MochiSelfAttention(AttentionProcessor):
@@ -66,19 +68,15 @@ def _branches(pipe: Any, name: str) -> tuple[Branch, ...]:
 FAMILY = Family(
     transformer="MochiTransformer3DModel",
     attentions=_attentions,
+    extents=video_extents,
     patch=_patch,
     processor=MochiSelfAttention,
     branches=_branches,
     passes=(),
     text_side="last",
     keywords=video_keywords,
+    noise=video_noise,
 )
-
-
-def _load(device: torch.device, dtype: torch.dtype, weights: Path | None) -> Any:
-    from diffusers import MochiPipeline
-
-    return MochiPipeline.from_pretrained(_REPOSITORY if weights is None else str(weights), dtype=dtype).to(device)
 
 
 # sizes, steps and guidance: Diffusers' documentation of MochiPipeline, and the transformer's configuration
@@ -103,6 +101,6 @@ ENTRIES = (
         prompt_tokens=256,
         text_tokens=256,
         family=FAMILY,
-        loader=_load,
+        loader=partial(load, "MochiPipeline", "genmo/mochi-1-preview"),
     ),
 )

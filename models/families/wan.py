@@ -1,10 +1,13 @@
-"""Wan 2.1 and 2.2, text, image and video to video: text by cross-attention, guidance as two calls."""
+"""Wan 2.1 and 2.2, text, image and video to video: text by cross-attention, guidance as two calls.
+
+There is no text in self-attention, so nothing in it is dense on its account.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -14,8 +17,18 @@ from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
 from calibatt.methods.site import Branch
-from calibatt.models.entry import Family, ForwardPass, Grid, ModelEntry, Resolution, video_keywords
+from calibatt.models.entry import (
+    Family,
+    ForwardPass,
+    Grid,
+    ModelEntry,
+    Resolution,
+    video_extents,
+    video_keywords,
+    video_noise,
+)
 from calibatt.models.processor import AttentionProcessor, rotated
+from calibatt.models.weights import load
 
 # length that Wan's pipelines pad the prompt to
 _TEXT_TOKENS = 512
@@ -67,6 +80,7 @@ def _branches(pipe: Any, name: str) -> tuple[Branch, ...]:
 FAMILY = Family(
     transformer="WanTransformer3DModel",
     attentions=_attentions,
+    extents=video_extents,
     patch=_patch,
     processor=WanSelfAttention,
     branches=_branches,
@@ -74,16 +88,8 @@ FAMILY = Family(
     passes=("cond", "uncond"),
     text_side=None,
     keywords=video_keywords,
+    noise=video_noise,
 )
-
-
-def _load(repository: str, device: torch.device, dtype: torch.dtype, weights: Path | None) -> Any:
-    from diffusers import AutoencoderKLWan, WanPipeline
-
-    source = repository if weights is None else str(weights)
-    # the autoencoder's own precision is fp32: Wan's recipe in Diffusers
-    vae = AutoencoderKLWan.from_pretrained(source, subfolder="vae", dtype=torch.float32)
-    return WanPipeline.from_pretrained(source, vae=vae, dtype=dtype).to(device)
 
 
 def untrained(
@@ -128,37 +134,69 @@ def untrained(
     return ForwardPass(pipe=pipe, inputs=inputs, name="cond")
 
 
-# Wan's sizes, 50 steps, guidance 5 and flow shift 3 (480p) or 5 (720p): Diffusers' documentation of WanPipeline
-_RESOLUTIONS = MappingProxyType(
-    {
-        "480p": Resolution(height=480, width=832, frames=81, flow_shift=3.0),
-        "720p": Resolution(height=720, width=1280, frames=81, flow_shift=5.0),
-    }
-)
+_480P = Resolution(height=480, width=832, frames=81)
+_720P = Resolution(height=720, width=1280, frames=81)
 
 
-def _wan21(name: str, repository: str, *, layers: int, heads: int, ffn_dim: int) -> ModelEntry:
+def _entry(
+    name: str,
+    repository: str,
+    *,
+    layers: int,
+    heads: int,
+    ffn_dim: int,
+    resolutions: Mapping[str, Resolution],
+    steps: int = 50,
+    guidance: float = 5.0,
+    space: int = 8,
+    channels: int = 16,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> ModelEntry:
+    """One of Wan's models.
+
+    Args:
+        space: pixels per latent.
+        channels: of a latent.
+    """
     return ModelEntry(
         name=name,
         layers=layers,
         heads=heads,
         head_dim=128,
         patch=(1, 2, 2),
-        latent_stride=(4, 8),
-        latent_channels=16,
+        latent_stride=(4, space),
+        latent_channels=channels,
         block=(128, 128),
-        resolutions=_RESOLUTIONS,
-        steps=50,
-        guidance=5.0,
+        resolutions=MappingProxyType(resolutions),
+        steps=steps,
+        guidance=guidance,
         prompt_tokens=_TEXT_TOKENS,
+        options=options,
         family=FAMILY,
-        untrained=partial(untrained, {"ffn_dim": ffn_dim}),
-        loader=partial(_load, repository),
+        untrained=partial(untrained, {"ffn_dim": ffn_dim, "in_channels": channels, "out_channels": channels}),
+        # the autoencoder's own precision is fp32: Wan's recipe in Diffusers
+        loader=partial(load, "WanPipeline", repository, dtypes={"vae": torch.float32}),
     )
 
 
-# sizes of each one's config.json
+# layers, heads, channels: each one's config.json. Sizes, 50 steps, guidance 5 and flow shift 3 (480p) or 5 (720p) of
+# Wan 2.1: Diffusers' documentation of WanPipeline. Wan 2.2, whose schedulers are taken as they are saved: the model
+# cards, which have them from wan/configs of github.com/Wan-Video/Wan2.2
+_WAN21 = {"480p": replace(_480P, flow_shift=3.0), "720p": replace(_720P, flow_shift=5.0)}
 ENTRIES = (
-    _wan21("wan2.1-1.3b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", layers=30, heads=12, ffn_dim=8960),
-    _wan21("wan2.1-14b", "Wan-AI/Wan2.1-T2V-14B-Diffusers", layers=40, heads=40, ffn_dim=13824),
-)
+    _entry(
+        "wan2.1-1.3b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", layers=30, heads=12, ffn_dim=8960, resolutions=_WAN21,
+    ),
+    _entry(
+        "wan2.1-14b", "Wan-AI/Wan2.1-T2V-14B-Diffusers", layers=40, heads=40, ffn_dim=13824, resolutions=_WAN21,
+    ),
+    _entry(
+        "wan2.2-ti2v-5b", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", layers=30, heads=24, ffn_dim=14336, space=16, channels=48,
+        resolutions={"720p": Resolution(height=704, width=1280, frames=121)},
+    ),
+    # of two transformers, one for the noisier steps; guidance is the first one's
+    _entry(
+        "wan2.2-a14b", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", layers=40, heads=40, ffn_dim=13824, steps=40, guidance=4.0,
+        options=MappingProxyType({"guidance_scale_2": 3.0}), resolutions={"720p": _720P, "480p": _480P},
+    ),
+)  # fmt: skip

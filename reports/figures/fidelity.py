@@ -9,19 +9,22 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from calibatt.bench.record import plain
 from calibatt.reports.figures.style import INK, SMALL, legend, marked, name_modes, new_figure, plain_axes
+from calibatt.reports.front import unbeaten
 from calibatt.reports.rows import RANDOM, Row, shared_words, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.path import Path
     from matplotlib.transforms import Bbox
+
+_Floats: TypeAlias = NDArray[np.floating[Any]]
 
 TITLE = "Fidelity against speedup"
 CAPTION = (
@@ -149,19 +152,10 @@ def _dense_alignment(rows: Sequence[Row]) -> float:
     return statistics.fmean(values) if values else -math.inf
 
 
-def _beats(one: _Point, other: _Point) -> bool:
-    """Whether it is better than the other in speed or fidelity, and in neither worse."""
-    return all((one.x >= other.x, one.close >= other.close, (one.x, one.close) != (other.x, other.close)))
-
-
-def _unbeaten(points: Sequence[_Point]) -> list[_Point]:
-    """Those that none of them beats, slowest first."""
-    return sorted((p for p in points if not any(_beats(other, p) for other in points)), key=lambda p: (p.x, -p.close))
-
-
 def _front(points: Sequence[_Point], dense: float) -> list[_Point]:
     """Those that neither another point nor dense attention, at a speedup of 1, beats."""
-    return [point for point in _unbeaten(points) if point.x > 1 or point.close > dense]
+    found = unbeaten(points, lambda point: (point.x, point.close))
+    return [point for point in found if point.x > 1 or point.close > dense]
 
 
 def _named(points: Sequence[_Point], front: Sequence[_Point]) -> list[_Point]:
@@ -278,14 +272,16 @@ def _name_points(figure: Figure, axes: Axes, panel: _Panel, shared: Sequence[str
     crowd = _Crowd(
         inside=axes.get_window_extent(),
         scale=scale,
-        names=[text.get_window_extent() for text in axes.texts],
+        names=[text.get_window_extent().extents for text in axes.texts],
         leaders=[],
-        markers=[_box(axes, (point.x, point.x), (point.y, point.y), 5 * scale) for point in panel.points],
-        bars=[
-            _box(axes, *spans, scale)
-            for point in panel.named
-            for spans in ((point.x_span, (point.y, point.y)), ((point.x, point.x), point.y_span))
-        ],
+        markers=np.array([_box(axes, (point.x, point.x), (point.y, point.y), 5 * scale) for point in panel.points]),
+        bars=np.array(
+            [
+                _box(axes, *spans, scale)
+                for point in panel.named
+                for spans in ((point.x_span, (point.y, point.y)), ((point.x, point.x), point.y_span))
+            ]
+        ),
     )
     for point in panel.named:
         name = short(point.row, shared)
@@ -302,11 +298,12 @@ def _name_points(figure: Figure, axes: Axes, panel: _Panel, shared: Sequence[str
         if box is None:
             text.remove()
             continue
-        text.set_position((box.p0 - at) / scale)
+        text.set_position((box[:2] - at) / scale)
         near = _nearest(at, box)
-        nearer = sum(crowd.distance(box, marker) <= math.dist(near, at) for marker in crowd.markers)
+        middles = (crowd.markers[:, :2] + crowd.markers[:, 2:]) / 2
+        nearer = (_apart(middles, _nearest(middles, box)) <= _apart(at, near)).sum()
         # its own marker is one of them
-        if math.dist(near, at) > _NO_LEADER * scale or nearer > 1:
+        if _apart(at, near) > _NO_LEADER * scale or nearer > 1:
             axes.annotate(
                 "", (point.x, point.y), xytext=(near - at) / scale, textcoords="offset points", zorder=5,
                 arrowprops={"arrowstyle": "-", "color": point.row.colour, "linewidth": 0.9, "shrinkA": 0, "shrinkB": 4},
@@ -315,65 +312,59 @@ def _name_points(figure: Figure, axes: Axes, panel: _Panel, shared: Sequence[str
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Crowd:
-    """What names stand among, in pixels; `scale` of them are a point.
+    """What names stand among, in pixels; `scale` of them are a point. A box is its left, bottom, right and top.
 
     Args:
         inside: the axes.
-        names, leaders: what was written, and the lines that lead to it.
-        markers, bars: what should not be covered.
+        names, leaders: boxes of what was written, and both ends of the lines that lead to it.
+        markers, bars: boxes [count, 4] of what should not be covered.
     """
 
     inside: Bbox
     scale: float
-    names: list[Bbox]
-    leaders: list[Path]
-    markers: Sequence[Bbox]
-    bars: Sequence[Bbox]
+    names: list[_Floats]
+    leaders: list[_Floats]
+    markers: _Floats
+    bars: _Floats
 
-    def place(self, at: Any, size: Bbox) -> Bbox | None:
+    def place(self, at: _Floats, size: Bbox) -> _Floats | None:
         """The best place for a name of a point; it is taken. None where every place covers another name."""
-        free = [box for box in self._places(at, size) if not box.count_overlaps(self.names)]
-        if not free:
+        boxes = self._places(at, np.array([size.width, size.height]) / 2)
+        names = np.reshape(self.names, (-1, 4))
+        boxes = boxes[~_overlaps(boxes, names).any(axis=1)]
+        if not len(boxes):
             return None
-        best = min(free, key=lambda box: self._cost(at, box))
+        best: _Floats = boxes[np.argmin(self._costs(at, boxes, names))]
         self.names.append(best)
-        self.leaders.append(_leader(at, best))
+        self.leaders.append(np.concatenate([at, _nearest(at, best)]))
         return best
 
-    def distance(self, box: Bbox, marker: Bbox) -> float:
-        """From the middle of a marker to a name."""
-        middle = (marker.p0 + marker.p1) / 2
-        return math.dist(_nearest(middle, box), middle)
-
-    def _places(self, at: Any, size: Bbox) -> Iterator[Bbox]:
-        """Boxes of the size that are inside, around the point and all over the axes."""
-        from matplotlib.transforms import Bbox
-
-        half = np.array([size.width, size.height]) / 2
+    def _places(self, at: _Floats, half: _Floats) -> _Floats:
+        """Boxes of that half width and height that are inside, around the point and all over the axes."""
         # not on the axes' lines
         rim = half + 3 * self.scale
         low, high = self.inside.p0 + rim, self.inside.p1 - rim
-        centres = [
-            at + (self.scale * distance + half) * np.array([math.cos(angle), math.sin(angle)])
-            for distance in _DISTANCES
-            for angle in np.arange(_DIRECTIONS) * (2 * math.pi / _DIRECTIONS)
-        ]
-        down = np.arange(low[1], high[1], 1.2 * size.height)
-        centres += [np.array(centre) for centre in itertools.product(np.linspace(low[0], high[0], _ACROSS), down)]
-        for centre in centres:
-            if (low <= centre).all() and (centre <= high).all():
-                yield Bbox([centre - half, centre + half])
+        angles = np.arange(_DIRECTIONS) * (2 * math.pi / _DIRECTIONS)
+        rays = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        around = [at + (self.scale * distance + half) * rays for distance in _DISTANCES]
+        down = np.arange(low[1], high[1], 2.4 * half[1])
+        over = np.array(list(itertools.product(np.linspace(low[0], high[0], _ACROSS), down))).reshape(-1, 2)
+        centres = np.concatenate([*around, over])
+        centres = centres[((low <= centres) & (centres <= high)).all(axis=1)]
+        return np.concatenate([centres - half, centres + half], axis=1)
 
-    def _cost(self, at: Any, box: Bbox) -> float:
-        """How far the name is away, and what it spoils."""
-        leader = _leader(at, box)
-        crossed = sum(leader.intersects_bbox(name) for name in self.names)
-        crossed += sum(path.intersects_bbox(box) or path.intersects_path(leader) for path in self.leaders)
+    def _costs(self, at: _Floats, boxes: _Floats, names: _Floats) -> _Floats:
+        """Of each box, how far the name would be away, and what it would spoil."""
+        ends = np.concatenate([np.broadcast_to(at, (len(boxes), 2)), _nearest(at, boxes)], axis=1)
+        leaders = np.reshape(self.leaders, (-1, 4))
+        crossed = _hits(ends, names).sum(axis=1)
+        crossed += (_hits(leaders, boxes).T | _cross(ends, leaders)).sum(axis=1)
+        distance: _Floats = _apart(ends[:, :2], ends[:, 2:]) / self.scale
         return (
-            math.dist(_nearest(at, box), at) / self.scale
+            distance
             + _CROSSING_COST * crossed
-            + _MARKER_COST * box.count_overlaps(self.markers)
-            + _BAR_COST * box.count_overlaps(self.bars)
+            + _MARKER_COST * _overlaps(boxes, self.markers).sum(axis=1)
+            + _BAR_COST * _overlaps(boxes, self.bars).sum(axis=1)
         )
 
 
@@ -383,20 +374,50 @@ def _in_lines(name: str) -> str:
     return "\n".join(line for part in parts for line in textwrap.wrap(part, _LINE_OF_NAME))
 
 
-def _leader(at: Any, box: Bbox) -> Path:
-    from matplotlib.path import Path
-
-    return Path([at, _nearest(at, box)])
-
-
-def _nearest(at: Any, box: Bbox) -> Any:
-    """The point of a box that is nearest to another."""
-    return np.clip(at, box.p0, box.p1)
+def _apart(ones: _Floats, others: _Floats) -> Any:
+    """Distances of points [..., 2] from others."""
+    return np.hypot(*np.moveaxis(others - ones, -1, 0))
 
 
-def _box(axes: Axes, x_span: tuple[float, float], y_span: tuple[float, float], pad: float) -> Bbox:
+def _nearest(at: _Floats, box: _Floats) -> _Floats:
+    """The point of a box, or of each of some boxes [..., 4], that is nearest to another."""
+    return np.clip(at, box[..., :2], box[..., 2:])
+
+
+def _overlaps(ones: _Floats, others: _Floats) -> NDArray[np.bool_]:
+    """Which boxes [count, 4] overlap which others, bool [ones, others]."""
+    low = np.maximum(ones[:, None, :2], others[None, :, :2])
+    high = np.minimum(ones[:, None, 2:], others[None, :, 2:])
+    overlapping: NDArray[np.bool_] = (low < high).all(axis=2)
+    return overlapping
+
+
+def _hits(lines: _Floats, boxes: _Floats) -> NDArray[np.bool_]:
+    """Which lines, by their ends [count, 4], touch which boxes [count, 4], bool [lines, boxes]."""
+    start, way = lines[:, None, :2], lines[:, None, 2:] - lines[:, None, :2]
+    # what runs along an axis, but for a hair
+    way = np.where(way == 0, 1e-9, way)
+    one, other = (boxes[None, :, :2] - start) / way, (boxes[None, :, 2:] - start) / way
+    # shares of the way at which a line is between both sides of the box
+    enters, leaves = np.minimum(one, other).max(axis=2), np.maximum(one, other).min(axis=2)
+    touching: NDArray[np.bool_] = (enters <= leaves) & (leaves >= 0) & (enters <= 1)
+    return touching
+
+
+def _cross(ones: _Floats, others: _Floats) -> NDArray[np.bool_]:
+    """Which lines, by their ends [count, 4], cross which others, bool [ones, others]."""
+
+    def sides(lines: _Floats, points: _Floats) -> _Floats:
+        """On which side of each line each point is, float [lines, points]."""
+        way, to = lines[:, None, 2:] - lines[:, None, :2], points[None] - lines[:, None, :2]
+        return np.sign(way[..., 0] * to[..., 1] - way[..., 1] * to[..., 0])
+
+    return (sides(ones, others[:, :2]) * sides(ones, others[:, 2:]) <= 0) & (
+        sides(others, ones[:, :2]) * sides(others, ones[:, 2:]) <= 0
+    ).T
+
+
+def _box(axes: Axes, x_span: tuple[float, float], y_span: tuple[float, float], pad: float) -> _Floats:
     """What lies between two corners, in pixels, and a rim."""
-    from matplotlib.transforms import Bbox
-
     corners = axes.transData.transform(list(zip(x_span, y_span, strict=True)))
-    return Bbox.from_extents(*corners.min(axis=0), *corners.max(axis=0)).padded(pad)
+    return np.concatenate([corners.min(axis=0) - pad, corners.max(axis=0) + pad])

@@ -59,7 +59,8 @@ def sign(figure: Figure, text: str) -> Bbox:
 
     # laid out once, so that all of its files are alike
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    # not "none", which would lay it out again for each file
+    figure.set_layout_engine(None)
     for one in figure.legends:
         # or it would go down with the lower edge
         one.set_bbox_to_anchor((0, 0, 1, 1), transform=figure.transFigure)

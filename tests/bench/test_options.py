@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import UnknownName
 from calibatt.methods.catalogue import METHODS
 from calibatt.models import vbench
+from calibatt.models.catalogue import MODELS
 from calibatt.models.device import pick_device
 
 
@@ -154,8 +155,11 @@ def test_whole_videos_are_made_eager_and_compiled_where_both_are_asked_for() -> 
     assert cells("attention", **options) == ["shapes-quick-6-sparge-flex"]
 
 
-def test_what_cannot_be_loaded_has_its_place_in_the_kernel_suite_alone() -> None:
-    only = {"models": "ltx-video-2b", "methods": "sparge"}
+def test_what_cannot_be_loaded_has_its_place_in_the_kernel_suite_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # as one of another package may be
+    theirs = replace(MODELS["ltx-video-2b"], name="theirs", loader=None, family=None)
+    monkeypatch.setitem(MODELS._loaded, "theirs", theirs)
+    only = {"models": "theirs", "methods": "sparge"}
     assert [bool(cells(suite, **only)) for suite in SUITES] == [suite == "kernel" for suite in SUITES]
     resampled = {**only, "inputs": "resampled"}
     assert [suite for suite in SUITES if cells(suite, **resampled)] == ["attention"]

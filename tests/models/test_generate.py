@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from calibatt.kernels.names import UnknownName
 from calibatt.models.catalogue import MODELS
 from calibatt.models.generate import generate, generate_all, read_prompts, save_video
 from calibatt.models.identity import origin_of
+from calibatt.models.shapes.entry import SHAPES
 from calibatt.models.shapes.pipeline import assemble, load_pipeline, new_transformer
 
 PROMPT = "a red circle moving left, over stripes"
@@ -187,11 +189,15 @@ def test_geometries_are_the_published_ones() -> None:
         ("ltx-video-2b", "512p", (21, 16, 22), 7_392),
     ],
 )
-def test_a_model_whose_attention_alone_is_measured_has_its_geometry(
+def test_a_model_has_the_geometry_that_it_is_published_with(
     model: str, resolution: str, grid: tuple[int, int, int], tokens: int
 ) -> None:
-    entry = MODELS[model]
-    geometry = entry.geometry(resolution)
+    geometry = MODELS[model].geometry(resolution)
     assert (geometry.grid, geometry.tokens) == (grid, tokens)
-    with pytest.raises(ValueError, match=f"{model} cannot generate videos here"):
-        entry.load(resolution=resolution, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def test_a_model_of_another_package_may_have_its_attention_alone() -> None:
+    entry = replace(SHAPES, name="theirs", family=None, loader=None)
+    assert entry.geometry("quick").tokens == 3_072
+    with pytest.raises(ValueError, match="theirs cannot generate videos here: only its attention is measured"):
+        entry.load(resolution="quick", device=torch.device("cpu"), dtype=torch.float32)

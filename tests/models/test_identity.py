@@ -100,6 +100,22 @@ def test_the_noise_schedule_is_told_by_class_and_shift(shift: float) -> None:
     assert f'"shift": {shift}' in euler
     assert euler != told(FlowMatchEulerDiscreteScheduler(shift=4.0))
     assert euler != told(UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=shift))
+    assert euler != told(FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=0.1))
+
+
+def test_a_schedule_of_variances_is_told_by_what_shifts_it() -> None:
+    from diffusers import CogVideoXDDIMScheduler
+
+    def told(**settings: Any) -> str:
+        pipe = new_pipe()
+        pipe.scheduler = CogVideoXDDIMScheduler(**settings)
+        return origin_of(pipe).scheduler
+
+    changes: tuple[dict[str, Any], ...] = (
+        {}, {"snr_shift_scale": 1.0}, {"rescale_betas_zero_snr": True}, {"timestep_spacing": "trailing"},
+        {"beta_end": 0.02},
+    )  # fmt: skip
+    assert len({told(**change) for change in changes}) == len(changes)
 
 
 def test_a_pipeline_is_called_by_its_name_or_its_transformers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,12 +37,13 @@ def arm(method: str, speed: float = 1.3, *, rounds: int = 6, psnr: float = 30.0,
         **WORKLOAD, "suite": "denoise", "method": method, "method_label": LABELS.get(method), "preset": "default",
         "mode": "native", "kernel": "flex",
         "block": (64, 64), "baseline": "sdpa-flash", "prompts": PROMPTS[:rounds], "outcome": "ok",
-        "samples_s": tuple(samples), "baseline_samples_s": tuple(dense),
-        "phases_s": {"plan": tuple(samples * 0.05), "attend": tuple(samples * 0.5)},
+        "samples_s": tuple(samples.tolist()), "baseline_samples_s": tuple(dense.tolist()),
+        "phases_s": {"plan": tuple((samples * 0.05).tolist()), "attend": tuple((samples * 0.5).tolist())},
         "density": 0.42, "recall": 0.93, "kernel_error": 1.2e-6, "kernel_error_budget": 2.5e-6,
         "method_error": 0.2 - psnr / 200,
-        "psnr_db": tuple(psnr + rng.standard_normal(rounds)), "ssim": tuple(0.9 + 0.01 * rng.standard_normal(rounds)),
-        "alignment": tuple(0.85 + 0.03 * rng.standard_normal(rounds)), "alignment_dense": (0.95,) * rounds,
+        "psnr_db": tuple((psnr + rng.standard_normal(rounds)).tolist()),
+        "ssim": tuple((0.9 + 0.01 * rng.standard_normal(rounds)).tolist()),
+        "alignment": tuple((0.85 + 0.03 * rng.standard_normal(rounds)).tolist()), "alignment_dense": (0.95,) * rounds,
     }  # fmt: skip
     return Record(**{**facts, **more})
 
@@ -56,8 +58,8 @@ def dense_arm(**more: Any) -> Record:
 def broken(method: str, outcome: Any = "unsupported", reason: str = "test data: no reason", **more: Any) -> Record:
     """An arm without times, which knows no blocks."""
     return Record(
-        **{**WORKLOAD, "suite": "denoise", "method": method, "preset": "default", "mode": "native", "kernel": "flex"},
-        outcome=outcome, reason=reason, **more,
+        **{**WORKLOAD, "suite": "denoise", "method": method, "preset": "default", "mode": "native", "kernel": "flex", **more},
+        outcome=outcome, reason=reason,
     )  # fmt: skip
 
 
@@ -87,10 +89,26 @@ def save_artifact(path: Path, density: float, seed: int) -> None:
     )
 
 
+def many(count: int) -> list[Record]:
+    """So many arms of a matrix, twenty a workload: simulated, as its weights say."""
+    found: list[Record] = []
+    for model, resolution, steps in itertools.product(range(5), range(5), range(-(-count // 500))):
+        facts = {"model": f"model-{model}", "resolution": f"{240 * (resolution + 1)}p", "steps": 10 * (steps + 1)}
+        facts |= {"weights": "simulated"}
+        found.append(dense_arm(**facts))
+        found += [
+            arm(f"method-{i}", 1 + i / 20 + model / 10 - resolution / 50, psnr=35 - i, seed=i, **facts)
+            for i in range(19)
+        ]
+    return found[:count]
+
+
 @pytest.fixture
 def make() -> SimpleNamespace:
-    """Makers of records: `arm`, `dense_arm`, `broken`, and `artifact` for the file of an arm's pictures."""
-    return SimpleNamespace(arm=arm, dense_arm=dense_arm, broken=broken, artifact=save_artifact, prompts=PROMPTS)
+    """Makers of records: `arm`, `dense_arm`, `broken`, `many`, and `artifact` for the file of an arm's pictures."""
+    return SimpleNamespace(
+        arm=arm, dense_arm=dense_arm, broken=broken, many=many, artifact=save_artifact, prompts=PROMPTS
+    )
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from calibatt.bench.record import UnusableFile
-from calibatt.reports.artifact import load_pictures
+from calibatt.reports.artifact import load_clip, load_pictures
 
 FRAMES = np.zeros((1, 3, 8, 8, 3), np.uint8)
 
@@ -130,3 +130,21 @@ def test_of_long_and_large_videos_what_is_shown_is_kept(tmp_path: Path) -> None:
 
 def test_no_artifact_has_no_pictures() -> None:
     assert load_pictures(None) is None
+
+
+def test_a_clip_is_the_whole_first_video_as_it_plays(tmp_path: Path) -> None:
+    videos = np.random.default_rng(0).integers(0, 256, (2, 5, 208, 832, 3), dtype=np.uint8)
+    np.savez_compressed(tmp_path / "a.npz", frames=videos)
+    clip = load_clip(tmp_path / "a.npz")
+    assert clip is not None
+    np.testing.assert_array_equal(clip, videos[0, :, ::2, ::2])
+
+
+def test_what_has_no_frames_has_no_clip_and_damage_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, density=np.full((1, 1, 1), 0.5, np.float32))
+    assert load_clip(path) is None
+    assert load_clip(None) is None
+    path.write_bytes(b"no archive")
+    with pytest.raises(UnusableFile, match=r"a\.npz: is not an artifact"):
+        load_clip(path)

@@ -15,7 +15,7 @@ import pytest
 
 from calibatt.bench.record import Record, Run, load_run
 from calibatt.reports.facts import imprint, samples, workloads
-from calibatt.reports.figures import catalogue, density, fidelity, frames, ideal, masks, phases, speedup
+from calibatt.reports.figures import catalogue, density, fidelity, frames, heatmap, ideal, masks, phases, speedup
 from calibatt.reports.figures.style import new_figure, sign
 from calibatt.reports.rows import Row, illustrated, look, rows, shared_words, short
 
@@ -44,8 +44,10 @@ def test_every_module_of_the_folder_is_in_the_catalogue_and_says_how_to_read_it(
     assert [module.__name__.rpartition(".")[2] for module in catalogue.FIGURES] == [
         "speedup", "fidelity", "ideal", "phases", "density", "masks", "frames",
     ]  # fmt: skip
-    assert len(names) == len(catalogue.FIGURES)
-    for module in catalogue.FIGURES:
+    assert [module.__name__.rpartition(".")[2] for module in catalogue.OVERVIEWS] == ["heatmap"]
+    everything = (*catalogue.FIGURES, *catalogue.OVERVIEWS)
+    assert len(names) == len(everything)
+    for module in everything:
         assert module.__name__.rpartition(".")[2] in names
         assert module.TITLE
         assert module.CAPTION.endswith(".")
@@ -470,3 +472,35 @@ def test_the_text_below_a_figure_is_inside_what_is_saved_and_moves_nothing() -> 
     # all but the widest letters fit the width
     (text,) = (sign(other := new_figure(2), "a fact · " * 40), other.texts)[1]
     assert text.get_window_extent().x1 <= other.bbox.width
+
+
+def test_a_heat_map_has_a_line_a_workload_and_a_column_an_arm(make: SimpleNamespace) -> None:
+    records = [record for record in make.many(60) if record.method != "method-3" or record.resolution != "240p"]
+    run = Run(path=Path("run.json"), machine={}, commit={}, datetime="", command="", records=tuple(records))
+    arms = [row for some in workloads(run) for row in rows(some)]
+    drawn = dict(heatmap.draw(arms))
+    assert list(drawn) == ["Speedup over all workloads", "PSNR (dB) over all workloads"]
+    axes = drawn["Speedup over all workloads"].axes[0]
+    # what all share is not repeated
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["240p", "480p", "720p"]
+    values = axes.images[0].get_array().filled(np.nan)
+    assert values.shape == (3, 19)
+    for line, some in enumerate(workloads(run)):
+        by_name = {row.label: row.record.speedup for row in rows(some)}
+        for column, text in enumerate(axes.get_xticklabels()):
+            interval = by_name.get(text.get_text())
+            assert np.isnan(values[line, column]) if interval is None else values[line, column] == interval.median
+
+
+def test_one_workload_of_a_suite_has_no_heat_map(make: SimpleNamespace) -> None:
+    assert list(heatmap.draw(_rows(make.dense_arm(), make.arm("calibatt")))) == []
+
+
+def test_parts_of_a_large_heat_map_have_one_scale_white_where_an_arm_is_as_fast_as_dense(make: SimpleNamespace) -> None:
+    run = Run(path=Path("run.json"), machine={}, commit={}, datetime="", command="", records=tuple(make.many(2000)))
+    arms = [row for some in workloads(run) for row in rows(some)]
+    figures = [figure for title, figure in heatmap.draw(arms) if title.startswith("Speedup")]
+    assert [len(figure.axes[0].get_yticklabels()) for figure in figures] == [40, 40, 20]
+    images = [figure.axes[0].images[0] for figure in figures]
+    assert len({(image.norm.vmin, image.norm.vmax) for image in images}) == 1
+    assert images[0].norm(1.0) == pytest.approx(0.5)

@@ -15,13 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from calibatt.bench.record import Record, Run, UnusableFile, load_run
-from calibatt.reports.artifact import load_pictures
+from calibatt.reports.artifact import load_clip, load_pictures
 from calibatt.reports.columns import COLUMNS
+from calibatt.reports.data import records_csv, records_json
 from calibatt.reports.facts import imprint, run_facts, samples, workload_facts, workloads
 from calibatt.reports.findings import findings
 from calibatt.reports.gate import judge
+from calibatt.reports.headlines import headlines
 from calibatt.reports.rows import rows
-from calibatt.reports.tables import tables
+from calibatt.reports.tables import latex, tables
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 # the same inputs every time, on every machine, however slow
@@ -133,7 +135,11 @@ def _mutate(document: Any, place: tuple[Any, ...], how: str, value: Any) -> None
 def _shown(run: Run) -> None:
     """All that a report makes of a run, but the drawing."""
     assert tables(run) is not None
+    assert latex(run) is not None
     assert run_facts(run)
+    assert records_csv([run])
+    assert records_json([run])
+    assert len(headlines([rows(records) for records in workloads(run)])) <= 5
     for records in workloads(run):
         arms = rows(records)
         assert all(isinstance(column.read(arm), str) for arm in arms for column in COLUMNS)
@@ -221,6 +227,7 @@ NAMES = ["density", "masks", "mask_sites", "frames", "captions", "frame_starts"]
 def _checked(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     try:
+        load_clip(path)
         load_pictures(path)
     except UnusableFile as error:
         assert len(str(error)) <= 300  # noqa: PT017
