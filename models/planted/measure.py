@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -100,7 +101,7 @@ def _facts(
     entry: ModelEntry, resolution: str, queries: int, fitted: Fit, shares: Float[Tensor, "steps layers heads"]
 ) -> dict[str, Any]:
     figures = published(PROFILES[entry.name])
-    wanted = torch.tensor([late_shares(figures, layer, entry.heads) for layer in figures["late"]])
+    wanted = torch.from_numpy(np.stack([late_shares(figures, layer, entry.heads) for layer in figures["late"]]))
     steps = figures["by_step"]
     return {
         "what": "of the queries and keys of every layer, made of noise as it is before the first layer; no video",
