@@ -13,6 +13,9 @@ _OPTIONS = pytest.StashKey[Any]()
 _SESSION = pytest.StashKey[Any]()
 _JOURNAL = pytest.StashKey[Any]()
 _COMMIT = pytest.StashKey[Any]()
+# runs to compare with, and then what came of it
+_BASELINE = pytest.StashKey[Any]()
+_VERDICT = pytest.StashKey[Any]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,11 +32,13 @@ def pytest_configure(config: pytest.Config) -> None:
     from calibatt.bench.options import (
         Options,
         artifacts_folder,
+        check_gate,
         check_output,
         deciding,
         partial_of,
         refuse_pytest_options,
     )
+    from calibatt.bench.record import load_run
     from calibatt.bench.session import BenchSession, Settings
     from calibatt.bench.suites.catalogue import SUITES
 
@@ -45,6 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
             suite.cells(options)
         out, journal = _path(given.benchmark_json), None
         check_output(out)
+        if options.gate is not None:
+            check_gate(options.gate, out)
+            config.stash[_BASELINE] = [load_run(path) for path in options.gate]
         if out is not None:
             files = [options.calibration, given.prompts]
             journal = Journal(partial_of(out), fingerprint.run(deciding(config.invocation_params.args), files))
@@ -113,6 +121,34 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     journal, bench = session.config.stash[_JOURNAL], session.config.stash[_SESSION]
     if journal is not None and bench.finished and session.items and not session.config.option.collectonly:
         journal.remove()
+    measured = session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+    if measured and _BASELINE in session.config.stash and not session.config.option.collectonly:
+        _gate(session)
+
+
+def _gate(session: pytest.Session) -> None:
+    """Compare the file that was written, and let the exit code tell: 1 for a regression, 3 for inconclusive."""
+    from calibatt.bench.record import UnusableFile, load_run
+    from calibatt.reports.gate import judge
+
+    config, out = session.config, _path(session.config.option.benchmark_json)
+    assert out is not None
+    try:
+        verdict = judge([load_run(out)], config.stash[_BASELINE])
+    except UnusableFile as error:
+        config.stash[_VERDICT], session.exitstatus = (str(error),), pytest.ExitCode.USAGE_ERROR
+        return
+    config.stash[_VERDICT] = verdict.lines
+    # what failed has failed, whatever it was before
+    session.exitstatus = session.exitstatus or int(verdict.exit_code)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Show what the gate said."""
+    if _VERDICT in config.stash:
+        terminalreporter.section("gate")
+        for line in config.stash[_VERDICT]:
+            terminalreporter.write_line(line)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from calibatt.models.planted.pipeline import check_plantable
 BlockChoice = Literal["native"] | tuple[int, int]
 # of the quickest workload, more than a day: a larger number is a slip of the finger
 _MOST_ROUNDS = 10_000
+_DECIDING_NOTHING = ("--max-time", "--gate")
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -235,6 +236,13 @@ class Options:
             "file of prompts, one per line; the first ones are calibrated on; default: the model's own, or VBench's",
         )
     )
+    gate: tuple[Path, ...] | None = field(
+        metadata=_option(
+            _listed(_file),
+            "earlier result files, as of `calibatt gate --baseline`, to compare this run's file with: a regression "
+            "ends with 1, what is inconclusive with 3",
+        )
+    )
 
     @classmethod
     def read(cls, given: Namespace) -> Options:
@@ -355,15 +363,27 @@ def refuse_pytest_options(given: Namespace) -> None:
 
 
 def deciding(arguments: Sequence[str]) -> list[str]:
-    """Arguments of the command, without how long it may take: that decides no figure."""
+    """Arguments of the command, without how long it may take and what it is compared with: these decide no figure."""
     kept: list[str] = []
     others = iter(arguments)
     for one in others:
-        if one == "--max-time":
+        if one in _DECIDING_NOTHING:
             next(others, None)
-        elif not one.startswith("--max-time="):
+        elif not one.startswith(tuple(f"{name}=" for name in _DECIDING_NOTHING)):
             kept.append(one)
     return kept
+
+
+def check_gate(gate: Sequence[Path], out: Path | None) -> None:
+    """Refuse a gate over a run that leaves no file, or over the file that the run is to replace.
+
+    Raises:
+        ValueError: one line that says what to do.
+    """
+    if out is None:
+        raise ValueError("--gate: give --benchmark-json=FILE too, the file that is compared")
+    if out.resolve() in {path.resolve() for path in gate}:
+        raise ValueError(f"--gate {out}: is the file that --benchmark-json replaces; name another one")
 
 
 def check_output(path: Path | None) -> None:

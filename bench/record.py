@@ -48,7 +48,7 @@ OUTSIDE_PHASES = frozenset({"launch"})
 _LARGEST = 1e30
 # a thousandth of what the finest clock tells, the nanosecond of `time.perf_counter_ns`
 _SHORTEST_S = 1e-12
-# a run that wants all CPUs, and loses this share of them, is slower by as much: by what the gate tolerates of a speedup
+# a run that wants all CPUs, and loses this share of them, is slower by as much: by what the gate must find of a speedup
 _DISTURBED = 0.05
 # an error is read on a terminal, and may quote a file
 _LONGEST_LINE = 300

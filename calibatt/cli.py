@@ -161,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--figures",
         type=int,
+        # `FIGURES` of `reports/page.py`, which other commands need not load
         default=24,
         help="once there are so many, further workloads have none; default: %(default)s",
     )
@@ -168,13 +169,31 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "gate",
-        help="compare with a baseline file of a like machine: exit 0 pass, 1 regression, 2 unusable, 3 inconclusive",
+        help="compare with baseline files of a like machine: exit 0 pass, 1 regression, 2 unusable, 3 inconclusive",
     )
-    command.add_argument("file", type=Path, help="the result file to judge")
-    command.add_argument("--baseline", type=Path, required=True, help="an earlier result file of the same benchmarks")
+    command.add_argument(
+        "files", type=Path, nargs="+", metavar="FILE", help="result files to judge: of one code, each a run of its own"
+    )
+    command.add_argument(
+        "--baseline", type=Path, nargs="+", required=True, metavar="FILE",
+        help="earlier result files of the same benchmarks: with three of these and three to judge, or with one against "
+        "five, the spread between runs is theirs",
+    )  # fmt: skip
+    command.add_argument(
+        "--on", metavar="METRIC[=ALLOWED],…",
+        help="what is compared, and how much worse it may be: speedup, time, energy, calibration, memory, density, "
+        "error (shares), psnr (dB), alignment, recall; default: all that the files have",
+    )  # fmt: skip
+    command.add_argument("--tolerance", metavar="SHARE", help="loss of speedup that is allowed; default: 1%%")
+    command.add_argument(
+        "--mde", metavar="SHARE",
+        help="minimal detectable effect: a run that would not show this loss of speedup is inconclusive; default: 5%%",
+    )  # fmt: skip
     command.add_argument(
         "--force", action="store_true", help="compare speedups even if machine or software differ; else that is exit 3"
     )
+    for name, what in (("junit", "JUnit XML"), ("json", "JSON"), ("markdown", "Markdown, for a pull request")):
+        command.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write the verdict as {what}")
     command.set_defaults(run=_gate)
 
     command = commands.add_parser("merge", help="one result file of several that were made on one kind of machine")
@@ -584,8 +603,16 @@ def _report(arguments: argparse.Namespace) -> int:
 def _gate(arguments: argparse.Namespace) -> int:
     from calibatt.bench.record import load_run
     from calibatt.reports.gate import judge
+    from calibatt.reports.gate_files import WRITERS, check_outputs
+    from calibatt.reports.gate_metrics import choose
 
-    verdict = judge(load_run(arguments.file), load_run(arguments.baseline), force=arguments.force)
+    metrics = choose(arguments.on, arguments.tolerance, arguments.mde)
+    outputs = [(path, write) for name, write in WRITERS.items() if (path := getattr(arguments, name)) is not None]
+    check_outputs([path for path, _ in outputs], [*arguments.files, *arguments.baseline])
+    current, baseline = ([load_run(path) for path in paths] for paths in (arguments.files, arguments.baseline))
+    verdict = judge(current, baseline, metrics=metrics, force=arguments.force)
+    for path, write in outputs:
+        path.write_text(write(verdict, current, baseline), encoding="utf-8")
     print("\n".join(verdict.lines))
     return verdict.exit_code
 

@@ -50,7 +50,7 @@ def records_csv(runs: Sequence[Run]) -> str:
 
 
 def _flat(record: Record) -> dict[str, Any]:
-    found = dict(_speedup(record))
+    found: dict[str, Any] = dict(_speedup(record))
     for field in fields(record):
         value = getattr(record, field.name)
         if isinstance(value, Mapping):

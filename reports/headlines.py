@@ -100,7 +100,7 @@ def _doubts(workloads: Sequence[Sequence[Row]]) -> str:
     arms = [row.record for rows in workloads for row in rows]
     counts = {
         "throttled or disturbed": sum(record.doubt is not None for record in arms),
-        "without an interval": sum(bool(record.speedup) and record.speedup.low is None for record in arms),
+        "without an interval": sum((found := record.speedup) is not None and found.low is None for record in arms),
         "without times": sum(record.outcome != "ok" for record in arms),
     }
     shown = [f"{count} {name}" for name, count in counts.items() if count]

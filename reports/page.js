@@ -8,17 +8,20 @@ const FIGURE = /^(-?\d[\d.]*(?:e[-+]?\d+)?)\s*([^\s\d(,]*)/;
 const MOST_CHOICES = 40;
 const LONGEST_CHOICE = 40;
 
-function cell(shown, text) {
+const escaped = (text) => new Option(text).innerHTML;
+
+// what is searched is escaped too: the library reads it as HTML
+function cell(shown, written) {
+  const text = written === "–" ? "" : written;
   const [, number, unit] = FIGURE.exec(text) ?? [];
-  const missing = text === "" || text === "–";
-  return { shown, text: missing ? "" : text, value: missing || !number ? NaN : number * (UNITS[unit] ?? 1) };
+  return { shown, text, search: escaped(text), value: number ? number * (UNITS[unit] ?? 1) : NaN };
 }
 
 // the rows that the tables of the workloads have; what is shown comes escaped from them, and stays so
 function rowsOfPage(heads) {
   const rows = [];
   for (const table of document.querySelectorAll("table[data-place]")) {
-    const place = JSON.parse(table.dataset.place).map((text) => cell(new Option(text).innerHTML, text));
+    const place = JSON.parse(table.dataset.place).map((text) => cell(escaped(text), text));
     const columns = [...table.tHead.rows[0].cells].map((head) => head.dataset.column);
     for (const row of table.tBodies[0].rows) {
       const found = new Map([...row.cells].map((one, i) => [columns[i], cell(one.innerHTML, one.textContent.trim())]));
@@ -52,7 +55,7 @@ function tableOverAll() {
     columns: heads.map((_, i) => ({
       data: i,
       type: figures[i] ? "figure" : "string",
-      render: { _: "shown", filter: "text", sort: figures[i] ? "value" : "text", type: "text" },
+      render: { _: "shown", filter: "search", sort: figures[i] ? "value" : "text", type: "text" },
       visible: Boolean(visible[i]),
       cellType: i ? "td" : "th",
       createdCell: (one) => i || (one.scope = "row"),

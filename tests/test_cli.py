@@ -439,23 +439,73 @@ def _command(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("samples_s", "code", "verdict"),
+    ("samples_s", "arguments", "code", "verdict"),
     [
-        ((1.0,) * 6, 0, "pass"),
-        ((1.5,) * 6, 1, "regression"),
-        ((0.8, 0.9, 1.1, 1.1, 1.2, 1.3), 3, "inconclusive"),
-        ((1.0,) * 3, 3, "inconclusive"),
+        ((1.0,) * 6, ("--mde", "10%"), 0, "pass"),
+        ((1.0,) * 6, (), 3, "inconclusive"),
+        ((1.5,) * 6, (), 1, "regression"),
+        ((1.5,) * 6, ("--tolerance", "40%"), 0, "pass"),
+        ((1.0,) * 3, ("--mde", "10%"), 3, "inconclusive"),
+        ((1.5,) * 6, ("--on", "density=5%"), 0, "pass"),
     ],
 )
 def test_gate_exits_with_its_verdict(
-    samples_s: Sequence[float], code: int, verdict: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    samples_s: Sequence[float],
+    arguments: Sequence[str],
+    code: int,
+    verdict: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     before, now = _run(tmp_path / "before.json"), _run(tmp_path / "now.json", samples_s)
-    assert main(["gate", now, "--baseline", before]) == code
+    assert main(["gate", now, "--baseline", before, *arguments]) == code
     shown = capsys.readouterr()
     assert shown.out.splitlines()[-1] == verdict
     assert "radial" in shown.out
     assert shown.err == ""
+
+
+def test_gate_takes_several_files_a_side_and_writes_its_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [_run(tmp_path / f"now{i}.json", (1.05 + 0.001 * i,) * 8) for i in range(3)]
+    before = [_run(tmp_path / f"before{i}.json", (1 + 0.001 * i,) * 8) for i in range(3)]
+    outputs = {name: tmp_path / f"verdict.{name}" for name in ("junit", "json", "markdown")}
+    flags = [text for name, path in outputs.items() for text in (f"--{name}", str(path))]
+    assert main(["gate", *now, "--baseline", *before, *flags]) == 1
+    line, _, _ = capsys.readouterr().out.splitlines()
+    assert "speedup 1.903, was 1.998: loss 4.8%" in line
+    written = json.loads(outputs["json"].read_text())
+    assert (written["verdict"], written["exit_code"]) == ("regression", 1)
+    assert written["arms"][0]["findings"][0]["loss"] == pytest.approx(0.0475, abs=1e-3)
+    assert "| regression | denoise · shapes | radial (flex) |" in outputs["markdown"].read_text()
+    assert '<failure message="speedup 1.903' in outputs["junit"].read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--on", "sped"), "--on sped: give some of speedup"),
+        (("--tolerance", "x"), "--tolerance x: give a share"),
+        (("--json", "{path}"), "is another file of this command"),
+        (("--json", "{folder}"), "is not a regular file"),
+        (("--junit", "{folder}/none/x.xml"), "there is no folder"),
+        (("--junit", "{folder}/x", "--markdown", "{folder}/x"), "is another file of this command"),
+    ],
+)
+def test_gate_refuses_bad_arguments_before_it_judges(
+    arguments: Sequence[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = _run(tmp_path / "run.json")
+    content = Path(path).read_text()
+    given = [text.format(path=path, folder=tmp_path) for text in arguments]
+    assert message in _refused(capsys, "gate", path, "--baseline", path, *given)
+    assert Path(path).read_text() == content
+
+
+def test_gate_refuses_files_with_nothing_in_common(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = _run(tmp_path / "one.json"), _run(tmp_path / "other.json", method="sta")
+    assert "have no arm in common" in _refused(capsys, "gate", one, "--baseline", other)
 
 
 def test_gate_compares_unlike_machines_only_if_forced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -469,6 +519,7 @@ def test_gate_compares_unlike_machines_only_if_forced(tmp_path: Path, capsys: py
     assert main(arguments) == 3
     line, verdict = capsys.readouterr().out.splitlines()
     assert verdict == "inconclusive"
+    arguments += ["--mde", "10%"]
     assert all(f"{path} (Test data CPU)" in line for path in paths)
     assert "the processor's family differs (26, was 25)" in line
     assert "--force" in line
@@ -532,7 +583,14 @@ def test_being_stopped_is_no_verdict(
 def test_gate_passes_where_the_output_knows_no_letters_but_ascii(tmp_path: Path) -> None:
     path = _run(tmp_path / "run.json", suite="kernel", method="é")
     done = _command(
-        "gate", path, "--baseline", path, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+        "gate",
+        path,
+        "--baseline",
+        path,
+        "--mde",
+        "10%",
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.isascii()

@@ -17,7 +17,7 @@ from calibatt.reports.page import tables
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = README + "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
-RESULTS = sorted((ROOT / "bench" / "results").rglob("*.json"))
+RESULTS = sorted((ROOT / "bench" / "results").glob("*/*.json"))
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: str(path.relative_to(ROOT / "bench" / "results")))

@@ -272,7 +272,7 @@ def _name_points(figure: Figure, axes: Axes, panel: _Panel, shared: Sequence[str
     crowd = _Crowd(
         inside=axes.get_window_extent(),
         scale=scale,
-        names=[text.get_window_extent().extents for text in axes.texts],
+        names=[np.array(text.get_window_extent().extents) for text in axes.texts],
         leaders=[],
         markers=np.array([_box(axes, (point.x, point.x), (point.y, point.y), 5 * scale) for point in panel.points]),
         bars=np.array(
@@ -359,13 +359,13 @@ class _Crowd:
         leaders = np.reshape(self.leaders, (-1, 4))
         crossed = _hits(ends, names).sum(axis=1)
         crossed += (_hits(leaders, boxes).T | _cross(ends, leaders)).sum(axis=1)
-        distance: _Floats = _apart(ends[:, :2], ends[:, 2:]) / self.scale
-        return (
-            distance
+        costs: _Floats = (
+            _apart(ends[:, :2], ends[:, 2:]) / self.scale
             + _CROSSING_COST * crossed
             + _MARKER_COST * _overlaps(boxes, self.markers).sum(axis=1)
             + _BAR_COST * _overlaps(boxes, self.bars).sum(axis=1)
         )
+        return costs
 
 
 def _in_lines(name: str) -> str:
@@ -388,7 +388,7 @@ def _overlaps(ones: _Floats, others: _Floats) -> NDArray[np.bool_]:
     """Which boxes [count, 4] overlap which others, bool [ones, others]."""
     low = np.maximum(ones[:, None, :2], others[None, :, :2])
     high = np.minimum(ones[:, None, 2:], others[None, :, 2:])
-    overlapping: NDArray[np.bool_] = (low < high).all(axis=2)
+    overlapping: NDArray[np.bool_] = np.all(low < high, axis=2)
     return overlapping
 
 
@@ -410,11 +410,12 @@ def _cross(ones: _Floats, others: _Floats) -> NDArray[np.bool_]:
     def sides(lines: _Floats, points: _Floats) -> _Floats:
         """On which side of each line each point is, float [lines, points]."""
         way, to = lines[:, None, 2:] - lines[:, None, :2], points[None] - lines[:, None, :2]
-        return np.sign(way[..., 0] * to[..., 1] - way[..., 1] * to[..., 0])
+        turns: _Floats = np.sign(way[..., 0] * to[..., 1] - way[..., 1] * to[..., 0])
+        return turns
 
-    return (sides(ones, others[:, :2]) * sides(ones, others[:, 2:]) <= 0) & (
-        sides(others, ones[:, :2]) * sides(others, ones[:, 2:]) <= 0
-    ).T
+    parted = sides(ones, others[:, :2]) * sides(ones, others[:, 2:]) <= 0
+    crossing: NDArray[np.bool_] = parted & (sides(others, ones[:, :2]) * sides(others, ones[:, 2:]) <= 0).T
+    return crossing
 
 
 def _box(axes: Axes, x_span: tuple[float, float], y_span: tuple[float, float], pad: float) -> _Floats:

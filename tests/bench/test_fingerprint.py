@@ -41,7 +41,7 @@ def commit_of(path: Path) -> str | None:
 
 
 def results() -> dict[str, Path]:
-    return {str(path.relative_to(RESULTS)): path for path in sorted(RESULTS.rglob("*.json"))}
+    return {str(path.relative_to(RESULTS)): path for path in sorted(RESULTS.glob("*/*.json"))}
 
 
 @pytest.mark.parametrize("name", results())

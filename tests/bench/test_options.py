@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from calibatt.bench.cells import DENSE, Arm, Cell, PermutationArm, Workload
-from calibatt.bench.options import Options, add_options, check_output, deciding, refuse_pytest_options
+from calibatt.bench.options import Options, add_options, check_gate, check_output, deciding, refuse_pytest_options
 from calibatt.bench.record import SUITES
 from calibatt.bench.session import Settings, prompts_for
 from calibatt.bench.suites.catalogue import SUITES as CATALOGUE
@@ -292,6 +292,18 @@ def test_too_few_prompts_are_refused_in_a_line_that_counts_them() -> None:
     assert prompts_for(cell.workload, settings, []).tuning == ()
 
 
-def test_how_long_a_run_may_take_does_not_make_it_another_one() -> None:
-    for limit in (["--max-time", "60"], ["--max-time=60"], []):
+def test_how_long_a_run_may_take_and_what_it_is_compared_with_do_not_make_it_another_one() -> None:
+    for limit in (["--max-time", "60"], ["--max-time=60"], ["--gate=a.json", "--max-time", "60"], ["--gate", "a"], []):
         assert deciding(["bench", *limit, "--rounds", "8"]) == ["bench", "--rounds", "8"]
+
+
+def test_a_gate_needs_a_file_to_judge_that_is_none_of_its_baselines(tmp_path: Path) -> None:
+    before = tmp_path / "before.json"
+    before.write_text("{}")
+    assert Options.read(given(gate=str(before))).gate == (before,)
+    check_gate([before], tmp_path / "now.json")
+    for out, said in ((None, "give --benchmark-json=FILE too"), (before, "name another one")):
+        with pytest.raises(ValueError, match=said):
+            check_gate([before], out)
+    with pytest.raises(ValueError, match=r"--gate x\.json: no such file"):
+        Options.read(given(gate="x.json"))

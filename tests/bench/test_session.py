@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -63,11 +64,34 @@ def test_a_wrong_option_is_one_line_before_anything_runs(tmp_path: Path, bench: 
         (["--models", "wan2.1-1.3b"], "--prompts"),
         (["--prompts", str(unreadable), "--rounds", "1", "--calibration-prompts", "1"], "unknown word 'purple'"),
         ([f"--benchmark-json={tmp_path}", "--benchmark-disable"], "--benchmark-disable: nothing would be measured"),
+        ([f"--gate={unreadable}", f"--benchmark-json={tmp_path}/x.json"], "prompts.txt: Invalid JSON"),
     ):
         done = bench(*arguments)
         assert done.returncode == pytest.ExitCode.USAGE_ERROR
         (line,) = [line for line in done.stderr.splitlines() if line.strip()]
         assert message in line
+
+
+@pytest.mark.slow
+def test_a_run_that_is_gated_ends_with_the_verdict(tmp_path: Path, bench: Bench) -> None:
+    path, before = tmp_path / "now.json", tmp_path / "before.json"
+    arguments = ("-k", "kernel", "--kernels", "sdpa-flash", "--densities", "1", f"--benchmark-json={path}")
+    none_in_common = ROOT / "bench" / "results" / "h200" / "kernel.json"
+    done = bench(*arguments, f"--gate={none_in_common}")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
+    assert "have no arm in common" in done.stdout
+    # it is written all the same
+    measured = json.loads(path.read_text())
+    before.write_text(json.dumps(measured))
+    done = bench(*arguments, "--gate", str(before))
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "inconclusive" in done.stdout.splitlines()
+    gone = {**measured["benchmarks"][0]["extra_info"], "preset": "gone"}
+    measured["benchmarks"].append({"stats": {}, "extra_info": gone})
+    before.write_text(json.dumps(measured))
+    done = bench(*arguments, "--gate", str(before))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "gone from the run" in done.stdout
 
 
 @pytest.mark.slow

@@ -58,8 +58,8 @@ def dense_arm(**more: Any) -> Record:
 def broken(method: str, outcome: Any = "unsupported", reason: str = "test data: no reason", **more: Any) -> Record:
     """An arm without times, which knows no blocks."""
     return Record(
-        **{**WORKLOAD, "suite": "denoise", "method": method, "preset": "default", "mode": "native", "kernel": "flex", **more},
-        outcome=outcome, reason=reason,
+        **{**WORKLOAD, "suite": "denoise", "preset": "default", "mode": "native", "kernel": "flex", **more},
+        method=method, outcome=outcome, reason=reason,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from calibatt.bench.record import MARKERS, load_run
 from calibatt.methods.catalogue import METHODS
 from calibatt.reports.rows import COLOURS
 
-RESULTS = sorted((Path(__file__).resolve().parents[2] / "bench" / "results").rglob("*.json"))
+RESULTS = sorted((Path(__file__).resolve().parents[2] / "bench" / "results").glob("*/*.json"))
 # of dense and the control, which choose no blocks
 GREY = METHODS["dense"].colour
 PALETTE = (*COLOURS, GREY)

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 
 from calibatt.bench.record import UnusableFile, load_run
+from calibatt.cli import _parser
 from calibatt.reports import page as page_module
 from calibatt.reports.figures.catalogue import Picture
 from calibatt.reports.page import write_report
@@ -226,6 +227,10 @@ def test_videos_play_only_when_asked_or_seen_and_say_what_they_show(full_run: Pa
     # the fastest first
     assert [re.findall(r"and ([\w/-]+):", video)[0] for video in videos] == ["CalibAtt", "Radial", "CalibAtt/no-reuse"]
     assert page.index("<video") < page.index("-frames.png")
+
+
+def test_the_command_line_has_the_default_of_figures() -> None:
+    assert _parser().parse_args(["report", "run.json", "-o", "report"]).figures == page_module.FIGURES
 
 
 def test_once_there_are_enough_figures_further_workloads_have_none_and_say_so(full_run: Path, tmp_path: Path) -> None:

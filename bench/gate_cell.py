@@ -1,0 +1,208 @@
+"""One process of the gate's study (`reports/gate_study.py`): small cells, and one of them slowed by real work.
+
+The cells are a kernel benchmark's: dense attention and two masks, in turns, timed and recorded as the kernel suite
+does. Beside them runs one mask with a few percent more to do. Each slowdown is a file of its own, in which the slowed
+arm stands in place of the arm that it is, so that the gate reads what it would read of a slower kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calibatt.bench import fingerprint
+from calibatt.bench.baseline import fastest_dense
+from calibatt.bench.cells import BlockArm
+from calibatt.bench.masks import make_plan
+from calibatt.bench.record import Record
+from calibatt.bench.rounds import take_turns
+from calibatt.bench.suites.attention import ROUNDS
+from calibatt.bench.telemetry import disturbance, load, read, throttled
+from calibatt.bench.timer import PhaseTimer
+from calibatt.kernels.base import dtype_name
+from calibatt.kernels.catalogue import DEFAULT
+from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import Plan
+from calibatt.models.device import pick_device, working_dtype
+
+# shares of an arm's own time that are added to it, by the names of the files
+SLOWDOWNS = {"plain": 0.0, "slow3": 0.03, "slow5": 0.05}
+DENSITIES = (0.25, 0.5)
+# on a CPU a call takes some milliseconds, as the embedded model's do; on a GPU it is Wan 1.3B's at 480p
+_GEOMETRIES = {
+    "cpu": (Geometry(grid=(2, 24, 32), heads=2, head_dim=64), (64, 64)),
+    "cuda": (Geometry(grid=(21, 30, 52), heads=12, head_dim=128), (128, 128)),
+}
+# turns of the loop, or cycles of the GPU, that are timed to know how many a slowdown takes: well above a clock's error
+_UNIT = {"cpu": 20_000, "cuda": 2_000_000}
+_CALIBRATING_ROUNDS = 15
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Course:
+    """An arm and what it has done so far."""
+
+    work: Callable[[], object]
+    seconds: list[float] = field(default_factory=list)
+    throttled: bool | None = None
+
+
+class _Cells:
+    """Inputs, masks and kernels, the same in every process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.dtype = device, working_dtype(device)
+        self.geometry, self.block = _GEOMETRIES[device.type]
+        generator = torch.Generator(device).manual_seed(0)
+        # tokens before heads in memory, as models hand them over
+        shape = (1, self.geometry.tokens, self.geometry.heads, self.geometry.head_dim)
+        self._q, self._k, self._v = (
+            torch.randn(shape, generator=generator, device=device, dtype=self.dtype).transpose(1, 2) for _ in range(3)
+        )
+        self.dense = fastest_dense(self._q, self._k, self._v, self.geometry, log=lambda line: None)
+        self.plans = {
+            density: make_plan("even", density, self.geometry, self.block, lambda: torch.empty(0)).to(device)
+            for density in DENSITIES
+        }
+
+    def attend(self, density: float | None) -> Tensor:
+        """One call under a mask; dense for None."""
+        if density is None:
+            return self.dense.attend(self._q, self._k, self._v, Plan.dense(self.geometry))
+        return DEFAULT.attend(self._q, self._k, self._v, self.plans[density])
+
+    def courses(self, timer: PhaseTimer) -> dict[str, _Course]:
+        """Dense attention, each mask, and in place of the first one each slowdown of it, by name."""
+        slowed, *others = DENSITIES
+        works: dict[str, float | None] = {"dense": None, **{str(density): density for density in others}}
+        courses = {name: _Course(work=partial(self.attend, density)) for name, density in works.items()}
+        work = partial(self.attend, slowed)
+        unit = _unit_per_share(self.device, timer, work)
+        for name, share in SLOWDOWNS.items():
+            courses[name] = _Course(work=_Slowed(work, self.device, round(share * unit)))
+        return courses
+
+    def record(self, course: _Course, dense: _Course, density: float | None, **facts: Any) -> Record:
+        """What an arm has done, as the kernel suite records it."""
+        facts |= {
+            "suite": "kernel", "model": "gate-study", "outcome": "ok", "tokens": self.geometry.tokens,
+            "heads": self.geometry.heads, "head_dim": self.geometry.head_dim, "dtype": dtype_name(self.dtype),
+            "samples_s": tuple(course.seconds),
+        }  # fmt: skip
+        if density is None:
+            return Record(**facts, method="dense", kernel=self.dense.name)
+        arm = BlockArm(kernel=DEFAULT.name, density=density, mask="even", block=self.block)
+        kept = self.plans[density].density().mean().item()
+        return Record(
+            **facts, **arm.facts(), baseline=self.dense.name, baseline_samples_s=tuple(dense.seconds), density=kept
+        )
+
+
+@torch.no_grad()
+def measure(device: torch.device, rounds: int) -> dict[str, list[Record]]:
+    """Time the cells; the records of each file, by its name.
+
+    Args:
+        device: where they run.
+        rounds: samples an arm, after one round that warms up.
+
+    Raises:
+        RuntimeError: an arm failed.
+    """
+    cells, timer = _Cells(device), PhaseTimer(device)
+    courses = cells.courses(timer)
+    before = load(device)
+    failures = take_turns(list(courses), rounds + 1, lambda round_, name: _turn(device, courses[name], timer, round_))
+    if failures:
+        raise RuntimeError("; ".join(f"{name}: {failure.reason}" for name, failure in failures.items()))
+    # they took turns: what disturbed one disturbed all
+    spoilt = {
+        "disturbed": disturbance(before, load(device)),
+        "throttled": throttled(*(course.throttled for course in courses.values())),
+    }
+    slowed, *others = DENSITIES
+    dense = courses["dense"]
+    first = cells.record(dense, dense, None, **spoilt)
+    rest = [cells.record(courses[str(density)], dense, density, **spoilt) for density in others]
+    return {name: [first, cells.record(courses[name], dense, slowed, **spoilt), *rest] for name in SLOWDOWNS}
+
+
+class _Slowed:
+    """Work, and then more of it: turns of a loop on a CPU, cycles on a GPU."""
+
+    def __init__(self, work: Callable[[], object], device: torch.device, count: int) -> None:
+        self._work, self._device, self._count = work, device, count
+
+    def __call__(self) -> None:
+        self._work()
+        if self._count:
+            _spin(self._device, self._count)
+
+
+def _spin(device: torch.device, count: int) -> None:
+    if device.type == "cuda":
+        torch.cuda._sleep(count)
+        return
+    for _ in range(count):
+        pass
+
+
+def _unit_per_share(device: torch.device, timer: PhaseTimer, work: Callable[[], object]) -> float:
+    """Turns or cycles that take as long as the work: both are timed in turns, under the same load."""
+    unit = _UNIT[device.type]
+    pairs = [(_time(timer, work), _time(timer, lambda: _spin(device, unit))) for _ in range(_CALIBRATING_ROUNDS + 1)]
+    # the first round warms up
+    return unit * statistics.median(call / spin for call, spin in pairs[1:])
+
+
+def _time(timer: PhaseTimer, work: Callable[[], object]) -> float:
+    timer.lead()
+    with timer.phase("attend"):
+        work()
+    return timer.collect_s()["attend"]
+
+
+def _turn(device: torch.device, course: _Course, timer: PhaseTimer, round_: int) -> None:
+    seconds = _time(timer, course.work)
+    # the first round warms up
+    if round_:
+        course.seconds.append(seconds)
+        course.throttled = throttled(course.throttled, read(device))
+
+
+def write(folder: Path, measured: dict[str, list[Record]], arguments: Sequence[str]) -> None:
+    """Write a result file for each slowdown into a folder."""
+    facts: dict[str, Any] = {
+        "machine_info": fingerprint.machine(), "commit_info": fingerprint.commit(),
+        "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m calibatt.bench.gate_cell", *arguments]), "untimed": [],
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, records in measured.items():
+        benchmarks = [{"stats": {}, "extra_info": record.to_extra_info()} for record in records]
+        (folder / f"{name}.json").write_text(json.dumps({**facts, "benchmarks": benchmarks}), encoding="utf-8")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure once and write the files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="for the result files")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="samples an arm; default: %(default)s")
+    given = parser.parse_args(arguments)
+    write(given.folder, measure(pick_device(given.device), given.rounds), arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
