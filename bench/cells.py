@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from calibatt.bench.record import SUITES, Mode, Pattern
+from calibatt.bench.record import PLANTED, SUITES, Mode, Pattern
 from calibatt.kernels.base import dtype_name
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import look_up
@@ -233,8 +233,9 @@ class Workload:
         steps: denoising steps; 0 where kernels are measured by themselves.
         device: where it runs.
         resampled: whether its attention calls have the embedded model's inputs, resampled to this model's size.
-        layers: of a transformer with random weights, of which one forward pass is measured; 0 elsewhere.
+        layers: of a transformer without weights of its own, of which one forward pass is measured; 0 elsewhere.
         compiled: whether the transformer's blocks are compiled there.
+        planted: whether weights are planted in the model, in place of its own.
     """
 
     model: str
@@ -244,6 +245,7 @@ class Workload:
     resampled: bool = False
     layers: int = 0
     compiled: bool = False
+    planted: bool = False
 
     @property
     def entry(self) -> ModelEntry:
@@ -264,7 +266,8 @@ class Workload:
         steps = f"-{self.steps}" if self.steps else ""
         layers = f"-{self.layers}layers" if self.layers else ""
         compiled = "-compiled" if self.compiled else ""
-        return f"{self.model}-{self.resolution}{steps}{layers}{compiled}{'-resampled' if self.resampled else ''}"
+        inputs = "-resampled" if self.resampled else "-planted" if self.planted else ""
+        return f"{self.model}-{self.resolution}{steps}{layers}{compiled}{inputs}"
 
     def facts(self) -> dict[str, Any]:
         """The fields of a record that say what the workload is, as far as they are known without its weights."""
@@ -273,12 +276,13 @@ class Workload:
             "model": self.model, "resolution": self.resolution, "tokens": geometry.tokens, "heads": geometry.heads,
             "head_dim": geometry.head_dim, "dtype": dtype_name(self.dtype),
         }  # fmt: skip
+        weights = PLANTED if self.planted else None
         if self.layers:
-            return {**size, "weights": "random", "layers": self.layers, "compiled": self.compiled}
+            return {**size, "weights": weights or "random", "layers": self.layers, "compiled": self.compiled}
         if not self.steps:
             return size
         frames = self.entry.resolution(self.resolution).frames
-        return {**size, "frames": frames, "steps": self.steps, "compiled": self.compiled}
+        return {**size, "weights": weights, "frames": frames, "steps": self.steps, "compiled": self.compiled}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,6 +49,7 @@ class Context:
         guidance: of the videos.
         facts: the fields of a record that all arms share.
         log: shows a line.
+        faithful: whether it says something how near an arm comes to dense attention: not where weights are planted.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Context:
     guidance: float
     facts: Mapping[str, Any]
     log: Callable[[str], None]
+    faithful: bool = True
 
     @cached_property
     def truth(self) -> tuple[Float[Tensor, "1 checked tokens head_dim"], ...]:

@@ -18,6 +18,7 @@ from calibatt.bench.context import Context, spread, take_probes
 from calibatt.bench.observers import Probe
 from calibatt.bench.offline import Lesson, Offline, learn
 from calibatt.bench.preparation import Preparation
+from calibatt.bench.record import PLANTED
 from calibatt.bench.resampled import ResampledVideos
 from calibatt.bench.tuning import TUNING_SEED, Film, Tuner
 from calibatt.calibration.artifact import Calibration
@@ -30,13 +31,14 @@ from calibatt.methods.learning import Learnt
 from calibatt.models.adapter import installed
 from calibatt.models.generate import generate
 from calibatt.models.identity import transformers_of
+from calibatt.models.planted.pipeline import load_planted
 from calibatt.models.shapes.entry import SHAPES
 
 # attention calls at which arms are checked: from the first step and layer to the last, evenly
 _PROBES = (0, 1 / 3, 2 / 3, 1)
-# at another model's size, where fp64 takes minutes for all: two calls within the video, and a few heads of each
-_RESAMPLED_PROBES = (1 / 3, 2 / 3)
-_RESAMPLED_HEADS = 4
+# at a large model's size, where fp64 takes minutes for all: two calls within the video, and a few heads of each
+_FEW_PROBES = (1 / 3, 2 / 3)
+_FEW_HEADS = 4
 # the embedded model's larger size, whose number of frames is nearest to those of large models
 _RESAMPLED_FROM = "standard"
 
@@ -83,7 +85,8 @@ def open_workload(
     film, videos = _videos(workload)
     log("one dense video to take attention inputs from")
     kernel = dense_kernels(workload.device, workload.dtype, workload.entry.head_dim)[0]
-    shares = _RESAMPLED_PROBES if workload.resampled else _PROBES
+    large = workload.resampled or workload.planted
+    shares = _FEW_PROBES if large else _PROBES
     probes = take_probes(videos, kernel, prompts.rounds[0], shares)
     first, heads = probes[0], probes[0].site.geometry.heads
     dense = _baseline(first, preparation, log=log)
@@ -99,13 +102,13 @@ def open_workload(
     )  # fmt: skip
     return Context(
         name=str(workload), device=workload.device, prompts=prompts.rounds, probes=probes,
-        checked_heads=spread(heads, _RESAMPLED_HEADS if workload.resampled else heads), dense=dense,
+        checked_heads=spread(heads, _FEW_HEADS if large else heads), dense=dense,
         kernel=lambda arm: dense if arm == DENSE else KERNELS[arm.kernel], method=tuner.method,
         prepared=offline.prepared,
         # videos of the model whose size is taken would take longer
         preparation_s=(lambda method: None) if workload.resampled else offline.seconds,
         film=film, alignment=workload.entry.alignment, guidance=workload.entry.guidance,
-        facts=_facts(workload, videos), log=log,
+        facts=_facts(workload, videos), log=log, faithful=not workload.planted,
     )  # fmt: skip
 
 
@@ -129,7 +132,8 @@ def _videos(workload: Workload) -> tuple[Film, Videos]:
     """What makes the workload's videos, and dense ones whose attention calls can be watched."""
     own = SHAPES if workload.resampled else workload.entry
     resolution = _RESAMPLED_FROM if workload.resampled else workload.resolution
-    pipe = own.load(resolution=resolution, device=workload.device, dtype=workload.dtype)
+    load = partial(load_planted, own) if workload.planted else own.load
+    pipe = load(resolution=resolution, device=workload.device, dtype=workload.dtype)
     if workload.compiled:
         for transformer in transformers_of(pipe):
             # self-attention is one operator in the graph, so one serves all arms; the video for the probes compiles it
@@ -168,4 +172,7 @@ def _stored(path: Path, videos: Videos) -> Learnt:
 def _facts(workload: Workload, videos: Videos) -> dict[str, Any]:
     """The fields of a record that all arms of this workload share."""
     inputs = videos.inputs if isinstance(videos, ResampledVideos) else None
-    return {**workload.facts(), "weights": videos.origin().weights, "inputs": inputs}
+    digest = videos.origin().weights
+    return {
+        **workload.facts(), "weights": f"{PLANTED} {digest}" if workload.planted else digest, "inputs": inputs,
+    }  # fmt: skip

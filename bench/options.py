@@ -23,6 +23,7 @@ from calibatt.methods.catalogue import has_blocks
 from calibatt.models.catalogue import MODELS
 from calibatt.models.device import pick_device
 from calibatt.models.generate import read_prompts
+from calibatt.models.planted.pipeline import check_plantable
 
 BlockChoice = Literal["native"] | tuple[int, int]
 # of the quickest workload, more than a day: a larger number is a slip of the finger
@@ -174,6 +175,15 @@ class Options:
             default="own",
         )
     )
+    weights: Literal["own", "planted"] = field(
+        metadata=_option(
+            _one_of("own", "planted"),
+            "of the attention, forward and denoise suites: the model's `own` (a forward pass has random ones), or "
+            "`planted`: a full-size model without a download, with attention structure built in; for time and memory, "
+            "never for fidelity",
+            default="own",
+        )
+    )
     masks: tuple[Pattern, ...] = field(
         metadata=_option(
             _listed(_one_of(*PATTERNS)),
@@ -186,7 +196,7 @@ class Options:
         metadata=_option(
             _whole(),
             "run the forward suite: one forward pass of a transformer of the model's shape with this many layers and "
-            "random weights, under masks of --densities; default: no forward suite",
+            "random weights, or planted ones, under masks of --densities; default: no forward suite",
         )
     )
     reused_heads: tuple[float, ...] = field(
@@ -222,7 +232,8 @@ class Options:
     )
     prompts: tuple[str, ...] | None = field(
         metadata=_option(
-            lambda name: read_prompts(Path(name)), "file of prompts, one per line; the first ones are calibrated on"
+            lambda name: read_prompts(Path(name)),
+            "file of prompts, one per line; the first ones are calibrated on; default: the model's own, or VBench's",
         )
     )
     gate: tuple[Path, ...] | None = field(
@@ -255,6 +266,11 @@ class Options:
         return self.inputs == "resampled"
 
     @property
+    def planted(self) -> bool:
+        """Whether models have planted weights."""
+        return self.weights == "planted"
+
+    @property
     def dense_first(self) -> tuple[float, float] | None:
         """Shares of the steps and of the layers that are dense in every arm; None for each method's own."""
         if (self.dense_steps, self.dense_layers) == (None, None):
@@ -266,18 +282,23 @@ class Options:
         """Every model at every resolution and number of steps.
 
         Raises:
-            ValueError: a model has no such resolution, or none that inputs can be resampled to.
+            ValueError: a model has no such resolution, none that inputs can be resampled to, or nothing to plant.
         """
+        if self.planted and self.resampled:
+            raise ValueError("--weights planted: resampled inputs are the embedded model's; leave out --inputs")
         device = self.device or pick_device(None)
         found = []
         for model in self.models:
             entry = MODELS[model]
+            if self.planted:
+                check_plantable(entry)
             for resolution in self.resolutions or list(entry.resolutions)[:1]:
                 if self.resampled:
                     check_resampled(entry.geometry(resolution))
                 found += [
                     Workload(
-                        model=model, resolution=resolution, steps=steps, device=device, resampled=self.resampled
+                        model=model, resolution=resolution, steps=steps, device=device, resampled=self.resampled,
+                        planted=self.planted,
                     )
                     for steps in self.steps or [entry.steps_at(resolution)]
                 ]  # fmt: skip
@@ -313,7 +334,7 @@ def method_cells(options: Options) -> list[Cell]:
         for method in options.methods
         for arm in _in_blocks(Arm.parse(method, kernel, options.dense_first), options.blocks)
     )
-    workloads = [one for one in options.workloads() if one.resampled or one.entry.loader is not None]
+    workloads = [one for one in options.workloads() if one.resampled or one.planted or one.entry.loader is not None]
     return [Cell(workload=workload, arm=arm) for workload in workloads for arm in arms]
 
 

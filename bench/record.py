@@ -38,6 +38,9 @@ Samples = tuple[float, ...]
 SUITES: tuple[Suite, ...] = get_args(Suite)
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
+# first word of what a record says of weights with attention structure built in: for time and memory alone
+PLANTED = "planted"
+
 # phases that are in no sample: they come on top of the time, not out of it
 OUTSIDE_PHASES = frozenset({"launch"})
 
@@ -85,8 +88,10 @@ class Record:
     """One arm (a method on a kernel) on one workload. What was not measured is None, never 0 or NaN.
 
     What was run:
-        suite, model, weights, resolution, frames, steps, tokens, heads, head_dim, dtype, compiled: the workload.
-        layers: of a transformer with random weights, of which one forward pass was measured.
+        suite, model, resolution, frames, steps, tokens, heads, head_dim, dtype, compiled: the workload.
+        weights: `random`, or a digest of them; before it stands `planted` where attention structure was planted in a
+            model without weights of its own, which says nothing about fidelity.
+        layers: of a transformer without weights of its own, of which one forward pass was measured.
         inputs: where attention's inputs come from, if they are not the model's own.
         guidance: classifier-free guidance scale of a whole generation.
         method_label, method_colour, method_marker: how a report shows the method: its authors' spelling, `#RRGGBB`, and
@@ -222,6 +227,9 @@ class Record:
             return "samples and baseline samples are not pairs"
         if self.mode == "equal_fidelity" and self.target_psnr_db is None:
             return "mode equal_fidelity has a target_psnr_db"
+        truth = (self.psnr_db, self.ssim, self.alignment, self.method_error)
+        if self.planted and any(one is not None for one in truth):
+            return "planted weights have no fidelity"
         error, budget = self.kernel_error, self.kernel_error_budget
         if self.outcome == "ok" and error is not None and budget is not None and error > budget:
             return f"kernel error {error:.3g} exceeds its budget {budget:.3g}"
@@ -268,6 +276,11 @@ class Record:
         if self.samples_s is None or self.baseline_samples_s is None:
             return None
         return paired_ratio(self.baseline_samples_s, self.samples_s)
+
+    @property
+    def planted(self) -> bool:
+        """Whether attention structure was planted in the model."""
+        return self.weights is not None and self.weights.split()[:1] == [PLANTED]
 
     @property
     def of_ideal(self) -> float | None:
@@ -330,7 +343,8 @@ class Record:
     def workload(self) -> tuple[Any, ...]:
         """What the arms that may be compared have in common."""
         return (
-            self.suite, self.model, self.inputs, self.resolution, self.layers, self.steps, self.dtype, self.compiled,
+            self.suite, self.model, self.planted, self.inputs, self.resolution, self.layers, self.steps, self.dtype,
+            self.compiled,
         )  # fmt: skip
 
     @property

@@ -24,6 +24,7 @@ from calibatt.bench.suites.suite import Job, Kept, Suite
 from calibatt.bench.tuning import TUNING_PROMPTS
 from calibatt.bench.video import Round, Rounds, in_order
 from calibatt.models.shapes.entry import SHAPES
+from calibatt.models.vbench import choose, to_calibrate_on, to_measure_on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +35,7 @@ class Settings:
         rounds: videos an arm in the denoise suite.
         calibration_prompts: prompts to learn from; never those that are measured.
         calibration: a stored calibration instead.
-        prompts: prompts for models that have none of their own; first those to calibrate on.
+        prompts: to use in place of the model's own, or of VBench's; first those to calibrate on.
         artifacts: folder for the data of the report's pictures.
         max_time: seconds after which no further round of videos begins; None for as long as it takes.
     """
@@ -267,9 +268,8 @@ def prompts_for(workload: Workload, settings: Settings, arms: Sequence[AnyArm]) 
     elif entry.captions is not None:
         prompts = entry.captions(needed, 0)
     else:
-        raise ValueError(
-            f"{workload.model} has no prompts of its own: give a file of them, one per line, with --prompts"
-        )
+        learnt = choose(to_calibrate_on(), count + tuned, "to calibrate and to turn knobs on")
+        prompts = [*learnt[:count], *choose(to_measure_on(), settings.rounds, "to measure on"), *learnt[count:]]
     if len(prompts) < needed:
         raise ValueError(
             f"{count} prompts to calibrate on{f', {tuned} to turn knobs on' if tuned else ''} and {settings.rounds} "

@@ -211,6 +211,8 @@ class Tuner:
             return refusal
         if self._workload.resampled and (knob.over_videos or arm.mode == "equal_fidelity"):
             return Unsupported("this target is measured on whole videos; resampled inputs have none")
+        if self._workload.planted and arm.mode == "equal_fidelity":
+            return Unsupported("this target is a fidelity; planted weights have none")
         method.reset()
         plan = method.plan(probe.q[0], probe.k[0], probe.v[0], probe.site)
         return KERNELS[arm.kernel].refusal(Task.of(probe.q, plan))

@@ -127,10 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--method", default="calibatt", help="see `calibatt methods`; default: %(default)s")
     command.add_argument("--preset", default="default", help="preset of the method; default: %(default)s")
     _add_settings(command)
-    command.add_argument("--prompts", type=Path, help="file of prompts, one per line; default: the model's own")
     command.add_argument(
-        "--count", type=int, help="how many prompts; default: all in the file, or 16 of the model's own"
+        "--prompts", type=Path, help="file of prompts, one per line; default: the model's own, or VBench's"
     )
+    command.add_argument("--count", type=int, help="how many prompts; default: all in the file, or 16 of the others")
     command.add_argument(
         "--levels",
         action="store_true",
@@ -562,6 +562,7 @@ def _describe(calibration: Any, method: Any) -> None:
 def _prompts(arguments: argparse.Namespace, entry: Any, tuned: int = 0) -> Sequence[str]:
     """The prompts to calibrate on, and behind them those to tune on: of a file, or the model's own."""
     from calibatt.models.generate import read_prompts
+    from calibatt.models.vbench import choose, to_calibrate_on
 
     # 16 calibration prompts are nearly as good as 64: the paper's ablation
     count = _at_least_one(arguments, "count", 16)
@@ -576,7 +577,7 @@ def _prompts(arguments: argparse.Namespace, entry: Any, tuned: int = 0) -> Seque
             entry.check_prompt(prompt)
         return chosen
     if entry.captions is None:
-        raise ValueError(f"{entry.name} has no prompts of its own: give a file of them, one per line, with --prompts")
+        return choose(to_calibrate_on(), count + tuned, "to calibrate on")
     captions: list[str] = entry.captions(count + tuned, arguments.seed)
     return captions
 

@@ -37,7 +37,8 @@ def parts_of_title(record: Record) -> list[str]:
 
 def _name(record: Record) -> list[str]:
     parts = [record.suite, record.model, record.resolution, record.steps and f"{record.steps} steps", record.dtype]
-    parts += [record.layers and f"{record.layers} layers with random weights"]
+    parts += [record.layers and f"{record.layers} layers{'' if record.planted else ' with random weights'}"]
+    parts += ["planted weights" if record.planted else None]
     parts += ["compiled" if record.compiled else None]
     return [str(part) for part in parts if part]
 

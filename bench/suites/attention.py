@@ -25,7 +25,7 @@ NAME: Suite = "attention"
 # a layer's attention takes milliseconds: enough rounds for an interval of a few percent
 ROUNDS = 20
 # at a large model's size it takes a hundred times as long, and varies less
-_RESAMPLED_ROUNDS = 10
+_FEW_ROUNDS = 10
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -53,7 +53,9 @@ def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]
     context = job.open()
     # the baseline is measured even where nobody asked to see it
     wanted = dict.fromkeys([DENSE, *(arm for arm in arms if isinstance(arm, Arm))])
-    yield from run(context, list(wanted), rounds=_RESAMPLED_ROUNDS if job.workload.resampled else ROUNDS)
+    yield from run(
+        context, list(wanted), rounds=_FEW_ROUNDS if job.workload.resampled or job.workload.planted else ROUNDS
+    )
 
 
 def run(context: Context, arms: Sequence[Arm], *, rounds: int) -> Iterator[tuple[Arm, Record]]:
@@ -116,8 +118,8 @@ def _record(context: Context, course: _Course, dense: _Course | None, disturbed:
         baseline_samples_s=None if dense is None else tuple(dense.seconds),
         phases_s={name: tuple(samples) for name, samples in course.phases.items()},
         tflops=operations / statistics.median(course.phases["attend"]) / 1e12,
-        method_error=one.truth.method_error,
-        error_calls=len(context.probes),
+        method_error=one.truth.method_error if context.faithful else None,
+        error_calls=len(context.probes) if context.faithful else None,
         plan_memory_bytes=max(plan.nbytes() for plan in one.plans),
         density=density,
         throttled=throttled(course.throttled, dense.throttled if dense else None),

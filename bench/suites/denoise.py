@@ -161,7 +161,7 @@ def _take_turns(
 
     def over(round_: int) -> None:
         reference = None if DENSE in failures else videos.get(DENSE)
-        if reference is not None:
+        if reference is not None and context.faithful:
             of_all(lambda arm: None if arm == DENSE else _compare(courses[arm].videos[-1], videos[arm], reference))
         videos.clear()
         if round_ + 1 == pictured and artifacts is not None:
@@ -179,7 +179,7 @@ def _take_turns(
 def _one_video(context: Context, course: _Course, round_: int) -> Frames:
     device = context.device
     # before what is timed
-    error = _method_error(context, course.one) if round_ == 0 else None
+    error = _method_error(context, course.one) if round_ == 0 and context.faithful else None
     # the plans of one video show the method's density
     observers = [course.plans] if round_ == 0 else []
     meter = Meter(course.one.method, course.one.kernel, device, observers=observers)
@@ -275,9 +275,10 @@ def _save_artifact(context: Context, course: _Course, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {
         "density": course.plans.by_site().numpy().astype(np.float32),
-        "frames": np.stack([video.permute(1, 2, 3, 0).numpy() for video in course.shown]),
-        "captions": np.array(context.prompts[: len(course.shown)]),
     }
+    if context.faithful:
+        arrays["frames"] = np.stack([video.permute(1, 2, 3, 0).numpy() for video in course.shown])
+        arrays["captions"] = np.array(context.prompts[: len(course.shown)])
     if masks:
         arrays |= {"masks": np.stack([mask for _, mask in masks]), "mask_sites": np.array([site for site, _ in masks])}
         # in another order, tokens of a frame do not lie side by side

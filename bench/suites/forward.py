@@ -1,7 +1,7 @@
-"""The forward suite: one forward pass of a transformer of a model's shape with random weights, eager or compiled.
+"""The forward suite: one forward pass of a transformer of a model's shape, its weights random or planted.
 
-What sparse attention brings to a whole model at a density, without the model's weights. Random weights have no
-structure, so masks are drawn and no method is asked; it is for time and memory, never for fidelity.
+What sparse attention brings to a whole model at a density, eager or compiled, without the model's weights. Random
+weights have no structure, so masks are drawn and no method is asked; it is for time and memory, never for fidelity.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from calibatt.methods.catalogue import build
 from calibatt.methods.site import Site
 from calibatt.models.adapter import restore, sparsify
 from calibatt.models.entry import ForwardPass
+from calibatt.models.planted.pipeline import plant
 
 NAME: Suite = "forward"
 
@@ -131,10 +132,12 @@ class _Model:
         self.workload = workload
         self._console = job.console
         self.geometry = workload.entry.geometry(workload.resolution)
-        self.log(f"making {workload.layers} layers with random weights")
+        self.log(f"making {workload.layers} layers with {workload.facts()['weights']} weights")
         self.one: ForwardPass = workload.entry.untrained(
             self.geometry, workload.layers, workload.device, workload.dtype
         )
+        if workload.planted:
+            plant(workload.entry, self.one.pipe.transformer)
         if workload.compiled:
             self.one.pipe.transformer.compile_repeated_blocks(fullgraph=True)
         shape = (1, self.geometry.tokens, self.geometry.heads, self.geometry.head_dim)

@@ -150,13 +150,13 @@ class _Bench:
 
 
 def cells(options: Options) -> list[Cell]:
-    """Every mask on every kernel at every model's geometry, and permutations; none of resampled inputs.
+    """Every mask on every kernel at every model's geometry, and permutations; nothing where inputs are a model's.
 
     Raises:
         ValueError: an option makes no sense.
     """
     found: list[Cell] = []
-    if options.resampled:
+    if options.resampled or options.planted:
         return found
     # the same geometry at another number of steps is the same
     for workload in dict.fromkeys(replace(workload, steps=0) for workload in options.workloads()):

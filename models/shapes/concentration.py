@@ -39,6 +39,8 @@ from calibatt.models.shapes.scenes import held_out_captions
 MASS = 0.95
 # 21 of them
 LEVELS = tuple(level / 20 for level in range(21))
+# of the heads of one layer there are few: every other level
+HEAD_LEVELS = LEVELS[::2]
 OURS, PUBLISHED, PICTURE = "concentration.json", "concentration-published.json", "concentration.png"
 
 # the tables of sparsevideo 0.1.0, by the models they are of; the first four are drawn
@@ -97,9 +99,9 @@ class Summary:
         levels = torch.tensor(LEVELS, dtype=torch.float64)
         return cls(
             mean=round(float(values.mean()), 5),
-            quantiles=_rounded(torch.quantile(values.flatten(), levels)),
-            by_step=_rounded(values.mean((1, 2))),
-            by_layer=_rounded(values.mean((0, 2))),
+            quantiles=rounded(torch.quantile(values.flatten(), levels)),
+            by_step=rounded(values.mean((1, 2))),
+            by_layer=rounded(values.mean((0, 2))),
             between_heads=round(float(values.mean(0).var(correction=0)) / variance, 5) if variance else 1.0,
         )
 
@@ -200,10 +202,10 @@ def measure_weights(
             # statistics are of each head's mean over captions; published ones of the largest over prompts
             **asdict(Summary.of(shares.mean(0))),
             "mean_of_largest": round(float(shares.amax(0).double().mean()), 5),
-            "shares": [[[_rounded(heads) for heads in step] for step in caption] for caption in shares],
+            "shares": [[[rounded(heads) for heads in step] for step in caption] for caption in shares],
         }
         facts["sizes"] = {name: facts["sizes"][name] for name in SHAPES.resolutions if name in facts["sizes"]}
-        _write(path, facts)
+        write(path, facts)
         print(f"{size}: mean {facts['sizes'][size]['mean']:.3f}", flush=True)
 
 
@@ -261,8 +263,16 @@ def summarise_profiles(folder: Path) -> dict[str, Any]:
         steps, layers, heads = shares.shape
         models[model] = {
             "table": name, "steps": steps, "layers": layers, "heads": heads, **asdict(Summary.of(shares)),
+            "late": late_heads(shares),
         }  # fmt: skip
-    return {"source": _SOURCE, "mass": MASS, "levels": LEVELS, "models": models}
+    return {"source": _SOURCE, "mass": MASS, "levels": LEVELS, "head_levels": HEAD_LEVELS, "models": models}
+
+
+def late_heads(shares: Float[Tensor, "steps layers heads"]) -> tuple[tuple[float, ...], ...]:
+    """Of each layer, quantiles at HEAD_LEVELS of the heads' means over the second half of the steps."""
+    late = shares[len(shares) // 2 :].double().mean(0)
+    levels = torch.tensor(HEAD_LEVELS, dtype=torch.float64)
+    return tuple(rounded(torch.quantile(heads, levels)) for heads in late)
 
 
 def read_summaries(path: Path) -> dict[str, Summary]:
@@ -362,7 +372,7 @@ def main() -> None:
         if args.profiles is not None:
             facts = summarise_profiles(args.profiles)
             args.out.mkdir(parents=True, exist_ok=True)
-            _write(args.out / PUBLISHED, facts)
+            write(args.out / PUBLISHED, facts)
         else:
             args.out.mkdir(parents=True, exist_ok=True)
             measure_weights(
@@ -378,7 +388,8 @@ def main() -> None:
     print(table({**ours, **published}))
 
 
-def _rounded(values: Float[Tensor, " values"]) -> tuple[float, ...]:
+def rounded(values: Float[Tensor, " values"]) -> tuple[float, ...]:
+    """Numbers as they stand in the files, to five digits."""
     return tuple(round(value, 5) for value in values.tolist())
 
 
@@ -400,7 +411,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
     return dict(facts)
 
 
-def _write(path: Path, facts: Mapping[str, Any]) -> None:
+def write(path: Path, facts: Mapping[str, Any]) -> None:
     """JSON, indented, with lists of numbers on one line each."""
     text = json.dumps(facts, indent=1, ensure_ascii=False)
     text = re.sub(

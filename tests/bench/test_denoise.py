@@ -49,6 +49,24 @@ def test_times_and_videos_are_compared_with_dense_ones_of_the_same_round(
     assert max(record.ssim) < 1
 
 
+def test_of_planted_weights_there_are_times_and_neither_fidelity_nor_frames(
+    fakes: Any, by_round: Callable[..., list[float]], tmp_path: Path
+) -> None:
+    # no dense video stands beside the first: no method error is taken
+    arms = [
+        fakes.arm("dense", by_round(CHECKED, A_VIDEO, [1.0, 2.0])),
+        fakes.arm("sparse", by_round(CHECKED, A_VIDEO, [0.5, 1.0])),
+    ]
+    context = replace(fakes.context(), faithful=False)
+    for record in dict(run(context, arms, rounds=2, artifacts=tmp_path)).values():
+        assert record.samples_s is not None
+        assert record.psnr_db is record.ssim is record.alignment is record.method_error is None
+        assert record.density is not None
+        with np.load(tmp_path.parent / (record.artifact or "")) as pictures:
+            assert "frames" not in pictures
+            assert "density" in pictures
+
+
 def test_what_others_had_is_of_the_videos_and_their_baselines_by_their_length(
     fakes: Any, by_round: Callable[..., list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

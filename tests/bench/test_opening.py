@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partialmethod
+import re
+from dataclasses import replace
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,19 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from calibatt.bench import opening
+from calibatt.bench import cells, opening
 from calibatt.bench.cells import Workload
 from calibatt.bench.journal import Journal
 from calibatt.bench.observers import Probe
-from calibatt.bench.opening import _baseline, _videos
+from calibatt.bench.opening import _baseline, _facts, _videos
 from calibatt.bench.preparation import Preparation
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.geometry import Geometry
 from calibatt.methods.call import SparseAttention
 from calibatt.methods.catalogue import build
 from calibatt.methods.site import Site
+from calibatt.models.entry import Resolution
+from calibatt.models.families import wan
 
 
 def test_a_run_that_goes_on_pairs_with_the_dense_kernel_that_it_began_with(
@@ -39,6 +43,25 @@ def test_a_run_that_goes_on_pairs_with_the_dense_kernel_that_it_began_with(
         return _baseline(probe, preparation, log=print).name
 
     assert [chosen("one"), chosen("one"), chosen("other"), chosen("other")] == ["sdpa-flash"] * 2 + ["flex-dense"] * 2
+
+
+def test_planted_weights_are_made_without_a_download_and_named_in_every_record(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entry = replace(
+        wan.ENTRIES[0], layers=2, heads=2, steps=2, untrained=partial(wan.untrained, {"ffn_dim": 32, "text_dim": 8}),
+        resolutions={"tiny": Resolution(height=32, width=48, frames=5, flow_shift=5.0)},
+    )  # fmt: skip
+    monkeypatch.setattr(cells, "MODELS", {entry.name: entry})
+    workload = Workload(model=entry.name, resolution="tiny", steps=2, device=torch.device("cpu"), planted=True)
+    film, videos = _videos(workload)
+    assert re.fullmatch("planted [0-9a-f]{16}", _facts(workload, videos)["weights"])
+    attention = SparseAttention(build("dense"), KERNELS["sdpa-math"])
+    # three channels of latents: two frames of 4 × 6
+    first, again, other = film(attention, "a cat", 0), film(attention, "a cat", 0), film(attention, "a dog", 0)
+    assert first.shape == (3, 2, 4, 6)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 @pytest.mark.slow

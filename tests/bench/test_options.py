@@ -18,6 +18,7 @@ from calibatt.bench.suites.catalogue import SUITES as CATALOGUE
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import UnknownName
 from calibatt.methods.catalogue import METHODS
+from calibatt.models import vbench
 from calibatt.models.catalogue import MODELS
 from calibatt.models.device import pick_device
 
@@ -125,6 +126,8 @@ def test_a_value_that_makes_no_sense_is_refused_in_a_line_that_names_it(texts: d
         ({"resolutions": "quik"}, "did you mean quick"),
         ({"methods": "calibat"}, "did you mean calibatt"),
         ({"inputs": "resampled", "models": "cogvideox-5b"}, "without text"),
+        ({"weights": "planted"}, "weights can be planted in wan2.1-1.3b, wan2.1-14b: not in shapes"),
+        ({"weights": "planted", "inputs": "resampled"}, "leave out --inputs"),
     ],
 )
 def test_what_a_model_or_a_method_does_not_have_is_refused(texts: dict[str, str], message: str) -> None:
@@ -160,6 +163,24 @@ def test_what_cannot_be_loaded_has_its_place_in_the_kernel_suite_alone(monkeypat
     assert [bool(cells(suite, **only)) for suite in SUITES] == [suite == "kernel" for suite in SUITES]
     resampled = {**only, "inputs": "resampled"}
     assert [suite for suite in SUITES if cells(suite, **resampled)] == ["attention"]
+
+
+def test_planted_weights_are_workloads_of_their_own_in_the_suites_that_need_weights() -> None:
+    planted = {"models": "wan2.1-14b", "methods": "calibatt", "kernels": "flex", "weights": "planted", "layers": "2"}
+    assert [suite for suite in SUITES if cells(suite, **planted)] == ["forward", "calibration", "attention", "denoise"]
+    assert cells("denoise", **planted) == ["wan2.1-14b-480p-50-planted-calibatt-flex"]
+    assert all("-planted-" in name for name in cells("forward", **planted))
+
+
+def test_a_model_without_prompts_has_vbenchs_and_measures_on_none_that_is_learnt_from() -> None:
+    cell = CATALOGUE["denoise"].cells(Options.read(given(models="wan2.1-14b", methods="sparge=0.35", kernels="flex")))[
+        0
+    ]
+    settings = Settings(rounds=3, calibration_prompts=2, calibration=None, prompts=None, artifacts=None)
+    prompts = prompts_for(cell.workload, settings, [cell.arm])
+    assert (len(prompts.calibration), len(prompts.rounds), len(prompts.tuning)) == (2, 3, 2)
+    assert {*prompts.rounds} <= {*vbench.to_measure_on()}
+    assert {*prompts.calibration, *prompts.tuning} <= {*vbench.to_calibrate_on()}
 
 
 def test_arms_that_learn_the_same_are_one_cell_of_the_calibration_suite() -> None:

@@ -32,6 +32,21 @@ def test_a_file_gives_back_the_records_it_was_made_of(tmp_path: Path) -> None:
     assert run.records == (timed, untimed)
 
 
+@pytest.mark.parametrize(
+    "truth", [{"psnr_db": (30.0, 31.0)}, {"ssim": (0.9, 0.9)}, {"alignment": (1.0, 1.0)}, {"method_error": 0.1}]
+)
+def test_planted_weights_have_no_fidelity(truth: dict[str, Any]) -> None:
+    Record(**TIMED, **truth, weights="0123")
+    with pytest.raises(ValueError, match="planted weights have no fidelity"):
+        Record(**TIMED, **truth, weights="planted 0123")
+
+
+def test_planted_weights_are_not_compared_with_others() -> None:
+    planted, own = Record(**TIMED, weights="planted 0123"), Record(**TIMED, weights="4567")
+    assert planted.key != own.key
+    assert planted.key == Record(**TIMED, weights="planted 89ab").key
+
+
 def test_samples_survive_a_file_without_raw_times(tmp_path: Path) -> None:
     # as `pytest bench --benchmark-save` leaves it, unless --benchmark-save-data is given too
     path = _file(tmp_path / "run.json", Record(**TIMED))

@@ -386,6 +386,13 @@ def test_medians_of_bars_are_those_of_the_rounds(make: SimpleNamespace) -> None:
 # --- what stands below every figure ----------------------------------------------------------------------------------
 
 
+def test_a_figure_of_planted_weights_says_so() -> None:
+    facts = {"suite": "denoise", "model": "wan2.1-14b", "method": "sparge", "kernel": "flex"}
+    planted = [Record(**facts, outcome="failed", reason="test data", weights="planted 0123")]
+    run = Run(path=Path("run.json"), machine={}, commit={}, datetime="", command="", records=tuple(planted))
+    assert "planted weights" in imprint(run, rows(planted))
+
+
 def _imprint(name: str, place: int = 0) -> tuple[str, str]:
     run = load_run(RESULTS / name)
     arms = rows(workloads(run.records)[place])

@@ -1,0 +1,1 @@
+"""Full-size models without a download: attention structure planted in an untrained transformer. Never for fidelity."""
