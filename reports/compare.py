@@ -44,7 +44,7 @@ def _environment(first: Run, second: Run) -> list[str]:
 def _workloads(first: Run, second: Run) -> list[str]:
     lines = []
     found: dict[Any, list[Mapping[Any, Row]]] = {}
-    titles = {}
+    titles: dict[Any, str] = {}
     for place, run in enumerate((first, second)):
         for records in workloads(run.records):
             titles.setdefault(records[0].workload, title(records[0]))
