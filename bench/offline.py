@@ -159,7 +159,6 @@ class Offline:
         preparation: what a stopped run has learnt, and keeps what this one does.
         stored: loads what was learnt before and is to be used in place of it, wherever it is the same method's.
         log: says what is being learnt.
-        device: where learning runs and its results go.
         block: of the model.
         turned: as for `lesson_of`.
     """
@@ -171,7 +170,6 @@ class Offline:
         preparation: Preparation,
         stored: Callable[[], Learnt] | None,
         log: Callable[[str], None],
-        device: torch.device,
         block: tuple[int, int],
         turned: Collection[str] = (),
     ) -> None:
@@ -179,7 +177,6 @@ class Offline:
         self._preparation = preparation
         self._load = stored
         self._log = log
-        self._device = device
         self._block = block
         self._turned = turned
         self._made: list[tuple[Lesson, Prepared]] = []
@@ -214,7 +211,7 @@ class Offline:
             if known == lesson:
                 return prepared
         seconds, learnt = self._found(lesson) or self._learnt(lesson)
-        self._made.append((lesson, Prepared(calibration=learnt.to(self._device), seconds=seconds)))
+        self._made.append((lesson, Prepared(calibration=learnt, seconds=seconds)))
         return self._made[-1][1]
 
     def seconds(self, method: Planner) -> float | None:
@@ -244,4 +241,4 @@ class Offline:
 
     @cached_property
     def _stored(self) -> Learnt | None:
-        return None if self._load is None else self._load().to(self._device)
+        return None if self._load is None else self._load()

@@ -93,7 +93,7 @@ def open_workload(
     offline = Offline(
         partial(_learn, workload, videos, prompts.calibration, dense, console), preparation=preparation,
         stored=None if stored is None else partial(_stored, stored, videos),
-        log=log, device=workload.device, block=workload.block, turned=turned,
+        log=log, block=workload.block, turned=turned,
     )  # fmt: skip
     tuner = Tuner(
         workload, offline=offline, preparation=preparation, probe=probes[-1],

@@ -155,6 +155,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_calibrate)
 
+    command = commands.add_parser("calibration", help="say what a calibration is for, and check all of its file")
+    command.add_argument("file", type=Path, metavar="FILE", help="of `calibatt calibrate`")
+    command.set_defaults(run=_calibration)
+
     command = commands.add_parser("report", help="a page, figures and data of files of `pytest bench --benchmark-json`")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="result files")
     command.add_argument("-o", "--out", type=Path, required=True, help="folder of the report")
@@ -317,7 +321,7 @@ def _ready(arguments: argparse.Namespace) -> tuple[Any, str, int, Any, Any, Any,
     if not 0 <= (getattr(arguments, "step", None) or 0) < steps:
         raise ValueError(f"--step {arguments.step}: there are steps 0 to {steps - 1}")
     kernel = look_up(KERNELS, arguments.kernel, "kernel")
-    method = _method(arguments, entry, resolution, steps, device)
+    method = _method(arguments, entry, resolution, steps)
     geometry = entry.geometry(resolution)
     refusal = method.refusal(geometry) or kernel.refusal(_task(method, geometry, steps, entry.layers, device))
     if refusal is not None:
@@ -372,7 +376,7 @@ def _show(found: Any, top: int) -> None:
     _table(("KERNEL", "PART", "TIME", "SHARE", "LAUNCHES"), works[:top])
 
 
-def _method(arguments: argparse.Namespace, entry: Any, resolution: str, steps: int, device: Any) -> Any:
+def _method(arguments: argparse.Namespace, entry: Any, resolution: str, steps: int) -> Any:
     """The method, with the calibration that it needs."""
     from calibatt.calibration.artifact import Calibration
     from calibatt.methods.catalogue import build, learns_from
@@ -381,7 +385,7 @@ def _method(arguments: argparse.Namespace, entry: Any, resolution: str, steps: i
     settings = _settings(arguments)
     source = learns_from(name, preset, **settings)
     if arguments.calibration is not None:
-        calibration = Calibration.load(arguments.calibration).to(device)
+        calibration = Calibration.load(arguments.calibration)
     elif source is not None:
         which = "" if source == "calibatt" else f"--method {source} "
         which += "" if source != name or preset == "default" else f"--preset {preset} "
@@ -442,9 +446,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
             if done < wanted:
                 print(f"process {rank} has ended; the last of {world} to end writes {arguments.out}")
                 return 0
-            calibration = run.merge(units, progress=True)
             with _kept(units):
-                calibration.save(arguments.out)
+                calibration = run.merge(units, arguments.out, progress=True)
             units.remove()
     except KeyboardInterrupt:
         if not units.finished():
@@ -457,6 +460,16 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     _describe(calibration, build(method, calibration=calibration, **how))
     print(f"wrote {arguments.out}")
+    return 0
+
+
+def _calibration(arguments: argparse.Namespace) -> int:
+    from calibatt.calibration.artifact import Calibration
+    from calibatt.calibration.card import about
+
+    calibration = Calibration.load(arguments.file, verify=True)
+    _table(("ABOUT", "WHAT IT SAYS"), about(calibration))
+    print(f"{arguments.file} is as it was written")
     return 0
 
 

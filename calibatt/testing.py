@@ -158,7 +158,7 @@ def _places(geometry: Geometry) -> Float[Tensor, "tokens 4"]:
 
 
 def made(
-    name: str, preset: str, geometry: Geometry, *, block: tuple[int, int] = BLOCK, device: str = "cpu",
+    name: str, preset: str, geometry: Geometry, *, block: tuple[int, int] = BLOCK,
     learn: Callable[[Learner, str, Geometry], Learnt] = learnt_by,
 ) -> Method:  # fmt: skip
     """A method for a geometry, with what it has to learn.
@@ -166,7 +166,6 @@ def made(
     Args:
         name, preset, block: as for `calibatt.build`.
         geometry: of its videos.
-        device: where its tables are.
         learn: as `learnt_by`.
 
     Raises:
@@ -180,7 +179,7 @@ def made(
         found = learner(source, preset=preset if source == METHODS[name].name else "default", block=block)
         if found is None:
             raise ContractBroken(f"it is to be built on what {source} learns, which learns nothing")
-        known = learn(found, source, geometry).to(device)
+        known = learn(found, source, geometry)
     method = build(name, preset=preset, calibration=known, block=block)
     if (refusal := method.refusal(geometry)) is not None:
         raise DoesNotApply(refusal.reason)

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from calibatt.calibration.card import card
-from calibatt.calibration.files import (
-    TensorFile,
-    UnusableCalibration,
-    described,
-    naming,
-    raw,
-    reading,
-    replacing,
-)
+from calibatt.calibration.files import UnusableCalibration, naming, replacing
+from calibatt.calibration.sections import Index, SectionedTables, label, write_sections
+from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.names import look_up
 from calibatt.methods.catalogue import METHODS
 from calibatt.methods.facts import one_line, read_facts
-from calibatt.methods.learning import Learnt, Provenance
+from calibatt.methods.learning import ROWS, Learnt, Provenance, sections
 
-SCHEMA = "calibatt-calibration-2"
+SCHEMA = "calibatt-calibration-3"
 # in a folder, or a repository of the Hub
 _FILE, _CARD = "calibration.safetensors", "README.md"
 
@@ -38,48 +33,59 @@ class Calibration(Learnt):
     """What a method learnt, with a file of its own."""
 
     def save(self, path: Path) -> None:
-        """Write the file, whole or not at all.
+        """Write the file, whole or not at all; of tables that lie in a file, one part is held at a time.
 
         Raises:
+            UnusableCalibration: the file that tables lie in is damaged.
             OSError: it cannot be written.
         """
-        facts = json.dumps(
-            {
-                "method": self.method,
-                "preset": self.preset,
-                "settings": dict(self.settings),
-                "provenance": asdict(self.provenance),
-            }
-        )
-        metadata = {"schema": SCHEMA, "facts": facts, "sha256": _digest(self.tables, facts)}
-        layout = {name: (table.dtype, tuple(table.shape)) for name, table in self.tables.items()}
+        self.write(path, ((name, index, self.parts.part(name, index)) for name, index in self._every()))
+
+    def write(self, path: Path, parts: Iterable[tuple[str, Index, Tensor]]) -> None:
+        """Write a file of this layout and these facts with other values, whole or not at all.
+
+        Args:
+            path: of the file.
+            parts: table, index and values of each part of each table.
+
+        Raises:
+            ValueError: no method can have learnt a part.
+            OSError: it cannot be written.
+        """
+        facts = {"method": self.method, "preset": self.preset, "settings": dict(self.settings)}
+        text = json.dumps({**facts, "provenance": asdict(self.provenance)})
         with replacing(path) as file:
-            content = TensorFile(file, path, layout, metadata)
-            for name, table in self.tables.items():
-                content.put(name, table)
+            write_sections(file, path, self.parts.layout, parts, {"schema": SCHEMA, "facts": text})
 
     @classmethod
-    def load(cls, path: Path) -> Calibration:
-        """Read a file that `save` wrote, on the CPU.
+    def load(cls, path: Path, *, verify: bool = False) -> Calibration:
+        """Map a file that `save` wrote into memory: each part of its tables is read and checked when it is first used.
+
+        Args:
+            path: of the file.
+            verify: read and check all of them now.
 
         Raises:
             UnusableCalibration: the file is missing, damaged, changed, of another version, or not a calibration;
                 or no method can have learnt what it holds.
         """
-        with reading(path, SCHEMA) as (file, metadata):
-            tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        facts = metadata.get("facts", "")
-        if metadata.get("sha256") != _digest(tables, facts):
-            raise UnusableCalibration(f"{path} was changed or damaged after it was saved: its checksum does not match")
+        tables = SectionedTables(path, SCHEMA)
         try:
-            known = read_facts(_Facts, facts)
+            known = read_facts(_Facts, tables.metadata.get("facts", ""))
             own = cls(
                 method=known.method, preset=known.preset, settings=known.settings, tables=tables,
                 provenance=known.provenance,
             )  # fmt: skip
-            own.validate()
+            own.check_facts()
+            tables.check = partial(check_part, known.method, known.settings, known.provenance.geometry)
+            own._check_rows()
+        except UnusableCalibration:
+            raise
         except ValueError as error:
             raise UnusableCalibration(f"{path} contradicts itself: {one_line(error)}") from None
+        if verify:
+            for name, index in own._every():
+                tables.part(name, index)
         return own
 
     def save_pretrained(self, folder: str | Path, *, licence: str | None = None) -> None:
@@ -157,6 +163,28 @@ class Calibration(Learnt):
         """Refuse what no method can have learnt.
 
         Raises:
+            ValueError: one line that names the field, or the table and where in it.
+        """
+        self.check_facts()
+        self._check_rows()
+        for name, index in self._every():
+            self.check_part(name, index, self.parts.part(name, index))
+
+    def check_part(self, name: str, index: Index, part: Tensor) -> None:
+        """Refuse values that the method cannot have learnt.
+
+        Raises:
+            ValueError: one line that names the table and where in it.
+        """
+        try:
+            check_part(self.method, self.settings, self.provenance.geometry, name, part)
+        except ValueError as error:
+            raise ValueError(f"{label(name, index)}: {error}") from None
+
+    def check_facts(self) -> None:
+        """Refuse facts, and names, dtypes and shapes of tables, that cannot be any method's; no values are read.
+
+        Raises:
             ValueError: one line that names the field or the table.
         """
         own = self.provenance
@@ -165,11 +193,37 @@ class Calibration(Learnt):
                 raise ValueError(f"provenance.{name}: must be at least 1, got {least}")
         if own.cost_ratio < 1:
             raise ValueError(f"provenance.cost_ratio: must be at least 1, got {own.cost_ratio}")
-        look_up(METHODS, self.method, "method")
-        for name, table in self.tables.items():
-            if table.is_floating_point() and bool(table.isnan().any()):
-                raise ValueError(f"{name}: a value is NaN")
-        METHODS[self.method].check_tables(self)
+        look_up(METHODS, self.method, "method").check_tables(self)
+
+    def _check_rows(self) -> None:
+        """Refuse rows that there are not, where sites share some."""
+        for name, (_, shape) in self.parts.layout.items():
+            if name + ROWS in self.tables:
+                rows = self.tables[name + ROWS]
+                if rows.dtype != torch.int32 or not bool(((rows >= 0) & (rows < shape[0])).all()):
+                    raise ValueError(f"{name}{ROWS}: a row is not one of the {shape[0]} that there are")
+
+    def _every(self) -> Iterator[tuple[str, Index]]:
+        """All parts of all tables."""
+        layout = self.parts.layout
+        return ((name, index) for name in layout for index in sections(layout, name))
+
+
+def check_part(method: str, settings: Mapping[str, Any], geometry: Geometry, name: str, part: Tensor) -> None:
+    """Refuse values that a method cannot have learnt.
+
+    Args:
+        method: its name.
+        settings, geometry: what it learnt by and from.
+        name: of the table.
+        part: of one step and layer, or a row that some share.
+
+    Raises:
+        ValueError: one line that says what is wrong.
+    """
+    if part.is_floating_point() and bool(part.isnan().any()):
+        raise ValueError("a value is NaN")
+    METHODS[method].check_part(name, part, settings, geometry)
 
 
 def check_output(path: Path) -> None:
@@ -195,12 +249,3 @@ class _Facts:
     preset: str
     settings: Mapping[str, Any]
     provenance: Provenance
-
-
-def _digest(tables: Mapping[str, Tensor], facts: str) -> str:
-    """SHA-256 over everything that the file says, in hex."""
-    digest = hashlib.sha256(facts.encode())
-    for name, table in sorted(tables.items()):
-        digest.update(described(name, table))
-        digest.update(raw(table))
-    return digest.hexdigest()

@@ -23,27 +23,10 @@ def card(learnt: Learnt, file: str, *, licence: str | None) -> str:
     """
     from huggingface_hub import ModelCardData
 
-    own, geometry = learnt.provenance, learnt.provenance.geometry
-    settings = settings_beside(learnt)
-    set_too = "".join(f", {name}={value!r}" for name, value in settings.items())
-    text = f", up to {geometry.text_tokens} tokens of text" if geometry.text_tokens else ""
-    versions = ", ".join(f"{name} {version}" for name, version in own.versions.items())
-    rows = [
-        ("method", f"{learnt.method}, preset {learnt.preset}"),
-        ("settings", ", ".join(f"{name} = {value}" for name, value in learnt.settings.items())),
-        ("density", _density(learnt, settings)),
-        ("model", own.origin.model),
-        ("weights", f"`{own.origin.weights}`: all transformers, and adapters that are on with their scale"),
-        ("scheduler", own.origin.scheduler),
-        ("size", f"{geometry}{text}"),
-        ("steps, layers, guidance", f"{own.steps}, {own.layers}, {own.guidance:g}"),
-        ("prompts", f"{len(own.prompts)}, from noise of seed {own.seed} on"),
-        ("cost", f"{own.cost_ratio:.2f} times as long as the videos by themselves"),
-        ("made", f"{own.created} with {versions}"),
-        ("bytes", f"{learnt.nbytes():,}"),
-    ]
+    own = learnt.provenance
+    set_too = "".join(f", {name}={value!r}" for name, value in settings_beside(learnt).items())
     # a bar ends a cell
-    table = "\n".join("| {} | {} |".format(name, value.replace("|", r"\|")) for name, value in rows)
+    table = "\n".join("| {} | {} |".format(name, value.replace("|", r"\|")) for name, value in about(learnt))
     shown = "\n".join(f"- {prompt}" for prompt in own.prompts[:_SHOWN_PROMPTS])
     rest = len(own.prompts) - _SHOWN_PROMPTS
     more = f"\n- and {rest} more, which the file has" if rest > 0 else ""
@@ -71,6 +54,27 @@ A pipeline of other weights, another noise schedule, size or number of steps is 
 ## Prompts
 {shown}{more}
 """
+
+
+def about(learnt: Learnt) -> list[tuple[str, str]]:
+    """What was learnt, from what, and what it comes to: names and texts."""
+    own, geometry = learnt.provenance, learnt.provenance.geometry
+    text = f", up to {geometry.text_tokens} tokens of text" if geometry.text_tokens else ""
+    versions = ", ".join(f"{name} {version}" for name, version in own.versions.items())
+    return [
+        ("method", f"{learnt.method}, preset {learnt.preset}"),
+        ("settings", ", ".join(f"{name} = {value}" for name, value in learnt.settings.items())),
+        ("density", _density(learnt, settings_beside(learnt))),
+        ("model", own.origin.model),
+        ("weights", f"`{own.origin.weights}`: all transformers, and adapters that are on with their scale"),
+        ("scheduler", own.origin.scheduler),
+        ("size", f"{geometry}{text}"),
+        ("steps, layers, guidance", f"{own.steps}, {own.layers}, {own.guidance:g}"),
+        ("prompts", f"{len(own.prompts)}, from noise of seed {own.seed} on"),
+        ("cost", f"{own.cost_ratio:.2f} times as long as the videos by themselves"),
+        ("made", f"{own.created} with {versions}"),
+        ("bytes", f"{learnt.nbytes():,}"),
+    ]
 
 
 def _density(learnt: Learnt, settings: Mapping[str, Any]) -> str:

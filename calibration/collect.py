@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
 from calibatt.calibration.artifact import Calibration
-from calibatt.calibration.files import UnusableCalibration
+from calibatt.calibration.files import UnusableCalibration, naming
+from calibatt.calibration.sections import Index, label
 from calibatt.calibration.shards import Units, UnitWriter
 from calibatt.calibration.videos import DenseVideos, Videos
 from calibatt.kernels.base import Attender
@@ -29,9 +34,13 @@ from calibatt.methods.call import Call, SparseAttention
 from calibatt.methods.catalogue import METHODS, build, learns_from
 from calibatt.methods.catalogue import learner as learner_of
 from calibatt.methods.facts import one_line
-from calibatt.methods.learning import Learner, Origin, Provenance, Seen, TogetherLearner, settings_of
+from calibatt.methods.learning import Learner, Origin, Provenance, Seen, TogetherLearner, at_every_site, settings_of
 from calibatt.methods.site import Site
 from calibatt.models.entry import ModelEntry
+
+# What merging a site holds, in notes of a site: of each unit the notes, where levels are sorted the sorted ones with an
+# index of eight bytes each; votes take less than 32 (bench/results/cpu/calibration-replay.json)
+_MERGING_EACH, _MERGING = 10, 32
 
 
 def calibrate(
@@ -221,7 +230,7 @@ class Run:
 
         Raises:
             UnusableCalibration: another process works on one of these prompts.
-            ValueError: attention is not finite; a call is missing or comes twice.
+            ValueError: attention is not finite; a call is missing or comes twice; disk or memory are too small.
             OSError: notes cannot be written.
         """
         from tqdm import tqdm
@@ -235,49 +244,84 @@ class Run:
                 total=sum(map(len, own)) * steps, initial=done * steps, desc="calibrating", unit="step",
                 disable=not progress,
             ) as bar:  # fmt: skip
-                for group in own:
-                    if group.start not in finished:
-                        with units.writing(group.start) as unit:
-                            self._note(group, unit, kernel, bar)
+                left = [group for group in own if group.start not in finished]
+                for group in left:
+                    say = partial(bar.write, file=sys.stderr) if progress and group is left[0] else None
+                    with units.writing(group.start) as unit:
+                        self._note(group, unit, kernel, bar, partial(self._check_room, units, say))
 
-    def merge(self, units: Units, *, progress: bool = False) -> Calibration:
+    def merge(self, units: Units, path: Path | None = None, *, progress: bool = False) -> Calibration:
         """What the notes of all prompts come to, and the trials that the method makes with that.
+
+        Tables go to a file site by site, and are mapped from there.
 
         Args:
             units: of this run.
+            path: of the file; None for one without a name, which is gone with the calibration.
             progress: whether to show a progress bar over the steps of trials on stderr.
 
         Raises:
             UnusableCalibration: notes are missing, damaged, of another run, or not what the method can learn.
+            OSError: the file cannot be written.
         """
-        tables, cost_ratio = units.merged(self.learner)
-        own = self.videos
-        calibration = Calibration(
-            method=self.method,
-            preset=self.preset,
-            settings=settings_of(self.learner),
-            tables=tables,
-            provenance=Provenance(
-                origin=self.origin,
-                geometry=own.geometry,
-                steps=own.steps,
-                layers=own.layers,
-                guidance=own.guidance,
-                prompts=self.prompts,
-                seed=self.seed,
-                cost_ratio=cost_ratio,
-                versions=_versions(),
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-            ),
-        )
+        aside = units.aside
         try:
-            calibration.validate()
+            self._write(units, aside)
+            calibration = Calibration.load(aside)
+            trials = METHODS[self.method].trials(calibration)
+            if trials is not None:
+                calibration = self._tried(calibration, trials, progress)
+            if path is None:
+                return calibration
+            if trials is None:
+                with naming(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(aside, path)
+            else:
+                calibration.save(path)
+            return Calibration.load(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def _write(self, units: Units, path: Path) -> None:
+        """Write what the notes come to, each part checked."""
+        own = self.videos
+        provenance = Provenance(
+            origin=self.origin, geometry=own.geometry, steps=own.steps, layers=own.layers, guidance=own.guidance,
+            prompts=self.prompts, seed=self.seed, cost_ratio=units.cost_ratio(), versions=_versions(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )  # fmt: skip
+        merged = units.merged(self.learner)
+        first = next(merged)
+        # as large as all tables will be, and nothing in them
+        empty = {
+            name: torch.empty(own.steps, own.layers, *part.shape, dtype=part.dtype, device="meta")
+            for name, part in first.items()
+        }
+        try:
+            calibration = Calibration(
+                method=self.method, preset=self.preset, settings=settings_of(self.learner), tables=empty,
+                provenance=provenance,
+            )  # fmt: skip
+            calibration.check_facts()
+            calibration.write(path, self._parts(chain((first,), merged), calibration))
+        except UnusableCalibration:
+            raise
         except ValueError as error:
             raise UnusableCalibration(
                 f"{units.folder} does not hold what {self.method} learns: {one_line(error)}"
             ) from None
-        trials = METHODS[self.method].trials(calibration)
-        return calibration if trials is None else self._tried(calibration, trials, progress)
+
+    def _parts(
+        self, merged: Iterable[Mapping[str, Tensor]], calibration: Calibration
+    ) -> Iterator[tuple[str, Index, Tensor]]:
+        for site, parts in enumerate(merged):
+            for name, part in parts.items():
+                index = divmod(site, self.videos.layers)
+                if (part.dtype, tuple(part.shape)) != at_every_site(calibration.parts.layout, name):
+                    raise ValueError(f"{label(name, index)}: it is of another shape or type than at the first site")
+                calibration.check_part(name, index, part)
+                yield name, index, part
 
     def _tried(self, calibration: Calibration, trials: Trials, progress: bool) -> Calibration:
         """The calibration after trials; as it is, where these videos do not show what attention computes."""
@@ -304,8 +348,31 @@ class Run:
                         distances[which - 1, number] = (video - reference).square().mean()
         return replace(calibration, tables={**calibration.tables, **trials.learn(distances)})
 
-    def _note(self, group: range, unit: UnitWriter, kernel: Attender, bar: Any) -> None:
-        watcher = _Watcher(self.learner, self.videos, group, unit)
+    def _check_room(self, units: Units, say: Callable[[str], object] | None, notes: Mapping[str, Tensor]) -> None:
+        """Refuse to go on where there is not the room for what is still to be noted, and for merging it."""
+        site = sum(note.nbytes for note in notes.values())
+        left = len(units.groups) - len(units.finished())
+        # what notes are merged to is about as large as those of one unit
+        disk = (left + 1) * site * self.videos.steps * self.videos.layers
+        memory = site * (_MERGING_EACH * len(units.groups) + _MERGING)
+        free = shutil.disk_usage(units.folder).free, psutil.virtual_memory().available
+        done, wanted = units.videos()
+        if say is not None:
+            say(
+                f"videos to make: {wanted - done}; their notes take up to {disk / 1e9:.3g} GB in {units.folder} "
+                f"({free[0] / 1e9:.3g} free), and merging them {memory / 1e9:.2g} GB of host memory"
+            )
+        for what, needed, there in (("disk", disk, free[0]), ("host memory", memory, free[1])):
+            if there < needed:
+                raise ValueError(
+                    f"calibrating takes {needed / 1e9:.3g} GB more of {what}, and {there / 1e9:.3g} are free: make room"
+                    + (f" in {units.folder}, or write elsewhere" if what == "disk" else "")
+                )
+
+    def _note(
+        self, group: range, unit: UnitWriter, kernel: Attender, bar: Any, check_room: Callable[[Any], None]
+    ) -> None:
+        watcher = _Watcher(self.learner, self.videos, group, unit, check_room)
         attention = SparseAttention(build("dense"), kernel, observers=(watcher,))
         start = time.perf_counter()
         try:
@@ -364,8 +431,11 @@ class _Watcher:
         seconds: that notes took; a GPU has finished before and after.
     """
 
-    def __init__(self, learner: Learner, videos: Videos, group: range, unit: UnitWriter) -> None:
+    def __init__(
+        self, learner: Learner, videos: Videos, group: range, unit: UnitWriter, check_room: Callable[[Any], None]
+    ) -> None:
         self.seconds = 0.0
+        self._check_room = check_room
         self._learner = learner
         self._videos = videos
         self._group = group
@@ -403,6 +473,8 @@ class _Watcher:
             wrong = [name for name, note in notes.items() if note.is_floating_point() and bool(note.isnan().any())]
             if wrong:
                 raise ValueError(f"{', '.join(wrong)} at {where} is NaN: nothing can be learnt from this call")
+            if not self._seen:
+                self._check_room(notes)
             self._unit.put(site.step * site.layers + site.layer, notes)
             self._seen.add((site.step, site.layer))
             self._calls.clear()

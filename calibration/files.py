@@ -15,13 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from calibatt.methods.facts import one_line
+from calibatt.methods.learning import Layout
 
 # by safetensors' names; what is learnt has no other types
 _DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
     torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
 }  # fmt: skip
-Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class UnusableCalibration(ValueError):
@@ -36,6 +36,9 @@ class TensorFile:
         path: for messages.
         layout: dtype and shape of every tensor.
         metadata: of the file.
+
+    Attributes:
+        header: the bytes before the first tensor.
 
     Raises:
         ValueError: a calibration holds no tensors of such a dtype.
@@ -58,9 +61,9 @@ class TensorFile:
         text = json.dumps(header).encode()
         # data starts at a multiple of 8, as safetensors requires
         text += b" " * (-len(text) % 8)
-        self._data = 8 + len(text)
+        self.header = len(text).to_bytes(8, "little") + text
         with naming(path):
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(self.header)
 
     def put(self, name: str, tensor: Tensor, index: int = 0) -> None:
         """Write a tensor, or the part of a stack of such tensors that has this index.
@@ -75,7 +78,7 @@ class TensorFile:
         """
         content = raw(tensor)
         with naming(self._path):
-            self._file.seek(self._data + self._starts[name] + index * len(content))
+            self._file.seek(len(self.header) + self._starts[name] + index * len(content))
             self._file.write(content)
 
 
@@ -140,7 +143,7 @@ def reading(path: Path, schema: str) -> Iterator[tuple[Any, dict[str, str]]]:
         raise UnusableCalibration(f"{path} does not exist: `calibatt calibrate` makes a calibration") from None
     except (OSError, SafetensorError) as error:
         raise UnusableCalibration(
-            f"{path} cannot be read as a calibration, or is cut short: {one_line(error)}"
+            f"{path} cannot be read as a calibration, or is cut short; its header: {one_line(error)}"
         ) from None
 
 
@@ -157,10 +160,10 @@ def described(name: str, tensor: Tensor) -> bytes:
 
 def _check_schema(path: Path, metadata: Mapping[str, str], schema: str) -> None:
     if "schema" not in metadata:
-        raise UnusableCalibration(f"{path} is not a calibration: `calibatt calibrate` makes one")
+        raise UnusableCalibration(f"{path} is no calibration by its header: `calibatt calibrate` makes one")
     if metadata["schema"] != schema:
         raise UnusableCalibration(
-            f"{path} has the schema {one_line(metadata['schema'])!r}, this version reads {schema!r}: "
+            f"{path} has the schema {one_line(metadata['schema'])!r} in its header, this version reads {schema!r}: "
             "run `calibatt calibrate` again"
         )
 

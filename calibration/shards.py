@@ -50,6 +50,8 @@ class Units:
 
     def __init__(self, folder: Path, run: Mapping[str, Any], groups: Sequence[range]) -> None:
         self.folder = folder
+        # where units are merged to
+        self.aside = folder / ".merged"
         self.groups = {group.start: group for group in groups}
         self.sites = (int(run["steps"]), int(run["layers"]))
         text = json.dumps(run, sort_keys=True)
@@ -137,20 +139,14 @@ class Units:
         with replacing(path) as file:
             yield UnitWriter(file, path, sites=self.sites, metadata=metadata)
 
-    def merged(self, learner: Learner) -> tuple[dict[str, Tensor], float]:
-        """What the notes of all units come to, and the cost ratio of taking them.
-
-        Goes site by site: memory holds one site's notes of all units, and the result.
-
-        Returns:
-            Tables by name, [steps, layers, …], and the time of the videos over that of the same videos without notes.
+    def merged(self, learner: Learner) -> Iterator[Mapping[str, Tensor]]:
+        """What the notes of all units come to, site by site, layer by layer; memory holds one site's notes.
 
         Raises:
             UnusableCalibration: a unit is missing, damaged, or of another run.
         """
         with ExitStack() as opened:
             units = [opened.enter_context(self._reading(prompt)) for prompt in self.groups]
-            tables: dict[str, Tensor] = {}
             for site in range(math.prod(self.sites)):
                 notes = [unit.notes(site) for unit in units]
                 try:
@@ -159,20 +155,26 @@ class Units:
                     raise UnusableCalibration(
                         f"the units in {self.folder} do not hold the notes that are expected: {one_line(error)}"
                     ) from None
-                for name, part in merged.items():
-                    if name not in tables:
-                        tables[name] = part.new_empty((math.prod(self.sites), *part.shape))
-                    tables[name][site] = part
-            seconds = torch.stack([unit.seconds() for unit in units]).sum(0)
-        total, watching = seconds.tolist()
-        return {name: table.unflatten(0, self.sites) for name, table in tables.items()}, total / (total - watching)
+                yield merged
+
+    def cost_ratio(self) -> float:
+        """The time of all videos over that of the same videos without notes.
+
+        Raises:
+            UnusableCalibration: as `merged`.
+        """
+        with ExitStack() as opened:
+            units = [opened.enter_context(self._reading(prompt)) for prompt in self.groups]
+            total, watching = torch.stack([unit.seconds() for unit in units]).sum(0).tolist()
+        return float(total / (total - watching))
 
     def remove(self) -> None:
         """Delete the units and, where nothing else lies there, the folder."""
         for prompt in self.groups:
             self._path(prompt).unlink(missing_ok=True)
             self._lock(prompt).unlink(missing_ok=True)
-        for name in (_MANIFEST, _LOCK):
+        # the last: of a process that was killed while it merged
+        for name in (_MANIFEST, _LOCK, self.aside.name, f".{self.aside.name}.partial"):
             (self.folder / name).unlink(missing_ok=True)
         # it stays where something else lies in it
         with suppress(OSError):

@@ -149,13 +149,27 @@ class Method(ABC):
 
     @classmethod  # noqa: B027 (most methods have nothing to add)
     def check_tables(cls, learnt: Learnt) -> None:
-        """Refuse what cannot be this method's own, where it was read from a file; by default nothing.
+        """Refuse settings, names, dtypes and shapes that cannot be this method's own; by default nothing.
 
         Args:
-            learnt: of this method; its tables have steps and layers as their first dimensions, and no NaN.
+            learnt: of this method; its tables have steps and layers as their first dimensions. Values are not read:
+                they are `check_part`'s.
 
         Raises:
             ValueError: one line that names the setting or the table.
+        """
+
+    @classmethod  # noqa: B027 (most methods have nothing to add)
+    def check_part(cls, name: str, part: Tensor, settings: Mapping[str, Any], geometry: Geometry) -> None:
+        """Refuse values that cannot be this method's own; by default none.
+
+        Args:
+            name: of a table.
+            part: of one step and layer, or a row that some share; it has no NaN.
+            settings, geometry: of what was learnt.
+
+        Raises:
+            ValueError: one line that says what is wrong.
         """
 
     @classmethod

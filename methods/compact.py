@@ -33,6 +33,7 @@ from torch import Tensor
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan, TokenOrder
+from calibatt.methods.ahead import SitePlans, sent
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.energy import CHUNK, exponentials
 from calibatt.methods.learning import Learnt
@@ -97,7 +98,7 @@ class Compact(Method):
 
     def __init__(self, config: CompactConfig, learnt: Learnt) -> None:
         super().__init__(config, learnt)
-        self._plans: dict[tuple[Geometry, int, int, torch.device], Plan] = {}
+        self._plans = SitePlans(self._made)
         self._orders: dict[tuple[Geometry, torch.device], TokenOrder] = {}
 
     @classmethod
@@ -120,22 +121,23 @@ class Compact(Method):
         self.learnt.check(site)
         if site.in_warmup(self.config.dense_steps):
             return Plan.dense(site.geometry)
-        key = (site.geometry, site.step, site.layer, q.device)
-        if key not in self._plans:
-            of_tokens = (site.geometry, q.device)
-            if of_tokens not in self._orders:
-                order = tile_order(site.geometry, self.config.tile).to(q.device)
-                self._orders[of_tokens] = TokenOrder.of_all(order)
-            mask = self._mask(site, q.device)
-            self._plans[key] = Plan.masked(mask, site.geometry.heads, order=self._orders[of_tokens])
-        return self._plans[key]
+        return self._plans.at(site, q.device)
 
-    def _mask(self, site: Site, device: torch.device) -> BlockMask:
-        geometry, (block_q, block_k) = site.geometry, self.config.block
+    def _made(self, step: int, layer: int, geometry: Geometry, device: torch.device) -> Plan:
+        of_tokens = (geometry, device)
+        if of_tokens not in self._orders:
+            self._orders[of_tokens] = TokenOrder.of_all(tile_order(geometry, self.config.tile).to(device))
+        mask = self._mask(self.learnt.part("attention", step, layer), geometry, device)
+        return Plan.masked(mask, geometry.heads, order=self._orders[of_tokens])
+
+    def _mask(
+        self, learnt: Float[Tensor, "prompts heads *cells"], geometry: Geometry, device: torch.device
+    ) -> BlockMask:
+        block_q, block_k = self.config.block
         cells = cells_of_pairs(geometry, self.config.tile).to(device)
         # a share of all pairs of video tokens
         cost = by_cell(token_pairs(geometry, self.config.tile).to(device)[None], cells, geometry, self.config.tile)[0]
-        attention = self.learnt.at("attention", site).to(device)
+        attention = sent(learnt, device)
         seen = windows(attention, cost, recall=self.config.recall, cost_weight=self.config.cost_weight).any(0)
         keep = tile_blocks(geometry, self.config.tile, self.config.block, seen.flatten(1)[:, cells])
         return BlockMask.from_keep(keep, tokens=geometry.tokens, block_q=block_q, block_k=block_k)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from types import MappingProxyType
+from itertools import product
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -46,6 +47,66 @@ class Learner(Protocol):
     def merge(self, notes: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         """What a site's notes of all prompts, in their order and on the CPU, come to; the same names at every site."""
         ...
+
+
+# behind the name of a table: the table that says which of its rows a site has, where sites share rows
+ROWS = ".rows"
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class Tables:
+    """Tables by name, read part by part: the first two dimensions are steps and layers.
+
+    A table may be shorter, and have rows that sites share. Then the table of its name with `ROWS` behind it says, for
+    every step and layer, which rows these are. It is used like a mapping, and is none: to look at one's values, as what
+    checks types does, would be to read them.
+
+    Args:
+        tables: by name.
+    """
+
+    def __init__(self, tables: Mapping[str, Tensor]) -> None:
+        self._tables = dict(tables)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tables[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tables
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tables)
+
+    def keys(self) -> Collection[str]:
+        """Names of the tables."""
+        return self._tables.keys()
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tables, which are read one by one."""
+        return ((name, self[name]) for name in self._tables)
+
+    @property
+    def layout(self) -> Layout:
+        """Dtype and shape of every table, for which nothing is read."""
+        return {name: (table.dtype, tuple(table.shape)) for name, table in self._tables.items()}
+
+    def part(self, name: str, index: tuple[int, ...]) -> Tensor:
+        """What lies at a step and layer; of a table that has rows, at a row."""
+        return self._tables[name][index]
+
+
+def sections(layout: Layout, name: str) -> list[tuple[int, ...]]:
+    """The indices of all parts of a table, in the order in which they lie."""
+    shape = layout[name][1]
+    return list(product(*map(range, shape[: 1 if name + ROWS in layout else 2])))
+
+
+def at_every_site(layout: Layout, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Dtype and shape of what `Learnt.part` gives of a table."""
+    dtype, shape = layout[name]
+    if name + ROWS not in layout:
+        return dtype, shape[2:]
+    return dtype, (*layout[name + ROWS][1][2:], *shape[1:])
 
 
 # q, k and v of a call, [heads, tokens, head_dim], and where it happened
@@ -132,7 +193,7 @@ class Learnt:
     Args:
         method, preset: names in the catalogue.
         settings: the learner's fields, as `settings_of` gives them.
-        tables: by name; the first two dimensions of each are steps and layers.
+        tables: by name, as `Tables` has them.
         provenance: where they come from.
 
     Raises:
@@ -142,27 +203,40 @@ class Learnt:
     method: str
     preset: str
     settings: Mapping[str, Any]
-    tables: Mapping[str, Tensor]
+    tables: Tables | Mapping[str, Tensor]
     provenance: Provenance
 
     def __post_init__(self) -> None:
         own = self.provenance
-        for name, table in self.tables.items():
-            if tuple(table.shape[:2]) != (own.steps, own.layers):
+        object.__setattr__(self, "tables", self.tables if isinstance(self.tables, Tables) else Tables(self.tables))
+        layout = self.parts.layout
+        for name, (_, shape) in layout.items():
+            if not shape or (name + ROWS not in layout and shape[:2] != (own.steps, own.layers)):
                 raise ValueError(
-                    f"{self.method}'s table {name} is {list(table.shape)}, "
-                    f"for {own.steps} steps and {own.layers} layers"
+                    f"{self.method}'s table {name} is {list(shape)}, for {own.steps} steps and {own.layers} layers"
                 )
-        object.__setattr__(self, "tables", MappingProxyType(dict(self.tables)))
 
     def at(self, name: str, site: Site) -> Tensor:
-        """A table's part for one site.
+        """A table's part for one site, on the CPU.
 
         Raises:
             CalibrationMismatch: the site is of other videos than were watched.
         """
         self.check(site)
-        return self.tables[name][site.step, site.layer]
+        return self.part(name, site.step, site.layer)
+
+    def part(self, name: str, step: int, layer: int) -> Tensor:
+        """A table's part for a step and layer, of rows that sites share put together."""
+        if name + ROWS not in self.tables:
+            return self.parts.part(name, (step, layer))
+        rows = self.parts.part(name + ROWS, (step, layer))
+        each = [self.parts.part(name, (row,)) for row in rows.flatten().tolist()]
+        return torch.stack(each).view(*rows.shape, *each[0].shape)
+
+    @property
+    def parts(self) -> Tables:
+        """The tables, to be read part by part."""
+        return cast(Tables, self.tables)
 
     def check_tables(self, method: str, expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         """Refuse tables that a method cannot have learnt.
@@ -174,13 +248,15 @@ class Learnt:
         Raises:
             ValueError: one line that names the table.
         """
-        if self.tables.keys() != expected.keys():
-            raise ValueError(f"tables: {method} has {', '.join(expected)}, not {', '.join(self.tables) or 'none'}")
+        layout = self.parts.layout
+        rows = {name + ROWS for name in layout}
+        found = {name: at_every_site(layout, name) for name in layout if name not in rows}
+        if found.keys() != expected.keys():
+            raise ValueError(f"tables: {method} has {', '.join(expected)}, not {', '.join(found) or 'none'}")
         for name, (dtype, shape) in expected.items():
-            table = self.tables[name]
-            if table.dtype != dtype or tuple(table.shape[2:]) != shape:
+            if found[name] != (dtype, shape):
                 raise ValueError(
-                    f"{name}: {list(shape)} of {dtype} at every site, not {list(table.shape[2:])} of {table.dtype}"
+                    f"{name}: {list(shape)} of {dtype} at every site, not {list(found[name][1])} of {found[name][0]}"
                 )
 
     def check(self, site: Site) -> None:
@@ -230,13 +306,9 @@ class Learnt:
         if origin.scheduler != own.scheduler:
             raise self._mismatch(own.scheduler, origin.scheduler)
 
-    def to(self, device: torch.device | str) -> Learnt:
-        """The same tables on another device."""
-        return replace(self, tables={name: table.to(device) for name, table in self.tables.items()})
-
     def nbytes(self) -> int:
         """Bytes of all tables."""
-        return sum(table.nbytes for table in self.tables.values())
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.parts.layout.values())
 
     def _mismatch(self, own: str, other: str) -> CalibrationMismatch:
         return CalibrationMismatch(

@@ -26,8 +26,10 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan
+from calibatt.methods.ahead import SitePlans, sent
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.blocks import text_blocks
 from calibatt.methods.energy import block_energy
@@ -94,7 +96,7 @@ class Scaling(Method):
     def __init__(self, config: ScalingConfig, learnt: Learnt) -> None:
         super().__init__(config, learnt)
         self._levels = levels(learnt.tables["fidelity"], learnt.tables["share"], config).cpu()
-        self._plans: dict[tuple[int, int, torch.device], Plan] = {}
+        self._plans = SitePlans(self._made)
 
     @classmethod
     def learner(cls, config: ScalingConfig) -> ScalingLearner:
@@ -116,13 +118,13 @@ class Scaling(Method):
         self.learnt.check_blocks(site)
         if site.in_warmup(self.config.dense_steps):
             return Plan.dense(site.geometry)
-        key = (site.step, site.layer, q.device)
-        if key not in self._plans:
-            keep = self.learnt.at("map", site).to(q.device) <= self._levels[site.step, site.layer].to(q.device)
-            block_q, block_k = self.config.block
-            mask = BlockMask.from_keep(keep, tokens=site.geometry.tokens, block_q=block_q, block_k=block_k)
-            self._plans[key] = Plan.masked(mask, site.geometry.heads)
-        return self._plans[key]
+        return self._plans.at(site, q.device)
+
+    def _made(self, step: int, layer: int, geometry: Geometry, device: torch.device) -> Plan:
+        keep = sent(self.learnt.part("map", step, layer), device) <= sent(self._levels[step, layer], device)
+        block_q, block_k = self.config.block
+        mask = BlockMask.from_keep(keep, tokens=geometry.tokens, block_q=block_q, block_k=block_k)
+        return Plan.masked(mask, geometry.heads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,10 +30,11 @@ from torch import Tensor
 
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan, Skip
+from calibatt.methods.ahead import sent
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.blocks import self_similarity
 from calibatt.methods.energy import products
-from calibatt.methods.learning import Learnt
+from calibatt.methods.learning import Learnt, Tables
 from calibatt.methods.site import Site
 from calibatt.methods.skipping import below_largest, without_low
 
@@ -153,7 +154,7 @@ class Sparge(Method):
             keep = pooled.kept(config.similarity, topk=config.topk, cdf=config.cdf)
         else:
             self.learnt.check(site)
-            similarity, cdf = (found[site.layer].to(q.device) for found in (self._found.similarity, self._found.cdf))
+            similarity, cdf = (sent(found[site.layer], q.device) for found in (self._found.similarity, self._found.cdf))
             keep = pooled.kept(similarity[:, None], cdf=cdf[:, None, None])
             thresholds = self._found.thresholds[site.layer]
         if config.sink:
@@ -252,7 +253,7 @@ class Found:
     thresholds: list[list[float]]
 
     @classmethod
-    def of(cls, tables: Mapping[str, Float[Tensor, "steps layers similarities heads"]]) -> Found:
+    def of(cls, tables: Tables | Mapping[str, Float[Tensor, "steps layers similarities heads"]]) -> Found:
         """From what the search learnt."""
         most, best = tables["sparsity"].mean(0).max(1)
         cdf, pv_threshold = (tables[name].amax(0).gather(1, best[:, None])[:, 0] for name in ("cdf", "pv_threshold"))

@@ -31,6 +31,7 @@ from torch import Tensor
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan, TokenOrder
+from calibatt.methods.ahead import sent
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.energy import CHUNK, exponentials
 from calibatt.methods.learning import Learnt
@@ -163,7 +164,7 @@ class SlidingTile(Method):
         if self.learnt is None:
             return plan
         found = self.learnt.at("distance", site).argmin(0)
-        return replace(plan, mask=_chosen(masks, found.to(q.device)))
+        return replace(plan, mask=_chosen(masks, sent(found, q.device)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

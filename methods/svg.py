@@ -33,6 +33,7 @@ from torch import Tensor
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan, TokenOrder
+from calibatt.methods.ahead import sent
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.blocks import block_ends, text_blocks, with_text
 from calibatt.methods.energy import products
@@ -155,7 +156,7 @@ class SparseVideoGen(Method):
         if self.learnt is None:
             spatial, temporal = self._sampled.errors(q, k, v, site, self._orders[key])
         else:
-            spatial, temporal = self.learnt.at(_ERRORS, site).to(q.device)
+            spatial, temporal = sent(self.learnt.at(_ERRORS, site), q.device)
         # of equal errors the first is taken, which is the spatial one
         order = self._orders[key][(temporal < spatial).long()]
         return Plan.masked(self._masks[key], geometry.heads, order=TokenOrder.of_all(order))

@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from calibatt.kernels.plan import Plan, TokenOrder
+from calibatt.methods.ahead import sent
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.clusters import (
     Grouped,
@@ -168,7 +169,7 @@ class Svoo(Method):
             self._coclusters.keep(found, site, q.device)
         else:
             found = last.made
-        share = self.learnt.at(_SHARE, site).to(q.device).clamp(*self.config.bounds)
+        share = sent(self.learnt.at(_SHARE, site), q.device).clamp(*self.config.bounds)
         counts = (share * found.k_sizes.shape[1]).long()
         keep = top_p(found.weights, self.config.mass, inclusive=True, least=counts[:, None, None])
         return cluster_plan(site.geometry, found.order, found.q_sizes, found.k_sizes, keep, self.config.block)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
-from typing import Any, cast
+from typing import Any
 from weakref import ref
 
 import torch
@@ -102,9 +102,7 @@ def sparsify(
         ValueError: as `build` and `installed`.
     """
     if isinstance(method, str):
-        # tables are read where the model computes; masks that lie on the CPU would be copied at every call
-        there = None if calibration is None else calibration.to(_device(pipe))
-        method = build(method, preset=preset, calibration=there, **settings)
+        method = build(method, preset=preset, calibration=calibration, **settings)
     elif calibration is not None or settings or preset != "default":
         raise ValueError("preset, calibration and settings are for a method that is given by its name")
     with ExitStack() as undo:
@@ -136,11 +134,6 @@ def _checked(
         _family_of(pipe)
         learnt.check_origin(origin_of(pipe))
     return SparseAttention(method, kernel, observers=observers)
-
-
-def _device(pipe: Any) -> torch.device:
-    """Where the pipeline computes; offloaded weights lie elsewhere meanwhile."""
-    return cast(torch.device, getattr(pipe, "_execution_device", None) or pipe.device)
 
 
 def _family_of(pipe: Any) -> Family:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -215,20 +216,57 @@ def test_a_calibration_that_cannot_be_written_keeps_its_notes(
 ) -> None:
     from calibatt.calibration.artifact import Calibration
 
-    save = Calibration.save
+    write = Calibration.write
 
-    def full(self: Calibration, path: Path) -> None:
+    def full(self: Calibration, path: Path, parts: Any) -> None:
         raise OSError(f"{path} cannot be written: No space left on device")
 
     arguments = ["calibrate", "--model", "tiny", "--count", "1", "-o", str(tmp_path / "c")]
-    monkeypatch.setattr(Calibration, "save", full)
+    monkeypatch.setattr(Calibration, "write", full)
     assert main(arguments) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith(f"calibatt calibrate: {tmp_path / 'c'} cannot be written: No space left on device; what is")
+    assert said.startswith(
+        f"calibatt calibrate: {tmp_path / 'c.units' / '.merged'} cannot be written: No space left on device; what is"
+    )
     assert "kept in" in said
-    monkeypatch.setattr(Calibration, "save", save)
+    monkeypatch.setattr(Calibration, "write", write)
     assert main(arguments) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_file_is_described_and_all_of_it_is_checked(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "c"
+    assert main(["calibrate", "--model", "tiny", "--count", "1", "-o", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert "videos to make: 1; their notes take up to " in said
+    assert f" GB in {out}.units (" in said
+    assert main(["calibration", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "method                   calibatt, preset default\n" in said
+    assert said.endswith(f"{out} is as it was written\n")
+    content = bytearray(out.read_bytes())
+    content[len(content) // 2] ^= 1
+    out.write_bytes(content)
+    assert f"{out} was changed or damaged after it was saved: the checksum of its" in _refused(
+        capsys, "calibration", str(out)
+    )
+
+
+@pytest.mark.parametrize("what", ["disk", "host memory"])
+def test_what_there_is_no_room_for_is_refused_before_the_first_video_is_made(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    if what == "disk":
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+    else:
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100))
+    arguments = ["calibrate", "--model", "tiny", "--count", "2", "-o", str(tmp_path / "c")]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"GB more of {what}, and 1e-07 are free: make room" in said
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_preset_is_that_of_the_file(tiny: list[str], tmp_path: Path) -> None:

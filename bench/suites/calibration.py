@@ -64,7 +64,8 @@ def _measured(context: Context, arm: Arm, prepared: Prepared, seconds: float) ->
     learnt, method = prepared.calibration, context.method(arm)
     if isinstance(method, Unsupported):
         return failed(context, NAME, arm, Failure("unsupported", method.reason))
-    block, agreement = learnt.settings.get("block"), learnt.tables.get("agreement")
+    block = learnt.settings.get("block")
+    agreement = learnt.tables["agreement"].mean().item() if "agreement" in learnt.tables else None
     return Record(
         **facts(context, NAME, arm),
         outcome="ok",
@@ -73,7 +74,7 @@ def _measured(context: Context, arm: Arm, prepared: Prepared, seconds: float) ->
         samples_s=(seconds,),
         calibration_cost_ratio=learnt.provenance.cost_ratio,
         # of masks, where the method's learner takes a vote on them
-        mask_agreement=None if agreement is None else agreement.mean().item(),
+        mask_agreement=agreement,
         plan_memory_bytes=learnt.nbytes(),
         density=method.mean_density() if isinstance(method, Foreseen) else None,
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,7 @@ from torch import Tensor
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count, block_sizes
 from calibatt.kernels.plan import Plan
+from calibatt.methods.ahead import SitePlans, sent
 from calibatt.methods.base import Knob, Method, Trials
 from calibatt.methods.blocks import text_blocks, video_blocks, video_part
 from calibatt.methods.budget.importance import ALWAYS, level_values
@@ -116,7 +117,7 @@ class Budget(Method):
             if config.scope == "row"
             else Cut.of(learnt, density=config.density, together=config.scope == "all", weighed=config.weighed)
         )
-        self._plans: dict[tuple[Geometry, int, int, torch.device], Plan] = {}
+        self._plans = SitePlans(self._made)
 
     @classmethod
     def learner(cls, config: BudgetConfig) -> BudgetLearner:
@@ -131,18 +132,25 @@ class Budget(Method):
             ValueError: one line that names the setting or the table.
         """
         learner = read_settings(BudgetLearner, learnt.settings)
-        geometry, tables = learnt.provenance.geometry, learnt.tables
+        geometry = learnt.provenance.geometry
         blocks = (block_count(geometry.video_tokens, size) for size in learner.block)
         expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "levels": (torch.uint8, (geometry.heads, *blocks)),
             "sensitivity": (torch.float32, ()),
         }
         learnt.check_tables("Budget", expected)
-        if not bool(((tables["sensitivity"] > 0) & tables["sensitivity"].isfinite()).all()):
-            raise ValueError("sensitivity: a factor is not above 0, or not finite")
-        for step, levels in enumerate(tables["levels"]):
-            if not bool((levels == ALWAYS).any(-1).all()):
-                raise ValueError(f"levels: a row at step {step} has no block that is always computed")
+
+    @classmethod
+    def check_part(cls, name: str, part: Tensor, settings: Mapping[str, Any], geometry: Geometry) -> None:
+        """Refuse a part of a table that Budget cannot have learnt.
+
+        Raises:
+            ValueError: one line that says what is wrong.
+        """
+        if name == "sensitivity" and not bool(((part > 0) & part.isfinite()).all()):
+            raise ValueError("a factor is not above 0, or not finite")
+        if name == "levels" and not bool((part == ALWAYS).any(-1).all()):
+            raise ValueError("a row has no block that is always computed")
 
     @classmethod
     def trials(cls, learnt: Learnt) -> Trials | None:
@@ -175,22 +183,21 @@ class Budget(Method):
             CalibrationMismatch: the calibration is for another geometry, number of steps or of layers.
         """
         self.learnt.check(site)
-        key = (site.geometry, site.step, site.layer, q.device)
-        if key not in self._plans:
-            mask = self._mask(site.step, site.layer, site.geometry, q.device)
-            self._plans[key] = Plan.masked(mask, site.geometry.heads)
-        return self._plans[key]
+        return self._plans.at(site, q.device)
+
+    def _made(self, step: int, layer: int, geometry: Geometry, device: torch.device) -> Plan:
+        return Plan.masked(self._mask(step, layer, geometry, device), geometry.heads)
 
     def mean_density(self) -> float:
         """Of all plans of a video, with as much text as the calibration allows."""
-        own, device = self.learnt.provenance, self.learnt.tables["levels"].device
+        own, device = self.learnt.provenance, torch.device("cpu")
         sites = [(step, layer) for step in range(own.steps) for layer in range(own.layers)]
         return sum(self._mask(*site, own.geometry, device).density().mean().item() for site in sites) / len(sites)
 
     def _mask(self, step: int, layer: int, geometry: Geometry, device: torch.device) -> BlockMask:
         block, tokens = self.config.block, geometry.tokens
         rows, columns = (video_blocks(geometry, size) for size in block)
-        levels = video_part(self.learnt.tables["levels"][step, layer], geometry, block).to(device)
+        levels = video_part(sent(self.learnt.part("levels", step, layer), device), geometry, block)
         if self._cut is None:
             sizes_q, sizes_k = (
                 block_sizes(tokens, size, device)[part] for size, part in zip(block, (rows, columns), strict=True)

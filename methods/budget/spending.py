@@ -50,7 +50,7 @@ class Cut:
             weighed: whether steps count by how far their errors move the video.
         """
         counts, cost = tallies(learnt)
-        sensitivity = learnt.tables["sensitivity"][:, 0].double().cpu()
+        sensitivity = learnt.tables["sensitivity"][:, 0].double()
         score = scores(sensitivity if weighed else torch.ones_like(sensitivity))
         return cls.at(counts, cost, score, density=density, together=together)
 
@@ -131,21 +131,21 @@ def tallies(
         learnt: by a `BudgetLearner`.
     """
     block = read_settings(BudgetLearner, learnt.settings).block
-    geometry, levels = learnt.provenance.geometry, learnt.tables["levels"]
+    own, geometry = learnt.provenance, learnt.provenance.geometry
     rows, columns = (video_blocks(geometry, size) for size in block)
     sizes_q, sizes_k = (
         block_sizes(geometry.tokens, size)[part] for size, part in zip(block, (rows, columns), strict=True)
     )
-    counts = torch.zeros(*levels.shape[:2], LEVELS, dtype=torch.int64)
+    counts = torch.zeros(own.steps, own.layers, LEVELS, dtype=torch.int64)
     cost = torch.zeros(counts.shape, dtype=torch.float64)
     cost[..., ALWAYS] = geometry.heads * (geometry.tokens**2 - float(sizes_q.sum() * sizes_k.sum()))
     # all blocks but the last of each axis are whole
     parts = [(down, across) for down in (slice(-1), slice(-1, None)) for across in (slice(-1), slice(-1, None))]
     for step in range(len(counts)):
         for layer in range(counts.shape[1]):
-            site = video_part(levels[step, layer], geometry, block)
+            site = video_part(learnt.part("levels", step, layer), geometry, block)
             for down, across in parts:
-                some = site[:, down, across].flatten().bincount(minlength=LEVELS).cpu()
+                some = site[:, down, across].flatten().bincount(minlength=LEVELS)
                 counts[step, layer] += some
                 if len(sizes_q[down]) and len(sizes_k[across]):
                     cost[step, layer] += some * (sizes_q[down][0] * sizes_k[across][0])

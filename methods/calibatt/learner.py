@@ -7,17 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.mask import BlockMask, packed, unpacked
+from calibatt.kernels.mask import BlockMask, packed
 from calibatt.kernels.plan import anchor_rows
 from calibatt.methods.blocks import text_blocks, video_blocks, video_table
 from calibatt.methods.calibatt.errors import output_errors
 from calibatt.methods.calibatt.levels import MOST_LEVEL, common_levels, loss_levels
 from calibatt.methods.calibatt.repetition import row_similarity
 from calibatt.methods.calibatt.schedule import Schedule
+from calibatt.methods.calibatt.votes import Votes
 from calibatt.methods.energy import block_energy
 from calibatt.methods.selection import mass_before, top_p
 from calibatt.methods.site import Site
@@ -113,21 +114,19 @@ class CalibAttLearner:
 
         Returns:
             bits: the blocks that enough prompts need, packed as in `BlockMask`.
-            agreement: of each head, the overlap of the prompts' masks with that one, 0 to 1; see `agreement`.
+            agreement: of each head, the overlap of the prompts' masks with that one, 0 to 1; see `Votes`.
             similarity: of each head, mean over the prompts that it was measured on.
             levels: where asked for, the loss at which enough prompts still need each block.
             reuse_error, mask_error: where asked for, likewise means.
         """
         notes = [self._decided(note) for note in notes]
         needed = votes_needed(len(notes), self.rho)
-        bits = [note["bits"] for note in notes]
-        votes = sum((unpacked(one, 8 * one.shape[-1]) for one in bits), start=torch.zeros((), dtype=torch.int32))
-        # padding has no votes, and every row a block with one: padding stays out
-        keep = majority(votes, needed)
+        votes = Votes([note["bits"] for note in notes])
+        keep = votes.majority(needed)
         measured = notes[: self.similarity_prompts]
         merged = {
-            "bits": packed(keep),
-            "agreement": agreement(votes, keep, len(notes)),
+            "bits": keep,
+            "agreement": votes.agreement(keep),
             "similarity": mean([note["similarity"] for note in measured]),
         }
         if self.output_errors:
@@ -240,27 +239,3 @@ def mean(values: Sequence[Float[Tensor, "heads"]]) -> Float[Tensor, "heads"]:
     """Of one value a prompt, for each head."""
     # added one by one, since how torch sums a dimension differs between machines
     return sum((value / len(values) for value in values), start=torch.zeros_like(values[0]))
-
-
-def majority(
-    votes: Integer[Tensor, "heads q_blocks k_blocks"], threshold: int
-) -> Bool[Tensor, "heads q_blocks k_blocks"]:
-    """The blocks with enough votes.
-
-    In a row without any, those with the most: a query without keys would give zeros.
-    """
-    return votes >= votes.amax(-1, keepdim=True).clamp(max=threshold)
-
-
-def agreement(
-    votes: Integer[Tensor, "heads q_blocks k_blocks"],
-    keep: Bool[Tensor, "heads q_blocks k_blocks"],
-    prompts: int,
-) -> Float[Tensor, "heads"]:
-    """Intersection over union of the prompts' masks with the common one, 0 to 1.
-
-    Intersections and unions are summed over the prompts before they are divided, for which votes are enough.
-    """
-    intersections = (votes * keep).sum((1, 2), dtype=torch.int64)
-    sizes = votes.sum((1, 2), dtype=torch.int64) + prompts * keep.sum((1, 2))
-    return intersections / (sizes - intersections)

@@ -45,12 +45,20 @@ def keep_at(levels: UInt8[Tensor, "heads q_blocks k_blocks"], loss: float) -> Bo
 
     Args:
         levels: of `loss_levels`.
-        loss: taken to the nearest step, of some 3 % near 1.
+        loss: as for `level_of`.
+
+    Raises:
+        ValueError: as `level_of`.
+    """
+    return levels >= levels.amax(-1, keepdim=True).clamp(max=level_of(loss) + 1)
+
+
+def level_of(loss: float) -> int:
+    """The step of loss, of some 3 % near 1, that is nearest.
 
     Raises:
         ValueError: the loss is negative, or beyond what a byte holds.
     """
     if not 0 <= loss <= MOST_LOSS:
         raise ValueError(f"a loss is a multiple from 0 to {MOST_LOSS}: got {loss}")
-    step = round(_STEPS * math.sqrt(loss))
-    return levels >= levels.amax(-1, keepdim=True).clamp(max=step + 1)
+    return round(_STEPS * math.sqrt(loss))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -152,7 +152,7 @@ class CalibAtt(Method):
             ValueError: one line that names the setting or the table.
         """
         learner = read_settings(CalibAttLearner, learnt.settings)
-        geometry, tables = learnt.provenance.geometry, learnt.tables
+        geometry = learnt.provenance.geometry
         if learner.anchors >= geometry.grid[1]:
             raise ValueError(f"anchors: a frame of {geometry.grid[1]} rows has fewer than {learner.anchors} of them")
         q_blocks, k_blocks = (block_count(geometry.video_tokens, size) for size in learner.block)
@@ -166,18 +166,25 @@ class CalibAtt(Method):
         if learner.output_errors:
             expected |= dict.fromkeys(OUTPUT_ERRORS, (torch.float32, (geometry.heads,)))
         learnt.check_tables(cls.label, expected)
-        for name in ("agreement", "similarity"):
-            # both are 0 to 1, but for rounding
-            if not bool(((tables[name] >= -1e-3) & (tables[name] <= 1 + 1e-3)).all()):
-                raise ValueError(f"{name}: a value is not within 0 to 1")
-        for name in OUTPUT_ERRORS if learner.output_errors else ():
-            if not bool(((tables[name] >= 0) & tables[name].isfinite()).all()):
-                raise ValueError(f"{name}: a value is below 0, or not finite")
-        # the bits of a row that belong to blocks
-        own = packed(torch.ones(1, 1, k_blocks, dtype=torch.bool))
-        for step, bits in enumerate(tables["bits"]):
-            if not bool((bits & own.to(bits.device)).ne(0).any(-1).all()):
-                raise ValueError(f"bits: a row of a mask at step {step} has no block")
+
+    @classmethod
+    def check_part(cls, name: str, part: Tensor, settings: Mapping[str, Any], geometry: Geometry) -> None:
+        """Refuse a part of a table that CalibAtt cannot have learnt.
+
+        Raises:
+            ValueError: one line that says what is wrong.
+        """
+        # both are 0 to 1, but for rounding
+        if name in ("agreement", "similarity") and not bool(((part >= -1e-3) & (part <= 1 + 1e-3)).all()):
+            raise ValueError("a value is not within 0 to 1")
+        if name in OUTPUT_ERRORS and not bool(((part >= 0) & part.isfinite()).all()):
+            raise ValueError("a value is below 0, or not finite")
+        if name == "bits":
+            k_blocks = block_count(geometry.video_tokens, read_settings(CalibAttLearner, settings).block[1])
+            # the bits of a row that belong to blocks
+            own = packed(torch.ones(1, 1, k_blocks, dtype=torch.bool))[0, 0]
+            if not bool((part & own).ne(0).any(-1).all()):
+                raise ValueError("a row of a mask has no block")
 
     def plan(
         self,

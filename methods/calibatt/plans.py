@@ -12,12 +12,15 @@ from torch import Tensor
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count, packed, unpacked
 from calibatt.kernels.plan import HeadKind, Plan, RowReuse, anchor_rows
+from calibatt.methods.ahead import SitePlans, sent
 from calibatt.methods.blocks import text_blocks, video_blocks, video_part
 from calibatt.methods.calibatt.learner import CalibAttLearner
-from calibatt.methods.calibatt.levels import keep_at
+from calibatt.methods.calibatt.levels import keep_at, level_of
 from calibatt.methods.facts import read_settings
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
+
+_CPU = torch.device("cpu")
 
 
 # without slots: cached_property keeps its values in the instance's dictionary
@@ -25,7 +28,7 @@ from calibatt.methods.site import Site
 class Plans:
     """A plan for every site: some heads reuse rows, the others have a mask; the same for both branches.
 
-    Without text, masks are views of the table. Text makes a mask larger, and it is then built at every call.
+    On a CPU and without text, masks of a table without shared rows are views of it.
 
     Args:
         learnt: by a `CalibAttLearner`.
@@ -57,27 +60,27 @@ class Plans:
                 f"the calibration has masks for a loss of 1, not for {self.loss:g}: "
                 "make one by `calibatt calibrate --levels`"
             )
-        # made at once: a loss that levels do not reach is refused here
-        _ = self.bits
+        # a loss that levels do not reach is refused at once
+        level_of(self.loss)
 
     def plan(self, site: Site, device: torch.device | None = None) -> Plan:
         """The plan for a site, with as many text tokens as it has.
 
         Args:
             site: where the call happens.
-            device: of the plan; that of the tables where None, which saves a copy at every call.
+            device: of the plan; the CPU where None.
 
         Raises:
             CalibrationMismatch: the site has another geometry, number of steps or of layers.
         """
         self.learnt.check(site)
-        return self._plan(site.step, site.layer, site.geometry, device or self.bits.device)
+        return self._ahead.at(site, device or _CPU)
 
     def density(self) -> Float[Tensor, "steps layers heads"]:
         """Computed fraction of the query-key products of every head, with as much text as the calibration allows."""
         own = self.learnt.provenance
         each = [
-            self._plan(step, layer, own.geometry, self.bits.device).density()
+            self._plan(step, layer, own.geometry, _CPU).density()
             for step in range(own.steps)
             for layer in range(own.layers)
         ]
@@ -88,10 +91,10 @@ class Plans:
         """Heads that reuse rows, on the CPU."""
         tables = self.learnt.tables
         if not self.repetition:
-            return torch.zeros_like(tables["similarity"], dtype=torch.bool, device="cpu")
+            return torch.zeros_like(tables["similarity"], dtype=torch.bool)
         if self.error_ratio is None:
-            return tables["similarity"].cpu() >= self.gamma
-        return (tables["reuse_error"] <= self.error_ratio * tables["mask_error"]).cpu()
+            return tables["similarity"] >= self.gamma
+        return tables["reuse_error"] <= self.error_ratio * tables["mask_error"]
 
     def _plan(self, step: int, layer: int, geometry: Geometry, device: torch.device) -> Plan:
         kinds: tuple[HeadKind, ...] = tuple(
@@ -100,7 +103,7 @@ class Plans:
         return Plan(
             tokens=geometry.tokens,
             kinds=kinds,
-            mask=self._mask(self.bits[step, layer].to(device), geometry) if "masked" in kinds else None,
+            mask=self._mask(self._bits(step, layer, device), geometry) if "masked" in kinds else None,
             reuse=self._reuse(geometry, device) if "reused" in kinds else None,
         )
 
@@ -121,15 +124,19 @@ class Plans:
             self._reuses[key] = RowReuse.of_anchor_rows(geometry, anchors).to(device)
         return self._reuses[key]
 
-    @cached_property
-    def bits(self) -> UInt8[Tensor, "steps layers heads q_blocks row_bytes"]:
+    def _bits(self, step: int, layer: int, device: torch.device) -> UInt8[Tensor, "heads q_blocks row_bytes"]:
         """The masks at this loss."""
-        bits = self.learnt.tables["bits"]
         if self.loss == 1:
-            return bits
-        # layer by layer: unpacked, all masks of a large model are eight times their size
-        each = [packed(keep_at(levels, self.loss)) for levels in self.learnt.tables["levels"].flatten(0, 1)]
-        return torch.stack(each).view(bits.shape)
+            return sent(self.learnt.part("bits", step, layer), device)
+        return packed(keep_at(sent(self.learnt.part("levels", step, layer), device), self.loss))
+
+    def nbytes(self) -> int:
+        """Memory of the plans that are kept."""
+        return self._ahead.nbytes()
+
+    @cached_property
+    def _ahead(self) -> SitePlans:
+        return SitePlans(self._plan)
 
     @cached_property
     def _learner(self) -> CalibAttLearner:

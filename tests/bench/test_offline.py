@@ -44,7 +44,7 @@ def offline(lessons: list[Lesson], *, stored: str | None = None, turned: frozens
     load: Callable[[], Learnt] | None = None if stored is None else lambda: learnt(stored)
     return Offline(
         learn, preparation=Preparation(None, "shapes-quick-2", print), stored=load, log=lambda line: None,
-        device=torch.device("cpu"), block=BLOCK, turned=turned,
+        block=BLOCK, turned=turned,
     )  # fmt: skip
 
 

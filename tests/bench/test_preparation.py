@@ -87,7 +87,7 @@ def prepared(path: Path, learning: Learning, said: list[str] | None = None, arm:
     """What a run whose journal is there plans by."""
     log = [].append if said is None else said.append
     preparation = Preparation(Journal(path, {}), str(WORKLOAD), log)
-    offline = Offline(learning, preparation=preparation, stored=None, log=log, device=CPU, block=BLOCK)
+    offline = Offline(learning, preparation=preparation, stored=None, log=log, block=BLOCK)
     made = offline.prepared(arm)
     assert made is not None
     return made

@@ -113,7 +113,7 @@ def tuner(
 
     preparation = Preparation(journal, str(workload), print)
     offline = Offline(
-        learn, preparation=preparation, stored=stored, log=lambda line: None, device=workload.device,
+        learn, preparation=preparation, stored=stored, log=lambda line: None,
         block=workload.block,
     )  # fmt: skip
     return Tuner(

@@ -48,7 +48,7 @@ def test_a_calibration_knows_where_it_comes_from(calibration: Calibration, promp
     assert 0 < calibration.tables["agreement"].mean() <= 1
     assert set(own.versions) == {"calibatt", "torch", "diffusers"}
     assert set(calibration.tables) == {"bits", "agreement", "similarity", "levels"}
-    assert {table.shape[:2] for table in calibration.tables.values()} == {(2, 3)}
+    assert {table.shape[:2] for _, table in calibration.tables.items()} == {(2, 3)}
 
 
 def test_every_site_is_learnt_from_the_conditional_calls_of_all_prompts(hand_made: Made, run: Made) -> None:

@@ -111,10 +111,10 @@ def learnt_by(learner: Learner, method: str, geometry: Geometry) -> Learnt:
     return found
 
 
-def made(name: str, preset: str, geometry: Geometry, device: str = "cpu") -> Method:
-    """A method for the geometry, what it learnt on a device; skips where it does not apply."""
+def made(name: str, preset: str, geometry: Geometry) -> Method:
+    """A method for the geometry; skips where it does not apply."""
     try:
-        return testing.made(name, preset, geometry, learn=learnt_by, device=device)
+        return testing.made(name, preset, geometry, learn=learnt_by)
     except testing.DoesNotApply as reason:
         pytest.skip(str(reason))
 
@@ -412,7 +412,7 @@ def test_an_arm_computes_its_plan_and_only_what_is_left_out_or_rounded_changes_t
     interpreted = place[0] == "cpu" and kernel.name == "triton"
     geometry = (SHORT if interpreted else GEOMETRIES)[where]
     q, k, v = inputs(geometry, place)
-    plan = made(name, preset, geometry, place[0]).plan(q[0], k[0], v[0], testing.site(geometry))
+    plan = made(name, preset, geometry).plan(q[0], k[0], v[0], testing.site(geometry))
     out = run(kernel, q, k, v, plan)
     testing.require_exact(out, q, k, v, plan)
     # half precision hides what leaving out a little changes

@@ -567,7 +567,7 @@ def test_a_trial_has_masks_at_its_steps_and_is_dense_at_all_others(learn: Learn)
     expected = (inverse / inverse.log().mean().exp()).float()
     # at the edge of the budget, shares of a level are counted in place of blocks
     torch.testing.assert_close(learnt_tables["sensitivity"], expected[:, None].repeat(1, LAYERS), rtol=0.02, atol=0)
-    Budget.check_tables(replace(learnt, tables={**learnt.tables, **learnt_tables}))
+    check_tables(replace(learnt, tables={**learnt.tables, **learnt_tables}))
     assert Budget.trials(learnt_from(learn, config(trials=0))) is None
 
 
@@ -604,10 +604,21 @@ def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any], says: st
     assert "\n" not in str(error.value)
 
 
+def check_tables(learnt: Learnt) -> None:
+    """As a calibration does."""
+    Budget.check_tables(learnt)
+    for name, table in learnt.tables.items():
+        for part in table.flatten(0, 1):
+            try:
+                Budget.check_part(name, part, learnt.settings, learnt.provenance.geometry)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda t: {**t, "levels": t["levels"].clamp(max=ALWAYS - 1)}, "levels: a row at step 0 has no block"),
+        (lambda t: {**t, "levels": t["levels"].clamp(max=ALWAYS - 1)}, "levels: a row has no block"),
         (lambda t: {**t, "levels": t["levels"][..., 1:]}, r"levels: \[3, 32, 63\] of torch.uint8 at every site, not"),
         (lambda t: {**t, "levels": t["levels"].int()}, "levels: .*uint8.*not .*int32"),
         (lambda t: {**t, "sensitivity": t["sensitivity"] / 0}, "sensitivity: a factor is not above 0, or not finite"),
@@ -621,9 +632,9 @@ def test_tables_that_budget_cannot_have_learnt_are_refused_by_name(
     change: Callable[[dict[str, Tensor]], dict[str, Tensor]], says: str, learn: Learn
 ) -> None:
     learnt = learnt_from(learn, config())
-    Budget.check_tables(learnt)
+    check_tables(learnt)
     with pytest.raises(ValueError, match=says) as error:
-        Budget.check_tables(replace(learnt, tables=change(dict(learnt.tables))))
+        check_tables(replace(learnt, tables=change(dict(learnt.tables))))
     assert "\n" not in str(error.value)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import fields, replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from calibatt.kernels.plan import anchor_rows
 from calibatt.methods.blocks import text_blocks, video_blocks, video_part
 from calibatt.methods.calibatt import learner as module
 from calibatt.methods.calibatt.errors import output_errors
-from calibatt.methods.calibatt.learner import CalibAttLearner, MassLearner, agreement, majority, votes_needed
+from calibatt.methods.calibatt.learner import CalibAttLearner, MassLearner, votes_needed
 from calibatt.methods.calibatt.levels import loss_levels
 from calibatt.methods.calibatt.repetition import row_similarity
 from calibatt.methods.calibatt.schedule import Schedule
@@ -33,22 +34,6 @@ Made = Callable[..., Any]
 )
 def test_a_block_needs_the_smallest_number_of_votes_that_is_the_share(prompts: int, rho: float, needed: int) -> None:
     assert votes_needed(prompts, rho) == needed
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
-def test_blocks_with_enough_votes_are_kept(dtype: torch.dtype) -> None:
-    votes = torch.tensor([[[4, 2, 1, 0], [1, 1, 0, 0], [3, 0, 0, 3]]], dtype=dtype)
-    expected = [[True, True, False, False], [True, True, False, False], [True, False, False, True]]
-    # in the second row nothing has two votes: those with the most are kept
-    assert majority(votes, 2)[0].tolist() == expected
-
-
-def test_agreement_is_one_where_all_prompts_keep_the_same_and_the_overlap_otherwise() -> None:
-    masks = torch.tensor([[[1, 1, 0, 0]], [[1, 0, 1, 0]]], dtype=torch.bool)
-    aggregated = torch.tensor([[True, True, True, False]])
-    # (2 + 2) kept in common, (3 + 3) kept in either
-    assert agreement(masks.sum(0)[None], aggregated[None], 2).item() == pytest.approx(4 / 6)
-    assert agreement(2 * masks[:1].to(torch.uint8), masks[0][None], 2).item() == 1.0
 
 
 def test_a_note_is_the_smallest_set_the_similarity_and_the_levels_of_the_call(
@@ -157,7 +142,7 @@ def test_repetition_is_measured_on_as_many_prompts_as_asked(
     assert merged["similarity"].tolist() == pytest.approx([0.4, 0.4])
 
 
-def test_levels_of_a_merge_give_the_masks_of_other_schedules(learnt: Made, learner: Made) -> None:
+def test_levels_of_a_merge_give_the_masks_of_other_schedules(learnt: Made, learner: Made, site: Made) -> None:
     from calibatt.methods.calibatt.plans import Plans
 
     adjustable = learnt(learner(schedule=Schedule(early=0.9, late=0.8, decay=1.0), levels=True), texts=(0, 0))
@@ -168,7 +153,11 @@ def test_levels_of_a_merge_give_the_masks_of_other_schedules(learnt: Made, learn
     other = Plans(learnt=adjustable, gamma=2.0, loss=2.25)
     same = Plans(learnt=sparser, gamma=2.0)
     assert torch.equal(other.density(), same.density())
-    assert torch.equal(other.bits, same.bits)
+    for step, layer in product(range(2), range(2)):
+        one, two = (plans.plan(site(step, layer)).mask for plans in (other, same))
+        assert isinstance(one, BlockMask)
+        assert isinstance(two, BlockMask)
+        assert torch.equal(one.bits, two.bits)
 
 
 @pytest.mark.parametrize("side", ["first", "last"])
