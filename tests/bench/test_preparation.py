@@ -267,7 +267,7 @@ def test_where_notes_cannot_be_kept_learning_goes_on_without(path: Path) -> None
     with pytest.raises(OSError, match="no room"):
         Offline(
             Learning(fails=[OSError("no room")]), preparation=Preparation(None, str(WORKLOAD), print), stored=None,
-            log=print, device=CPU, block=BLOCK,
+            log=print, block=BLOCK,
         ).prepared(ARM)  # fmt: skip
 
 
