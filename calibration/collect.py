@@ -268,12 +268,14 @@ class Run:
         try:
             self._write(units, aside)
             calibration = Calibration.load(aside)
-            trials = METHODS[self.method].trials(calibration)
-            if trials is not None:
+            written, method = calibration, METHODS[self.method]
+            if (trials := method.trials(calibration)) is not None:
                 calibration = self._tried(calibration, trials, progress)
+            if (condensed := method.condensed(calibration)) is not None:
+                calibration = replace(calibration, tables=condensed)
             if path is None:
                 return calibration
-            if trials is None:
+            if calibration is written:
                 with naming(path):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(aside, path)

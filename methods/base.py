@@ -15,7 +15,7 @@ from torch import Tensor
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan
-from calibatt.methods.learning import Learner, Learnt
+from calibatt.methods.learning import Learner, Learnt, Tables
 from calibatt.methods.site import Site
 
 
@@ -175,6 +175,15 @@ class Method(ABC):
     @classmethod
     def fit(cls, config: Any, geometry: Geometry, steps: int) -> Fit | None:
         """What can be fitted to a model's videos of a geometry and a number of steps; nothing by default."""
+        return None
+
+    @classmethod
+    def condensed(cls, learnt: Learnt) -> Tables | None:
+        """Tables that take less room, in place of those that were merged; None keeps those, as by default.
+
+        Args:
+            learnt: of this method.
+        """
         return None
 
     @classmethod

@@ -48,9 +48,11 @@ class CalibAttLearner:
         levels: also learn what `CalibAttConfig.loss` needs to be another than 1: a byte a block.
         output_errors: also learn what choosing by outputs needs (`CalibAttConfig.reuse_by`), on the prompts that
             repetition is measured on: two numbers a head, for two more calls of attention at each site.
+        share: steps of a layer and head whose masks overlap at least so much, any two of them, have one mask, which
+            keeps what any of theirs keeps (`SharedTables`); None leaves each its own.
 
     Raises:
-        ValueError: a value is out of range, or gamma is no number.
+        ValueError: a value is out of range, or gamma is no number; there are levels, and steps would share masks.
     """
 
     block: tuple[int, int]
@@ -61,6 +63,7 @@ class CalibAttLearner:
     similarity_prompts: int | None
     levels: bool
     output_errors: bool
+    share: float | None
 
     def __post_init__(self) -> None:
         # written so that NaN fails too
@@ -74,6 +77,10 @@ class CalibAttLearner:
             raise ValueError(f"repetition needs at least one anchor row: got anchors={self.anchors}")
         if self.similarity_prompts is not None and self.similarity_prompts < 1:
             raise ValueError(f"repetition needs at least one prompt: got similarity_prompts={self.similarity_prompts}")
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ValueError(f"steps share masks from an overlap on, above 0 and up to 1: got share={self.share}")
+        if self.share is not None and self.levels:
+            raise ValueError("steps share masks of one loss: leave out levels, or share")
 
     def note(
         self,

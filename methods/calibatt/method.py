@@ -19,6 +19,7 @@ from calibatt.methods.base import Fit, Knob, Method
 from calibatt.methods.calibatt.learner import OUTPUT_ERRORS, CalibAttLearner, MassLearner
 from calibatt.methods.calibatt.plans import Plans
 from calibatt.methods.calibatt.schedule import Schedule
+from calibatt.methods.calibatt.sharing import SharedTables
 from calibatt.methods.facts import read_settings
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
@@ -45,7 +46,7 @@ class CalibAttConfig:
         error_ratio: reuse may move a head's outputs, squared, so many times as far as its masks of the schedule do.
         loss: attention mass that masks may lose, in multiples of what the schedule that was calibrated with leaves out.
             Another than 1 needs a calibration with levels.
-        block, schedule, rho, gamma, anchors, similarity_prompts, levels, output_errors: as in `CalibAttLearner`.
+        block, schedule, rho, gamma, anchors, similarity_prompts, levels, output_errors, share: as in `CalibAttLearner`.
 
     Raises:
         ValueError: the loss or the ratio is negative, or a setting of the learner is out of range.
@@ -64,6 +65,7 @@ class CalibAttConfig:
     similarity_prompts: int | None = None
     levels: bool = False
     output_errors: bool = False
+    share: float | None = None
 
     def __post_init__(self) -> None:
         # written so that NaN fails too
@@ -118,6 +120,12 @@ class CalibAtt(Method):
         """The config with the learner's settings as they were when it learnt."""
         own = read_settings(CalibAttLearner, learnt.settings)
         return replace(config, **{field.name: getattr(own, field.name) for field in fields(own)})
+
+    @classmethod
+    def condensed(cls, learnt: Learnt) -> SharedTables | None:
+        """With fewer masks, where steps are to share them."""
+        share = read_settings(CalibAttLearner, learnt.settings).share
+        return None if share is None else SharedTables(learnt, share)
 
     @classmethod
     def fit(cls, config: CalibAttConfig, geometry: Geometry, steps: int) -> Fit:

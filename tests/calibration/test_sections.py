@@ -150,3 +150,20 @@ def test_a_file_may_be_deleted_while_it_is_used(path: Path, calibration: Calibra
     loaded = Calibration.load(path)
     path.unlink()
     assert torch.equal(loaded.tables["levels"], calibration.tables["levels"])
+
+
+def test_shared_masks_take_less_room_in_the_file_and_come_back(run: Made, same: Made, tmp_path: Path) -> None:
+    whole, made = run(), run(share=0.5)
+    assert len(made.tables["bits"]) < 2 * 3 * 2
+    made.save(tmp_path / "shared")
+    back = Calibration.load(tmp_path / "shared", verify=True)
+    assert same(back, made)
+    assert back.tables["bits"].nbytes < whole.tables["bits"].nbytes
+    for step in range(2):
+        for layer in range(3):
+            own = whole.part("bits", step, layer)
+            assert torch.equal(own & back.part("bits", step, layer), own)
+    # each row is a section
+    end = spans(tmp_path / "shared")["bits, row 1"][1]
+    flipped(tmp_path / "shared", 8 * end - 1)
+    refused(tmp_path / "shared", "bits, row 1")

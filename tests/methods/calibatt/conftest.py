@@ -28,7 +28,7 @@ def learner() -> Callable[..., CalibAttLearner]:
 
     def made(**other: Any) -> CalibAttLearner:
         settings: dict[str, Any] = {"block": (16, 8), "schedule": SCHEDULE, "rho": 0.5, "gamma": 0.87, "anchors": 2}
-        settings |= {"similarity_prompts": None, "levels": False, "output_errors": False}
+        settings |= {"similarity_prompts": None, "levels": False, "output_errors": False, "share": None}
         return CalibAttLearner(**{**settings, **other})
 
     return made
