@@ -161,9 +161,11 @@ def _spin(device: torch.device, count: int) -> None:
 def _unit_per_share(device: torch.device, timer: PhaseTimer, work: Callable[[], object]) -> float:
     """Turns or cycles that take as long as the work: both are timed in turns, under the same load."""
     unit = _UNIT[device.type]
-    pairs = [(_time(timer, work), _time(timer, lambda: _spin(device, unit))) for _ in range(_CALIBRATING_ROUNDS + 1)]
-    # the first round warms up
-    return unit * statistics.median(call / spin for call, spin in pairs[1:])
+    works: list[Callable[[], object]] = [work, lambda: _spin(device, unit)]
+    pairs = [[_time(timer, one) for one in works] for _ in range(_CALIBRATING_ROUNDS + 1)]
+    # the first round warms up; a quarter of the way up, another process's share is in neither
+    call, spin = (statistics.quantiles(samples)[0] for samples in zip(*pairs[1:], strict=True))
+    return float(unit * call / spin)
 
 
 def _time(timer: PhaseTimer, work: Callable[[], object]) -> float:

@@ -90,18 +90,27 @@ def rates(pool: Sequence[Process], *, runs: int, side: int, seed: int = 0) -> Ra
 
 
 def facts(pool: Sequence[Process]) -> dict[str, Any]:
-    """What the samples are like: their spread within and between processes, what others did, what slowing came to."""
-    plain = [_slowed_arm(one["plain"]) for one in pool]
-    centres = [statistics.median(_speedups(one)) for one in plain]
-    within = statistics.median(statistics.stdev(_speedups(one)) for one in plain)
+    """What others did, and of processes that nothing spoilt the spread within and between them, and what slowing took.
+
+    Of fewer than two such processes, nothing is said.
+    """
+    arms = [_slowed_arm(one["plain"]) for one in pool]
+    sound = [one for one, arm in zip(pool, arms, strict=True) if arm.doubt is None]
+    found: dict[str, Any] = {
+        "rounds": len(arms[0].samples_s or ()),
+        "throttled_or_disturbed_processes": len(pool) - len(sound),
+        "disturbed": [None if arm.disturbed is None else _figure(arm.disturbed) for arm in arms],
+    }
+    if len(sound) < 2:
+        return found
+    plain = [_slowed_arm(one["plain"]) for one in sound]
+    speedups = [_speedups(one) for one in plain]
     return {
-        "rounds": len(plain[0].samples_s or ()),
+        **found,
         "sample_s": _figure(statistics.median(value for one in plain for value in one.samples_s or ())),
-        "spread_within_a_process": _figure(within),
-        "spread_of_the_medians_of_processes": _figure(statistics.stdev(centres)) if len(centres) > 1 else None,
-        "throttled_or_disturbed_processes": sum(one.doubt is not None for one in plain),
-        "disturbed": [one.disturbed for one in plain],
-        **{f"slowed_by_{percent}pct": _figure(_slowdown(pool, name)) for name, percent in _FILES.items() if percent},
+        "spread_within_a_process": _figure(statistics.median(map(statistics.stdev, speedups))),
+        "spread_of_the_medians_of_processes": _figure(statistics.stdev(map(statistics.median, speedups))),
+        **{f"slowed_by_{percent}pct": _figure(_slowdown(sound, name)) for name, percent in _FILES.items() if percent},
     }
 
 

@@ -162,7 +162,7 @@ def _read(content: bytes, base: Run) -> bool:
     path.write_bytes(content)
     try:
         run = load_run(path)
-        for verdict in (judge([run], [base]), judge([base], [run])):
+        for verdict in (judge([run], [base]), judge([base, base], [run, base])):
             assert all(line.isprintable() for line in verdict.lines)
         _shown(run)
     except UnusableFile as error:

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from calibatt.bench.machine import digest_of_flags
 from calibatt.bench.record import Record, Run, UnusableFile, load_run
 from calibatt.reports.gate import ExitCode, Verdict
 from calibatt.reports.gate import judge as judge_runs
-from calibatt.reports.gate_metrics import Sampled, choose
+from calibatt.reports.gate_metrics import METRICS, Sampled, choose
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 # as earlier versions wrote it, and in full
@@ -415,6 +417,24 @@ def test_a_metric_or_a_threshold_that_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         choose(*arguments)
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=500)
+@given(
+    *3
+    * [
+        st.none()
+        | st.text(max_size=20)
+        | st.lists(st.sampled_from([*METRICS, "=", "3%", "nan", "1e400", "-1", ",", "%"]), max_size=5).map("".join)
+    ]
+)
+def test_whatever_is_given_is_metrics_or_one_error(on: str | None, tolerance: str | None, mde: str | None) -> None:
+    try:
+        chosen = choose(on, tolerance, mde)
+    except ValueError:
+        return
+    assert chosen
+    assert all(0 <= one.allowed < float("inf") for one in chosen.values())
 
 
 def test_thresholds_are_each_metrics_own() -> None:
