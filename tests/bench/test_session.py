@@ -62,7 +62,6 @@ def test_a_wrong_option_is_one_line_before_anything_runs(tmp_path: Path, bench: 
     unreadable.write_text("a red circle moving left over stripes\na purple cow\n")
     for arguments, message in (
         (["--models", "shape"], "--models shape: unknown model 'shape': did you mean shapes"),
-        (["--models", "wan2.1-1.3b"], "--prompts"),
         (["--prompts", str(unreadable), "--rounds", "1", "--calibration-prompts", "1"], "unknown word 'purple'"),
         ([f"--benchmark-json={tmp_path}", "--benchmark-disable"], "--benchmark-disable: nothing would be measured"),
         ([f"--gate={unreadable}", f"--benchmark-json={tmp_path}/x.json"], "prompts.txt: Invalid JSON"),
