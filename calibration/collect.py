@@ -39,7 +39,7 @@ from calibatt.methods.site import Site
 from calibatt.models.entry import ModelEntry
 
 # What merging a site holds, in notes of a site: of each unit the notes, where levels are sorted the sorted ones with an
-# index of eight bytes each; votes take less than 32 (bench/results/cpu/calibration-replay.json)
+# index of eight bytes each; votes take 28 (docs/calibration-sizes.json)
 _MERGING_EACH, _MERGING = 10, 32
 
 
