@@ -428,7 +428,7 @@ def test_a_plan_is_for_its_site_and_leaves_its_inputs_alone(name: str, preset: s
 
 @pytest.mark.parametrize(("name", "preset"), ARMS)
 def test_what_can_be_sparse_is_sparse_late_in_a_long_video(name: str, preset: str) -> None:
-    testing.check_sparsity(functools.partial(made, name, preset), LARGE)
+    testing.check_sparsity(functools.partial(made, name, preset), testing.LONG)
 
 
 @pytest.mark.parametrize("where", ["1000-text-first", "1000-text-last"])
