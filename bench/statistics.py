@@ -133,10 +133,10 @@ def shift_of_runs(
     """Compare samples of runs, each a process of its own, whose samples have something in common.
 
     Where there are three runs a side, or one against five, the spread between runs is estimated from them, pooled over
-    both sides; with fewer it is what is given. It widens the bootstrap's interval, which draws samples anew within
-    each run, and it enters the rank test, that of Mann and Whitney (1947) on all samples: its p value is averaged over
-    what the runs may have in common (Box 1980). An estimate from few runs may be too low, so that the interval, and the
-    p value that goes with it, are by Student's distribution in place of the normal one.
+    both sides; with fewer it is what is given, unless they differ by more. It widens the bootstrap's interval, which
+    draws samples anew within each run, and it enters the rank test, that of Mann and Whitney (1947) on all samples: its
+    p value is averaged over what the runs may have in common (Box 1980). An estimate from few runs may be too low, so
+    that the interval, and the p value that goes with it, are by Student's distribution in place of the normal one.
 
     Args:
         new, old: for each run its samples, of whatever differences mean something: logarithms, where ratios do.
@@ -158,10 +158,12 @@ def shift_of_runs(
     drawn = [np.array([_drawn(run, rng) for run in side]) for side in sides]
     within = sum(float(one.var(axis=1).mean()) / len(one) for one in drawn)
     freedom, share = len(new) + len(old) - 2, 1 / len(new) + 1 / len(old)
-    estimated = freedom >= _LEAST_FREEDOM
     squares = sum(float(((one - one.mean()) ** 2).sum()) for one in centres)
     # what a run's samples explain of it is not counted twice
-    between = max(0.0, squares / freedom * share - within) if estimated else spread**2 * share
+    own = max(0.0, squares / freedom * share - within) if freedom else 0.0
+    # few runs that differ by more than is expected show that too little is expected
+    estimated = freedom >= _LEAST_FREEDOM or own > spread**2 * share
+    between = own if estimated else spread**2 * share
     noise = drawn[0].mean(axis=0) - drawn[1].mean(axis=0) + math.sqrt(between) * rng.standard_normal(_DRAWS)
     if estimated:
         noise *= np.sqrt(freedom / rng.chisquare(freedom, _DRAWS))
