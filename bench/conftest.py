@@ -133,6 +133,10 @@ def _gate(session: pytest.Session) -> None:
 
     config, out = session.config, _path(session.config.option.benchmark_json)
     assert out is not None
+    if not any(record.outcome == "ok" for record in config.stash[_SESSION].records):
+        # then pytest-benchmark has written nothing, and what lies there is of another run
+        config.stash[_VERDICT], session.exitstatus = ("no arm has times",), pytest.ExitCode.USAGE_ERROR
+        return
     try:
         verdict = judge([load_run(out)], config.stash[_BASELINE])
     except UnusableFile as error:

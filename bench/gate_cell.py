@@ -1,8 +1,9 @@
-"""One process of the gate's study (`reports/gate_study.py`): small cells, and one of them slowed by real work.
+"""The processes of the gate's study (`reports/gate_study.py`): small cells, and one of them slowed by real work.
 
 The cells are a kernel benchmark's: dense attention and two masks, in turns, timed and recorded as the kernel suite
 does. Beside them runs one mask with a few percent more to do. Each slowdown is a file of its own, in which the slowed
-arm stands in place of the arm that it is, so that the gate reads what it would read of a slower kernel.
+arm stands in place of the arm that it is, so that the gate reads what it would read of a slower kernel. On a CPU
+another process comes and goes meanwhile.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import multiprocessing
+import random
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -47,6 +52,10 @@ _GEOMETRIES = {
 # turns of the loop, or cycles of the GPU, that are timed to know how many a slowdown takes: well above a clock's error
 _UNIT = {"cpu": 20_000, "cuda": 2_000_000}
 _CALIBRATING_ROUNDS = 15
+# seconds that the other process is busy, and those for which it goes: a daemon's work, some 3 % of two CPUs
+_BUSY_S, _GONE_S = (0.1, 0.3), (2.0, 5.0)
+# a process that has nothing of this one
+_SPAWN = multiprocessing.get_context("spawn")
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -196,14 +205,56 @@ def write(folder: Path, measured: dict[str, list[Record]], arguments: Sequence[s
         (folder / f"{name}.json").write_text(json.dumps({**facts, "benchmarks": benchmarks}), encoding="utf-8")
 
 
+def _one_process(folder: Path, device: torch.device, rounds: int, arguments: Sequence[str]) -> None:
+    write(folder, measure(device, rounds), arguments)
+
+
+@contextmanager
+def background_load(device: torch.device) -> Iterator[None]:
+    """Another process that comes and goes, where a CPU computes."""
+    if device.type != "cpu":
+        yield
+        return
+    other = _SPAWN.Process(target=_come_and_go, daemon=True)
+    other.start()
+    try:
+        yield
+    finally:
+        other.terminate()
+        other.join()
+
+
+def _come_and_go() -> None:
+    draw = random.Random(0)
+    while True:
+        time.sleep(draw.uniform(*_GONE_S))
+        end = time.monotonic() + draw.uniform(*_BUSY_S)
+        while time.monotonic() < end:
+            pass
+
+
 def main(arguments: Sequence[str]) -> None:
-    """Measure once and write the files."""
+    """Measure in processes of their own, one after the other, each into a folder of its own.
+
+    Raises:
+        RuntimeError: a process failed; what it said is on stderr.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="for the result files")
+    parser.add_argument("folder", type=Path, help="for a folder of result files for each process")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--processes", type=int, default=60, help="how many; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="samples an arm; default: %(default)s")
     given = parser.parse_args(arguments)
-    write(given.folder, measure(pick_device(given.device), given.rounds), arguments)
+    device = pick_device(given.device)
+    with background_load(device):
+        for number in range(given.processes):
+            place = given.folder / f"{number:03}"
+            one = _SPAWN.Process(target=_one_process, args=(place, device, given.rounds, arguments))
+            one.start()
+            one.join()
+            if one.exitcode:
+                raise RuntimeError(f"process {number} ended with {one.exitcode}")
+            print(f"{number + 1} of {given.processes} processes", file=sys.stderr)
 
 
 if __name__ == "__main__":

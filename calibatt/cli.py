@@ -28,6 +28,8 @@ TRACEBACK = "CALIBATT_TRACEBACK"
 _LONGEST_LINE = 300
 # letters of a kernel's name, which templates make long
 _LONGEST_NAME = 70
+# commands that read result files
+_READERS = ("report", "gate", "compare", "merge")
 # where a package is imported by another name than it is installed by
 _DISTRIBUTIONS = {"skimage": "scikit-image", "pynvml": "nvidia-ml-py"}
 
@@ -59,7 +61,7 @@ def _failed(command: str, error: Exception) -> int:
         # nobody reads on, as with `| head`: what Python would still write at its exit is dropped
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-    if isinstance(error, ModuleNotFoundError) and (extra := _extra_with(error)) is not None:
+    if isinstance(error, ModuleNotFoundError) and (extra := _extra_with(error, command)) is not None:
         _complain(f"calibatt {command}: {error.name} is not installed: pip install 'calibatt[{extra}]'")
         return EXIT_BAD_INPUT
     if isinstance(error, ValueError | OSError):
@@ -73,13 +75,15 @@ def _failed(command: str, error: Exception) -> int:
     return EXIT_INTERNAL
 
 
-def _extra_with(error: ModuleNotFoundError) -> str | None:
-    """The first of calibatt's extras that brings what is missing; None where none does."""
+def _extra_with(error: ModuleNotFoundError, command: str) -> str | None:
+    """The extra that brings what a command lacks; None where none does."""
     module = (error.name or "").partition(".")[0]
     wanted = _DISTRIBUTIONS.get(module, module)
     # such as: matplotlib>=3.9; extra == "report"
     brought = (re.match(r"""([\w-]+).*; extra == ['"](\w+)""", line) for line in requires("calibatt") or ())
-    return next((one[2] for one in brought if one and one[1] == wanted), None)
+    extras = [one[2] for one in brought if one and one[1] == wanted]
+    # several may: the others make videos
+    return "report" if command in _READERS and "report" in extras else next(iter(extras), None)
 
 
 def _complain(text: str) -> None:
@@ -349,8 +353,8 @@ def _profile(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
 
     with annotated(pipe, method, kernel):
-        # compiles and caches what would otherwise be of the step
-        video(stop_after=1)
+        # compiles what would otherwise be of the step, at which a method may do what it does at none before
+        video(stop_after=step + 1)
         profiler.begin()
         video(stop_after=step + 1, after_step=profiler.after_step)
     _show(profiler.breakdown(), top)
@@ -616,17 +620,18 @@ def _report(arguments: argparse.Namespace) -> int:
 def _gate(arguments: argparse.Namespace) -> int:
     from calibatt.bench.record import load_run
     from calibatt.reports.gate import judge
-    from calibatt.reports.gate_files import WRITERS, check_outputs
+    from calibatt.reports.gate_files import WRITERS, check_outputs, write_whole
     from calibatt.reports.gate_metrics import choose
 
     metrics = choose(arguments.on, arguments.tolerance, arguments.mde)
-    outputs = [(path, write) for name, write in WRITERS.items() if (path := getattr(arguments, name)) is not None]
+    outputs = [(path, form) for name, form in WRITERS.items() if (path := getattr(arguments, name)) is not None]
     check_outputs([path for path, _ in outputs], [*arguments.files, *arguments.baseline])
     current, baseline = ([load_run(path) for path in paths] for paths in (arguments.files, arguments.baseline))
     verdict = judge(current, baseline, metrics=metrics, force=arguments.force)
-    for path, write in outputs:
-        path.write_text(write(verdict, current, baseline), encoding="utf-8")
+    # whatever becomes of the files
     print("\n".join(verdict.lines))
+    for path, form in outputs:
+        write_whole(path, form(verdict, current, baseline))
     return verdict.exit_code
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -75,6 +75,18 @@ class Family:
     text_side: TextSide | None
     keywords: Callable[[ModelEntry, Resolution], Mapping[str, Any]]
     noise: Callable[[Float[Tensor, "batch channels frames rows columns"]], Tensor]
+
+
+def branch_a_pass(pipe: Any, name: str) -> tuple[Branch, ...]:
+    """Of pipelines that make a pass for each branch of guidance, and name it so."""
+    return (cast(Branch, name),) if name in ("cond", "uncond") else ()
+
+
+def branches_in_a_batch(pipe: Any, name: str) -> tuple[Branch, ...]:
+    """Of pipelines that make one pass for both branches of guidance, the unconditional one first."""
+    if name != "cond_uncond":
+        return ()
+    return ("uncond", "cond") if pipe.do_classifier_free_guidance else ("cond",)
 
 
 def video_extents(arguments: Mapping[str, Any]) -> Grid:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from calibatt.bench.record import Run
 from calibatt.reports.artifact import load_clip
+from calibatt.reports.findings import ratio
 from calibatt.reports.rows import DENSE, Row
 
 CAPTION = (
@@ -67,7 +68,8 @@ def clips(run: Run, rows: Sequence[Row], stem: str) -> list[Clip]:
     dense = next((row for row in rows if row.record.method == DENSE), None)
     left = None if dense is None else load_clip(run.artifact(dense.record))
     found: list[Clip] = []
-    for row in sorted(rows, key=_speed, reverse=True):
+    timed = [row for row in rows if row.record.speedup is not None]
+    for row in sorted(timed, key=ratio, reverse=True):
         if left is None or len(found) == _MOST:
             break
         right = None if row is dense else load_clip(run.artifact(row.record))
@@ -83,13 +85,9 @@ def clips(run: Run, rows: Sequence[Row], stem: str) -> list[Clip]:
     return found
 
 
-def _speed(row: Row) -> float:
-    return row.record.speedup.median if row.record.speedup else 0.0
-
-
 def _title(row: Row) -> str:
     psnr = row.record.psnr_db
-    facts = [f"{_speed(row):.2f}×"] if row.record.speedup else []
+    facts = [f"{ratio(row):.2f}×"] if row.record.speedup else []
     facts += [f"{psnr[0]:.1f} dB"] if psnr else []
     return f"Dense, and {row.label}" + (f": {', '.join(facts)}" if facts else "")
 

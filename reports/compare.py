@@ -10,7 +10,7 @@ from calibatt.bench.record import Run
 from calibatt.reports.columns import COLUMNS, Column
 from calibatt.reports.facts import run_facts, title, workloads
 from calibatt.reports.rows import Row, rows
-from calibatt.reports.tables import markdown
+from calibatt.reports.tables import markdown, markdown_table
 
 # what a run says of itself that is no trait of its machine
 _OF_THE_RUN = ("commit", "date", "command")
@@ -91,5 +91,4 @@ def _table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
     if not cells:
         return []
     filled = [i for i in range(len(head)) if i == 0 or any(row[i] for row in cells)]
-    table = [[head[i] for i in filled], ["---"] * len(filled), *([row[i] or "–" for i in filled] for row in cells)]
-    return [*(f"| {' | '.join(map(markdown, row))} |" for row in table), ""]
+    return [*markdown_table([[row[i] for i in filled] for row in (head, *cells)]), ""]

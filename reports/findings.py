@@ -5,6 +5,7 @@ Where a method is no faster than dense, they say that too.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -39,6 +40,11 @@ def findings(rows: Sequence[Row]) -> list[str]:
 def _place(row: Row) -> tuple[bool, float]:
     assert row.record.speedup is not None
     return row.record.method == RANDOM, -row.record.speedup.median
+
+
+def ratio(row: Row) -> float:
+    """Median speedup; NaN of an arm that has none."""
+    return row.record.speedup.median if row.record.speedup else math.nan
 
 
 def speed(row: Row) -> str:

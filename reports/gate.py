@@ -15,9 +15,11 @@ from calibatt.bench.machine import Comparison, compare, describe
 from calibatt.bench.record import Record, Run, UnusableFile, plain
 from calibatt.bench.statistics import holm
 from calibatt.reports.facts import title
-from calibatt.reports.gate_metrics import METRICS, Finding, Metric, Sampled, Trial, dense_samples
+from calibatt.reports.gate_metrics import METRICS, Finding, Metric, Sampled, Single, Trial, dense_samples
 from calibatt.reports.gate_metrics import ExitCode as ExitCode
 
+# what means something on one kind of machine only
+_CLOCKED = "dense times, energy and calibration"
 # letters; the reason why an arm failed may be anything
 _LONGEST_LINE = 600
 
@@ -90,7 +92,8 @@ def judge(
 
     Raises:
         ValueError: a side has no run.
-        UnusableFile: a run has two records of one arm, or the sides have no arm in common.
+        UnusableFile: a run has two records of one arm, or the sides have no arm in common, or nothing of what is asked
+            for.
     """
     if not (current and baseline):
         raise ValueError("runs are needed on both sides")
@@ -100,10 +103,16 @@ def judge(
     machines = _machines(current, baseline)
     if machines.difference is not None and not force:
         return Verdict(judgements=(_unlike(current, baseline, machines),))
+    asked = ", ".join(metrics)
     if not machines.alike:
         metrics = {name: one for name, one in metrics.items() if not _of_machines(one)}
     known: set[Any] = set()
     compared = [arm.compare(metrics.values(), known) for arm in arms]
+    if not any(compared) and any(arm.outcome is None for arm in arms):
+        raise UnusableFile(
+            f"{current[0].path} and {baseline[0].path} have none of {asked} to compare"
+            + (", since their machines are not known to be alike" if not machines.alike else "")
+        )
     trials = [one for found in compared for one in found if isinstance(one, Trial)]
     corrected = iter(holm([trial.shift.p for trial in trials]))
     judgements = []
@@ -196,6 +205,8 @@ def _worst(codes: Iterable[ExitCode]) -> ExitCode:
 
 
 def _of_machines(metric: Metric) -> bool:
+    if isinstance(metric, Single):
+        return metric.clocked
     return isinstance(metric, Sampled) and metric.like_machines
 
 
@@ -219,10 +230,10 @@ def _unlike(current: Sequence[Run], baseline: Sequence[Run], machines: Compariso
 def _notes(machines: Comparison) -> list[str]:
     notes = []
     if machines.difference is not None:
-        notes.append(f"forced, though {machines.difference}: dense times and energy are not compared")
+        notes.append(f"forced, though {machines.difference}: {_CLOCKED} are not compared")
     if machines.unknown:
         unknown = ", ".join(machines.unknown)
-        notes.append(f"dense times and energy are not compared, for not all files say: {unknown}")
+        notes.append(f"{_CLOCKED} are not compared, for not all files say: {unknown}")
     return notes
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -12,14 +14,14 @@ from xml.etree import ElementTree
 
 from calibatt.bench.record import Run, plain
 from calibatt.reports.gate import ExitCode, Judgement, Verdict
-from calibatt.reports.tables import markdown
+from calibatt.reports.tables import markdown, markdown_table
 
 # of JUnit's, of which there is none for what is not known
 _ELEMENTS: Mapping[ExitCode, str] = MappingProxyType({ExitCode.REGRESSION: "failure", ExitCode.INCONCLUSIVE: "skipped"})
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
-    """Refuse, before anything is judged, files that could not be written or that would take the place of a run.
+    """Refuse, before anything is judged, files that have no folder, are none, or would take the place of a run.
 
     Raises:
         ValueError: one line that names the file and says what to do.
@@ -33,6 +35,22 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
             raise ValueError(f"{path}: is not a regular file and will not be replaced; name a file")
         if not path.parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.parent}; make it, or name another file")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink()
+        raise
 
 
 def as_junit(verdict: Verdict, current: Sequence[Run], baseline: Sequence[Run]) -> str:
@@ -113,6 +131,5 @@ def _arm(one: Judgement) -> dict[str, Any]:
 
 
 def _table(judgements: Sequence[Judgement]) -> list[str]:
-    rows = [("verdict", "workload", "arm", "what was found"), ("---",) * 4]
-    rows += [(_word(one.code), one.workload, one.arm, one.reason) for one in judgements]
-    return [f"| {' | '.join(map(markdown, row))} |" for row in rows]
+    rows = [(_word(one.code), one.workload, one.arm, one.reason) for one in judgements]
+    return markdown_table([("verdict", "workload", "arm", "what was found"), *rows])

@@ -16,7 +16,7 @@ from calibatt.bench.statistics import Shift, shift_of_runs
 from calibatt.reports.columns import seconds
 from calibatt.reports.rows import DENSE
 
-# of the whole gate, over all cells: what the project asks of it on identical code (bench/results/gate.json)
+# of the whole gate, over all cells: what the project asks of it on identical code; `gate_study` measures it
 LEVEL = 0.01
 # a slowdown that is allowed: a third of the 3 % that the gate is to find, so that it seldom hides one
 TOLERANCE = 0.01
@@ -143,7 +143,9 @@ class Sampled:
         ours, theirs = ([self.samples(one) or () for one in side] for side in sound)
         shift = shift_of_runs(ours, theirs, spread=self.spread, level=LEVEL)
         left_out = f" ({doubts}: left out)" if doubts else ""
-        return Trial(metric=self, shift=shift, figures=figures + left_out, doubt=_other_dense(now, before))
+        # of a time or an energy, dense attention is no part
+        doubt = None if self.like_machines else _other_dense(now, before)
+        return Trial(metric=self, shift=shift, figures=figures + left_out, doubt=doubt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +195,7 @@ class Single:
         allowed: by which share of itself it may become worse, or by how much, where it is not relative.
         relative: whether `allowed` is a share.
         more_is_better: whether a fall is worse, and not a rise.
-        clocked: whether throttling and other processes change it.
+        clocked: whether it is of one kind of machine only, and throttling and other processes change it.
     """
 
     name: str
@@ -271,7 +273,8 @@ def _other_dense(new: Sequence[Record], old: Sequence[Record]) -> str | None:
     )
 
 
-def _speedups(record: Record) -> Sequence[float] | None:
+def speedups(record: Record) -> Sequence[float] | None:
+    """Logarithms of the paired speedups of an arm's rounds."""
     if record.samples_s is None or record.baseline_samples_s is None:
         return None
     pairs = zip(record.baseline_samples_s, record.samples_s, strict=True)
@@ -279,7 +282,7 @@ def _speedups(record: Record) -> Sequence[float] | None:
 
 
 def _speedup(records: Sequence[Record]) -> str:
-    return f"{math.exp(_median(records, _speedups)):.3f}"
+    return f"{math.exp(_median(records, speedups)):.3f}"
 
 
 def dense_samples(record: Record) -> Sequence[float] | None:
@@ -332,10 +335,10 @@ def _plainly(value: float) -> str:
 
 
 _ALL: tuple[Metric, ...] = (
-    # two files of one H200, bench/results/h200/kernel.json and kernel-blocks.json, differ by 2.4 % in four arms alike:
+    # two files of one H200, bench/results/h200/kernel.json and kernel-blocks.json, differ by 2.4 to 2.7 % in four arms:
     # √½ of that is a run's
     Sampled(
-        name="speedup", title="speedup", samples=_speedups, figure=_speedup, allowed=TOLERANCE, mde=MDE, spread=0.017,
+        name="speedup", title="speedup", samples=speedups, figure=_speedup, allowed=TOLERANCE, mde=MDE, spread=0.017,
         like_machines=False,
     ),
     # dense medians of the committed files of one machine differ by up to 6.6 % (bench/results/cpu, attention suite)
@@ -404,8 +407,11 @@ def _amount(metric: Metric, given: str, text: str) -> float:
         number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         number = math.nan
-    share = isinstance(metric, Sampled)
+    share = isinstance(metric, Sampled) or (isinstance(metric, Single) and metric.relative)
+    if text.endswith("%") and not share:
+        raise ValueError(f"{given}: is of no share; give a number of its units, such as {metric.allowed:g}")
     # written so that NaN fails too
-    if not 0 <= number < (1 if share else math.inf):
-        raise ValueError(f"{given}: give {'a share from 0 to below 1, such as 0.03 or 3%' if share else 'a number'}")
+    if not 0 <= number < (1 if isinstance(metric, Sampled) else math.inf):
+        below = " to below 1" if isinstance(metric, Sampled) else ""
+        raise ValueError(f"{given}: give {f'a share from 0{below}, such as 0.03 or 3%' if share else 'a number'}")
     return number

@@ -1,41 +1,32 @@
 """How often the gate is wrong: identical code judged against itself, and code that is a few percent slower.
 
-    python -m calibatt.reports.gate_study -o bench/results/gate.json
+    python -m calibatt.bench.gate_cell out/gate
+    python -m calibatt.reports.gate_study out/gate -o bench/results/gate.json
 
-Processes measure small cells one after the other (`bench/gate_cell.py`), on a CPU beside another process that comes and
-goes. A gate run takes some of them as new and as many others as old, at the gate's defaults. There are fewer processes
-than gate runs would need, so each gate run draws its own from the same pool: `drawn` in the file says how. Every sample
-was measured, the slowed ones with the work done.
+The first command measures small cells in processes of their own. A gate run takes some of these as new and as many
+others as old, at the gate's defaults. There are fewer processes than gate runs would need, so each gate run draws its
+own from the same pool: `drawn` in the file says how. Every sample was measured, the slowed ones with the work done.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import multiprocessing
 import random
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibatt.bench.record import Record, Run, load_run
+from calibatt.bench.record import Record, Run, UnusableFile, load_run
 from calibatt.reports.gate import ExitCode, judge
-from calibatt.reports.gate_metrics import LEVEL, MDE, TOLERANCE
+from calibatt.reports.gate_metrics import LEVEL, MDE, TOLERANCE, speedups
 from calibatt.reports.rows import DENSE
 
 # as `bench/gate_cell.py` names its files, and what the slowed arm has there, in percent
 _FILES = {"plain": 0, "slow3": 3, "slow5": 5}
-_WORKER = "calibatt.bench.gate_cell"
-# seconds that the other process is busy, and those for which it goes: a daemon's work, some 3 % of two CPUs
-_BUSY_S, _GONE_S = (0.1, 0.3), (2.0, 5.0)
 
 # the runs of one process, by the names of its files
 Process = Mapping[str, Run]
@@ -104,12 +95,12 @@ def facts(pool: Sequence[Process]) -> dict[str, Any]:
     if len(sound) < 2:
         return found
     plain = [_slowed_arm(one["plain"]) for one in sound]
-    speedups = [_speedups(one) for one in plain]
+    logs = [speedups(one) or () for one in plain]
     return {
         **found,
         "sample_s": _figure(statistics.median(value for one in plain for value in one.samples_s or ())),
-        "spread_within_a_process": _figure(statistics.median(map(statistics.stdev, speedups))),
-        "spread_of_the_medians_of_processes": _figure(statistics.stdev(map(statistics.median, speedups))),
+        "spread_within_a_process": _figure(statistics.median(map(statistics.stdev, logs))),
+        "spread_of_the_medians_of_processes": _figure(statistics.stdev(map(statistics.median, logs))),
         **{f"slowed_by_{percent}pct": _figure(_slowdown(sound, name)) for name, percent in _FILES.items() if percent},
     }
 
@@ -127,53 +118,20 @@ def _slowed_arm(run: Run) -> Record:
     return next(one for one in run.records if one.method != DENSE)
 
 
-def _speedups(record: Record) -> list[float]:
-    pairs = zip(record.baseline_samples_s or (), record.samples_s or (), strict=True)
-    return [math.log(dense / sparse) for dense, sparse in pairs]
-
-
 def _figure(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def measured(folder: Path, processes: int, device: str, rounds: int) -> list[Process]:
-    """Measure in so many processes, one after the other.
+def pool_in(folder: Path) -> list[Process]:
+    """The processes that `bench/gate_cell.py` measured into a folder.
 
     Raises:
-        subprocess.CalledProcessError: one failed; what it said is on stderr.
+        UnusableFile: there is none, or a file of one is none of ours.
     """
-    pool: list[Process] = []
-    for i in range(processes):
-        place = folder / str(i)
-        arguments = (str(place), "--device", device, "--rounds", str(rounds))
-        subprocess.run([sys.executable, "-m", _WORKER, *arguments], check=True)
-        pool.append({name: load_run(place / f"{name}.json") for name in _FILES})
-        print(f"{i + 1} of {processes} processes", file=sys.stderr)
-    return pool
-
-
-@contextmanager
-def background_load(device: str) -> Iterator[None]:
-    """Another process that comes and goes, where a CPU computes."""
-    if device != "cpu":
-        yield
-        return
-    other = multiprocessing.get_context("spawn").Process(target=_come_and_go, daemon=True)
-    other.start()
-    try:
-        yield
-    finally:
-        other.terminate()
-        other.join()
-
-
-def _come_and_go() -> None:
-    draw = random.Random(0)
-    while True:
-        time.sleep(draw.uniform(*_GONE_S))
-        end = time.monotonic() + draw.uniform(*_BUSY_S)
-        while time.monotonic() < end:
-            pass
+    places = sorted(path for path in folder.glob("*") if path.is_dir())
+    if not places:
+        raise UnusableFile(f"{folder}: holds no processes; python -m calibatt.bench.gate_cell {folder} measures them")
+    return [{name: load_run(place / f"{name}.json") for name in _FILES} for place in places]
 
 
 def _name(machine: Mapping[str, Any]) -> str:
@@ -183,31 +141,26 @@ def _name(machine: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure, judge, and write what came of it beside what the file holds of other devices."""
+    """Judge, and write what came of it beside what the file holds of other devices."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of python -m calibatt.bench.gate_cell")
     parser.add_argument("-o", "--out", type=Path, required=True, help="the JSON file; what is there is kept")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    parser.add_argument("--processes", type=int, default=60, help="that measure; default: %(default)s")
     parser.add_argument("--runs", type=int, default=200, help="gate runs of each kind; default: %(default)s")
     parser.add_argument("--side", type=int, default=5, help="processes on either side of one; default: %(default)s")
-    # as many as the attention suite has
-    parser.add_argument("--rounds", type=int, default=20, help="of each process; default: %(default)s")
     given = parser.parse_args(arguments)
     content = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
-    with tempfile.TemporaryDirectory() as folder, background_load(given.device):
-        pool = measured(Path(folder), given.processes, given.device, given.rounds)
+    pool = pool_in(given.folder)
     found = rates(pool, runs=given.runs, side=given.side)
     first = pool[0]["plain"]
     content[_name(first.machine)] = {
         "false_alarms": found.false_alarms, "inconclusive": found.inconclusive, "runs": found.runs,
         "power_5pct": found.power_5pct, "power_3pct": found.power_3pct,
-        "processes": given.processes, "processes_a_side": given.side,
-        "drawn": f"each of the {given.runs} gate runs draws {2 * given.side} of the {given.processes} processes, none "
+        "processes": len(pool), "processes_a_side": given.side,
+        "drawn": f"each of the {given.runs} gate runs draws {2 * given.side} of the {len(pool)} processes, none "
         "twice; gate runs share processes, so that they are not independent",
-        "background": f"a process busy for {_BUSY_S} s after every {_GONE_S} s" if given.device == "cpu" else None,
         "gate": {"level": LEVEL, "tolerance": TOLERANCE, "mde": MDE},
         "samples": facts(pool),
-        "command": " ".join(["python -m calibatt.reports.gate_study", *arguments]),
+        "commands": [first.command, " ".join(["python -m calibatt.reports.gate_study", *arguments])],
         "datetime": first.datetime, "commit": dict(first.commit), "machine": dict(first.machine),
     }  # fmt: skip
     given.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,6 @@ They are of one suite, the first of the page that has speedups, but for the doub
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from calibatt.reports.facts import title
-from calibatt.reports.findings import beaten_by_chance, closeness, listed, shown_closeness, speed
+from calibatt.reports.findings import beaten_by_chance, closeness, listed, ratio, shown_closeness, speed
 from calibatt.reports.front import unbeaten
 from calibatt.reports.rows import RANDOM, Row
 
@@ -33,17 +32,13 @@ def _timed(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.record.speedup is not None and row.record.method != RANDOM]
 
 
-def _ratio(row: Row) -> float:
-    return row.record.speedup.median if row.record.speedup else math.nan
-
-
 def _front(workloads: Sequence[Sequence[Row]]) -> str:
     """Which arms no other beats in both speed and fidelity; dense attention beats what is not faster than itself."""
     fronts: dict[str, list[Row]] = defaultdict(list)
     for rows in workloads:
         known = [row for row in _timed(rows) if closeness(row.record) is not None]
-        for row in unbeaten(known, lambda row: (_ratio(row), closeness(row.record) or 0.0)):
-            if _ratio(row) > 1:
+        for row in unbeaten(known, lambda row: (ratio(row), closeness(row.record) or 0.0)):
+            if ratio(row) > 1:
                 fronts[row.label].append(row)
     if not fronts:
         return ""
@@ -52,7 +47,7 @@ def _front(workloads: Sequence[Sequence[Row]]) -> str:
     often = sorted(fronts.values(), key=len, reverse=True)
     shown = [
         f"{found[0].label} in {len(found)} of {len(workloads)} workloads "
-        f"(median {statistics.median(map(_ratio, found)):.2f}× at {shown_closeness(_middle(found))})"
+        f"(median {statistics.median(map(ratio, found)):.2f}× at {shown_closeness(_middle(found))})"
         for found in often[:_MOST_NAMES]
     ]
     return f"On the front of speed and fidelity most often: {listed(shown)}."
@@ -60,9 +55,9 @@ def _front(workloads: Sequence[Sequence[Row]]) -> str:
 
 def _along(fronts: Mapping[str, Sequence[Row]]) -> str:
     """Some arms of one front, evenly along it, from the slowest on."""
-    arms = sorted((row for found in fronts.values() for row in found), key=_ratio)
+    arms = sorted((row for found in fronts.values() for row in found), key=ratio)
     places = np.linspace(0, len(arms) - 1, min(_MOST_NAMES, len(arms))).round().astype(int)
-    shown = [f"{arms[i].label} ({_ratio(arms[i]):.2f}×, {shown_closeness(arms[i])})" for i in places]
+    shown = [f"{arms[i].label} ({ratio(arms[i]):.2f}×, {shown_closeness(arms[i])})" for i in places]
     return listed(shown) + (f", {len(arms)} in all" if len(arms) > len(shown) else "")
 
 
@@ -72,7 +67,7 @@ def _middle(found: Sequence[Row]) -> Row:
 
 def _extremes(workloads: Sequence[Sequence[Row]]) -> list[str]:
     """The fastest and the slowest arm, as far as their intervals let one say."""
-    timed = sorted((row for rows in workloads for row in _timed(rows)), key=_ratio)
+    timed = sorted((row for rows in workloads for row in _timed(rows)), key=ratio)
     many = len(workloads) > 1
     said = [f"{name}: {speed(row)}" + (f" ({title(row.record)})" if many else "") for name, row in
             (("Fastest", timed[-1]), ("Slowest", timed[0]))] if timed else []  # fmt: skip
@@ -81,12 +76,17 @@ def _extremes(workloads: Sequence[Sequence[Row]]) -> list[str]:
 
 def _control(workloads: Sequence[Sequence[Row]]) -> str:
     """How often random masks are as close to dense, at no more cost."""
-    known = [row for rows in workloads for row in _timed(rows) if closeness(row.record) is not None]
-    if not known:
+    compared = [[row for row in _timed(rows) if closeness(row.record) is not None] for rows in workloads]
+    if not any(compared):
         return ""
-    tried = {id(row): row for rows in workloads for _, beaten in beaten_by_chance(rows) for row in beaten}
-    if not any(beaten_by_chance(rows) for rows in workloads):
+    # of the workloads that have a control
+    found = [
+        (arms, controls) for arms, rows in zip(compared, workloads, strict=True) if (controls := beaten_by_chance(rows))
+    ]
+    if not found:
         return "Control: no random masks were timed, so that nothing shows what the choice of blocks is worth."
+    known = [row for arms, _ in found for row in arms]
+    tried = {id(row): row for _, controls in found for _, beaten in controls for row in beaten}
     if not tried:
         return f"Control: random masks beat none of {len(known)} arms."
     names = list(dict.fromkeys(row.label for row in tried.values()))

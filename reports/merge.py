@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from calibatt.bench.machine import compare
 from calibatt.bench.record import Record, Run, UnusableFile, load_run
+from calibatt.reports.gate_files import write_whole
 from calibatt.reports.rows import DENSE
 
 
@@ -100,17 +99,12 @@ def _take_picture(run: Run, record: Record, info: dict[str, Any], folder: str, c
 
 def _write(merged: Mapping[str, Any], out: Path, folder: Path, copies: Mapping[str, Path]) -> None:
     """All of it, or nothing: the data of pictures first."""
-    aside = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for name, source in copies.items():
             folder.mkdir(exist_ok=True)
             shutil.copyfile(source, out.parent / name)
-        aside.write_text(json.dumps(merged, indent=4), encoding="utf-8")
-        os.replace(aside, out)
+        write_whole(out, json.dumps(merged, indent=4))
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        # it is not there, or its folder never was
-        with suppress(OSError):
-            aside.unlink()
         raise OSError(f"{out} cannot be written: {error.strerror or error}") from None

@@ -100,10 +100,8 @@ def _figures(records: Sequence[Record], arms: Sequence[Row]) -> _Table:
 
 
 def _in_markdown(table: _Table) -> str:
-    head, *lines = table.lines
     above = f"**{markdown(table.above)}**" if table.titled else table.above
-    written = [[markdown(cell or "–") for cell in line] for line in (head, ["---"] * len(head), *lines)]
-    parts = ["\n".join([above, "", *(f"| {' | '.join(line)} |" for line in written), ""])]
+    parts = ["\n".join([above, "", *markdown_table(table.lines), ""])]
     return "\n".join(parts + [markdown(sentence) + "\n" for sentence in table.below])
 
 
@@ -117,6 +115,13 @@ def _in_latex(table: _Table) -> str:
             *(f"% {plain(sentence)}" for sentence in table.below), "",
         ]
     )  # fmt: skip
+
+
+def markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, the head first."""
+    head, *lines = table
+    cells = ([markdown(cell or "–") for cell in line] for line in (head, ["---"] * len(head), *lines))
+    return [f"| {' | '.join(line)} |" for line in cells]
 
 
 def markdown(text: str) -> str:

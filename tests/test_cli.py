@@ -495,7 +495,8 @@ def test_gate_exits_with_its_verdict(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    before, now = _run(tmp_path / "before.json"), _run(tmp_path / "now.json", samples_s)
+    before = _run(tmp_path / "before.json", density=0.4)
+    now = _run(tmp_path / "now.json", samples_s, density=0.4)
     assert main(["gate", now, "--baseline", before, *arguments]) == code
     shown = capsys.readouterr()
     assert shown.out.splitlines()[-1] == verdict

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from calibatt.methods.site import Branch
-from calibatt.models.entry import Family, Grid, ModelEntry, Resolution, video_extents, video_noise
+from calibatt.models.entry import Family, Grid, ModelEntry, Resolution, branch_a_pass, video_extents, video_noise
 from calibatt.models.processor import AttentionProcessor, rotated
 from calibatt.models.weights import load
 
@@ -65,10 +64,6 @@ def _patch(config: Any) -> Grid:
     return (config.patch_size_t, config.patch_size, config.patch_size)
 
 
-def _branches(pipe: Any, name: str) -> tuple[Branch, ...]:
-    return (cast(Branch, name),) if name in ("cond", "uncond") else ()
-
-
 def _keywords(entry: ModelEntry, size: Resolution) -> Mapping[str, Any]:
     # a negative prompt would go unused without true_cfg_scale
     return {
@@ -86,7 +81,7 @@ FAMILY = Family(
     extents=video_extents,
     patch=_patch,
     processor=HunyuanVideoSelfAttention,
-    branches=_branches,
+    branches=branch_a_pass,
     # HunyuanVideoImageToVideoPipeline calls the transformer so in every step, and announces nothing
     passes=("cond", "uncond"),
     text_side="last",

@@ -13,8 +13,7 @@ from typing import Any, cast
 from jaxtyping import Float
 from torch import Tensor
 
-from calibatt.methods.site import Branch
-from calibatt.models.entry import Family, Grid, ModelEntry, Resolution, video_keywords
+from calibatt.models.entry import Family, Grid, ModelEntry, Resolution, branches_in_a_batch, video_keywords
 from calibatt.models.processor import AttentionProcessor, rotated
 from calibatt.models.weights import load
 
@@ -66,12 +65,6 @@ def _patch(config: Any) -> Grid:
     return (1, 1, 1)
 
 
-def _branches(pipe: Any, name: str) -> tuple[Branch, ...]:
-    if name != "cond_uncond":
-        return ()
-    return ("uncond", "cond") if pipe.do_classifier_free_guidance else ("cond",)
-
-
 def _noise(noise: Float[Tensor, "batch channels frames rows columns"]) -> Float[Tensor, "batch tokens channels"]:
     return noise.flatten(2).transpose(1, 2)
 
@@ -82,7 +75,7 @@ FAMILY = Family(
     extents=_extents,
     patch=_patch,
     processor=LTXSelfAttention,
-    branches=_branches,
+    branches=branches_in_a_batch,
     passes=(),
     text_side=None,
     keywords=video_keywords,

@@ -14,8 +14,16 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from calibatt.methods.site import Branch
-from calibatt.models.entry import Family, Grid, ModelEntry, Resolution, video_extents, video_keywords, video_noise
+from calibatt.models.entry import (
+    Family,
+    Grid,
+    ModelEntry,
+    Resolution,
+    branches_in_a_batch,
+    video_extents,
+    video_keywords,
+    video_noise,
+)
 from calibatt.models.processor import AttentionProcessor, rotated
 from calibatt.models.weights import load
 
@@ -59,19 +67,13 @@ def _patch(config: Any) -> Grid:
     return (1, config.patch_size, config.patch_size)
 
 
-def _branches(pipe: Any, name: str) -> tuple[Branch, ...]:
-    if name != "cond_uncond":
-        return ()
-    return ("uncond", "cond") if pipe.do_classifier_free_guidance else ("cond",)
-
-
 FAMILY = Family(
     transformer="MochiTransformer3DModel",
     attentions=_attentions,
     extents=video_extents,
     patch=_patch,
     processor=MochiSelfAttention,
-    branches=_branches,
+    branches=branches_in_a_batch,
     passes=(),
     text_side="last",
     keywords=video_keywords,

@@ -16,13 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.methods.site import Branch
 from calibatt.models.entry import (
     Family,
     ForwardPass,
     Grid,
     ModelEntry,
     Resolution,
+    branch_a_pass,
     video_extents,
     video_keywords,
     video_noise,
@@ -73,17 +73,13 @@ def _patch(config: Any) -> Grid:
     return cast(Grid, tuple(config.patch_size))
 
 
-def _branches(pipe: Any, name: str) -> tuple[Branch, ...]:
-    return (cast(Branch, name),) if name in ("cond", "uncond") else ()
-
-
 FAMILY = Family(
     transformer="WanTransformer3DModel",
     attentions=_attentions,
     extents=video_extents,
     patch=_patch,
     processor=WanSelfAttention,
-    branches=_branches,
+    branches=branch_a_pass,
     # WanVideoToVideoPipeline calls the transformer so in every step, and announces nothing
     passes=("cond", "uncond"),
     text_side=None,

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from calibatt.kernels.catalogue import KERNELS
-from calibatt.kernels.plan import Plan
-from calibatt.methods.site import Site
+from calibatt.methods.catalogue import build
 from calibatt.models.adapter import attached, restore, sparsify
 from calibatt.models.processor import AttentionProcessor
 from calibatt.models.shapes.pipeline import assemble, new_transformer
@@ -22,25 +21,6 @@ from calibatt.models.shapes.text import TEXT_DIM, SceneTextEncoder, SceneTokeniz
 
 SDPA = KERNELS["sdpa-flash"]
 PROMPT = "a red circle moving left, over stripes"
-
-
-class Note:
-    """Plans dense and remembers where it was asked; None stands for the start of a video."""
-
-    def __init__(self) -> None:
-        self.calls: list[Site | None] = []
-
-    @property
-    def sites(self) -> list[Site]:
-        return [site for site in self.calls if site is not None]
-
-    def reset(self) -> None:
-        self.calls.append(None)
-
-    def plan(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, site: Site) -> Plan:
-        assert q.shape == k.shape == v.shape == (site.geometry.heads, site.geometry.tokens, site.geometry.head_dim)
-        self.calls.append(site)
-        return Plan.dense(site.geometry)
 
 
 def new_pipe(layers: int = 2) -> Any:
@@ -98,7 +78,7 @@ def small_wan(**changes: Any) -> dict[str, Any]:
 
 def test_a_dense_method_gives_the_pipelines_own_video(pipe: Any) -> None:
     own = run(pipe)
-    with attached(pipe, Note(), SDPA):
+    with attached(pipe, build("dense"), SDPA):
         ours = run(pipe)
     # both are fp32 on the same operations; rotary tables are applied in another order
     torch.testing.assert_close(ours, own, atol=1e-5, rtol=1e-4)
@@ -108,13 +88,12 @@ def test_fused_projections_give_the_same_video() -> None:
     pipe = new_pipe()
     own = run(pipe)
     pipe.transformer.fuse_qkv_projections()
-    with attached(pipe, Note(), SDPA):
+    with attached(pipe, build("dense"), SDPA):
         # one product in place of three adds up in another order
         torch.testing.assert_close(run(pipe), own, atol=1e-4, rtol=1e-3)
 
 
-def test_every_call_knows_its_step_branch_and_layer(pipe: Any) -> None:
-    note = Note()
+def test_every_call_knows_its_step_branch_and_layer(pipe: Any, note: Any) -> None:
     with attached(pipe, note, SDPA):
         run(pipe)
     assert note.calls[0] is None
@@ -129,16 +108,14 @@ def test_every_call_knows_its_step_branch_and_layer(pipe: Any) -> None:
     assert levels[0] == pytest.approx(1.0, abs=1e-3)
 
 
-def test_the_method_is_reset_at_the_start_of_every_video(pipe: Any) -> None:
-    note = Note()
+def test_the_method_is_reset_at_the_start_of_every_video(pipe: Any, note: Any) -> None:
     with attached(pipe, note, SDPA):
         run(pipe)
         run(pipe, guidance=1.0)
     assert [index for index, site in enumerate(note.calls) if site is None] == [0, 13]
 
 
-def test_videos_of_a_batch_are_planned_apart(pipe: Any) -> None:
-    note = Note()
+def test_videos_of_a_batch_are_planned_apart(pipe: Any, note: Any) -> None:
     with attached(pipe, note, SDPA):
         batch = run(pipe, videos=2)
     assert [site.sample for site in note.sites][:4] == [0, 1, 0, 1]
@@ -151,7 +128,7 @@ def test_everything_is_as_before_afterwards_even_after_an_error(pipe: Any) -> No
     processors = [block.attn1.processor for block in transformer.blocks]
 
     def fail() -> None:
-        with attached(pipe, Note(), SDPA):
+        with attached(pipe, build("dense"), SDPA):
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
@@ -173,7 +150,7 @@ def test_what_another_library_had_put_in_place_is_there_again(pipe: Any) -> None
 
     transformer.cache_context = cache_context
     try:
-        with attached(pipe, Note(), SDPA):
+        with attached(pipe, build("dense"), SDPA):
             run(pipe)
         assert transformer.cache_context is cache_context
         # and it was asked meanwhile
@@ -188,23 +165,22 @@ def test_a_pipeline_of_another_kind_is_refused_in_one_line() -> None:
 
     with (
         pytest.raises(ValueError, match="has Linear: this adapter knows WanTransformer3DModel and Mochi"),
-        attached(Other(), Note(), SDPA),
+        attached(Other(), build("dense"), SDPA),
     ):
         pass
 
 
-def test_a_second_method_in_one_pipeline_is_refused_and_the_first_goes_on(pipe: Any) -> None:
-    note = Note()
+def test_a_second_method_in_one_pipeline_is_refused_and_the_first_goes_on(pipe: Any, note: Any) -> None:
     with attached(pipe, note, SDPA):
         with pytest.raises(ValueError, match=r"in this pipeline already: call restore\(pipe\)"):
-            sparsify(pipe, Note(), kernel=SDPA)
+            sparsify(pipe, build("dense"), kernel=SDPA)
         run(pipe)
     assert len(note.sites) == 12
     assert not any(isinstance(block.attn1.processor, AttentionProcessor) for block in pipe.transformer.blocks)
 
 
-def test_a_sparsified_pipeline_is_restored_bit_by_bit(pipe: Any) -> None:
-    before, note = run(pipe), Note()
+def test_a_sparsified_pipeline_is_restored_bit_by_bit(pipe: Any, note: Any) -> None:
+    before = run(pipe)
     assert sparsify(pipe, note, kernel=SDPA) is pipe
     run(pipe)
     restore(pipe)
@@ -215,9 +191,9 @@ def test_a_sparsified_pipeline_is_restored_bit_by_bit(pipe: Any) -> None:
         restore(pipe)
 
 
-def test_two_pipelines_do_not_know_of_each_other() -> None:
+def test_two_pipelines_do_not_know_of_each_other(note: Any) -> None:
     first, second = new_pipe(), new_pipe(layers=1)
-    notes = Note(), Note()
+    notes = note, type(note)()
     with attached(first, notes[0], SDPA), attached(second, notes[1], SDPA):
         run(second)
         run(first)
@@ -225,7 +201,7 @@ def test_two_pipelines_do_not_know_of_each_other() -> None:
 
 
 def test_a_sparsified_pipeline_is_not_kept_in_memory() -> None:
-    pipe = sparsify(new_pipe(), Note(), kernel=SDPA)
+    pipe = sparsify(new_pipe(), build("dense"), kernel=SDPA)
     run(pipe)
     gone = weakref.ref(pipe.transformer)
     del pipe
@@ -236,7 +212,7 @@ def test_a_sparsified_pipeline_is_not_kept_in_memory() -> None:
 def test_a_processor_set_meanwhile_is_not_passed_over_in_silence(pipe: Any) -> None:
     from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-    with attached(pipe, Note(), SDPA):
+    with attached(pipe, build("dense"), SDPA):
         ours = pipe.transformer.blocks[1].attn1.processor
         pipe.transformer.blocks[1].attn1.processor = WanAttnProcessor()
         with pytest.raises(ValueError, match="another attention processor was set"):
@@ -246,7 +222,7 @@ def test_a_processor_set_meanwhile_is_not_passed_over_in_silence(pipe: Any) -> N
 
 def test_a_backend_chosen_meanwhile_stays_with_the_pipeline() -> None:
     pipe = new_pipe()
-    with attached(pipe, Note(), SDPA):
+    with attached(pipe, build("dense"), SDPA):
         pipe.transformer.set_attention_backend("native")
     backends = {str(block.attn1.processor._attention_backend) for block in pipe.transformer.blocks}
     assert backends == {str(block.attn2.processor._attention_backend) for block in pipe.transformer.blocks} != {"None"}
@@ -256,7 +232,7 @@ def test_a_backend_chosen_meanwhile_stays_with_the_pipeline() -> None:
 def test_a_call_outside_of_any_pass_is_refused(pipe: Any) -> None:
     shape = (1, 3, 2, 16, 32)
     text = torch.zeros(1, 24, TEXT_DIM)
-    with attached(pipe, Note(), SDPA):
+    with attached(pipe, build("dense"), SDPA):
         pipe.scheduler.set_timesteps(3)
         for _ in range(2):
             pipe.transformer(torch.zeros(shape), torch.zeros(1), text)
@@ -271,19 +247,21 @@ def test_a_scheduler_with_two_calls_a_step_is_refused_by_name(pipe: Any) -> None
     own = pipe.scheduler
     pipe.scheduler = FlowMatchHeunDiscreteScheduler()
     try:
-        with pytest.raises(ValueError, match=r"Heun.* calls the model 2 times a step"), attached(pipe, Note(), SDPA):
+        with (
+            pytest.raises(ValueError, match=r"Heun.* calls the model 2 times a step"),
+            attached(pipe, build("dense"), SDPA),
+        ):
             pass
     finally:
         pipe.scheduler = own
 
 
-def test_video_to_video_runs_its_last_steps_on_both_branches() -> None:
+def test_video_to_video_runs_its_last_steps_on_both_branches(note: Any) -> None:
     from diffusers import WanVideoToVideoPipeline
     from PIL import Image
 
     pipe = WanVideoToVideoPipeline(**small_wan())
     pipe.set_progress_bar_config(disable=True)
-    note = Note()
     with attached(pipe, note, SDPA), torch.no_grad():
         for _ in range(2):
             pipe(
@@ -298,13 +276,12 @@ def test_video_to_video_runs_its_last_steps_on_both_branches() -> None:
     assert note.sites[0].sigma < 1
 
 
-def test_image_to_video_is_announced_without_steps_and_runs_all_the_same() -> None:
+def test_image_to_video_is_announced_without_steps_and_runs_all_the_same(note: Any) -> None:
     from diffusers import WanImageToVideoPipeline
     from PIL import Image
 
     pipe = WanImageToVideoPipeline(**small_wan(in_channels=36), image_encoder=None, image_processor=None)
     pipe.set_progress_bar_config(disable=True)
-    note = Note()
     with attached(pipe, note, SDPA), torch.no_grad():
         pipe(
             image=Image.new("RGB", (64, 64)), prompt=PROMPT, negative_prompt="", height=64, width=64, num_frames=9,
@@ -329,8 +306,8 @@ def _two_experts(high: bool) -> Any:
 
 
 @pytest.mark.parametrize("high", [True, False], ids=["both", "low noise alone"])
-def test_two_transformers_share_the_steps_and_one_reset(high: bool) -> None:
-    pipe, note = _two_experts(high), Note()
+def test_two_transformers_share_the_steps_and_one_reset(high: bool, note: Any) -> None:
+    pipe = _two_experts(high)
     called: list[str] = []
     for name in ("transformer", "transformer_2"):
         if getattr(pipe, name) is not None:
@@ -365,7 +342,7 @@ def test_a_compiled_model_has_as_many_graphs_as_without(how: str) -> None:
         pipe, counter = new_pipe(layers=3), CompileCounterWithBackend("eager")
         expected = run(pipe, steps=6)
         COMPILED[how](pipe, counter)
-        with attached(pipe, Note(), SDPA) if attach else contextlib.nullcontext():
+        with attached(pipe, build("dense"), SDPA) if attach else contextlib.nullcontext():
             torch.testing.assert_close(run(pipe, steps=6), expected, atol=1e-5, rtol=1e-4)
         # without it, the compiled model is the pipeline's own again
         torch.testing.assert_close(run(pipe, steps=6), expected, atol=0, rtol=0)
@@ -376,7 +353,7 @@ def test_a_compiled_model_has_as_many_graphs_as_without(how: str) -> None:
 
 
 def test_the_operator_is_one_as_torch_wants_them(pipe: Any) -> None:
-    with attached(pipe, Note(), SDPA):
+    with attached(pipe, build("dense"), SDPA):
         # where a video begins, no step has been taken
         pipe.scheduler.set_timesteps(3)
         place = pipe.transformer.blocks[1].attn1.processor._place

@@ -493,3 +493,41 @@ def test_a_name_or_a_reason_cannot_forge_a_line(make: SimpleNamespace) -> None:
     assert first.isprintable()
     assert len(first) <= 600
     assert last == "regression"
+
+
+def test_a_gate_that_compares_nothing_is_unusable_input(make: SimpleNamespace) -> None:
+    run = _run(_steady(make, 1.3))
+    with pytest.raises(UnusableFile, match="have none of energy to compare, since their machines are not known"):
+        judge_runs([run], [run], metrics=choose("energy"))
+    full = _run(_steady(make, 1.3), machine=FULL)
+    with pytest.raises(UnusableFile, match=r"have none of energy to compare$"):
+        judge_runs([full], [full], metrics=choose("energy"))
+
+
+def test_seconds_of_unlike_machines_are_not_compared_though_forced(make: SimpleNamespace) -> None:
+    slow, fast = (
+        _run(_steady(make, 1.3, preparation_s=s), machine={**FULL, "threads": n}) for s, n in ((99, 2), (9, 4))
+    )
+    verdict = judge(slow, fast, force=True)
+    assert _code(verdict) == ExitCode.PASS
+    assert "dense times, energy and calibration are not compared" in verdict.notes[0]
+    same = _run(_steady(make, 1.3, preparation_s=9), machine={**FULL, "threads": 2})
+    assert _code(judge(slow, same)) == ExitCode.REGRESSION
+
+
+def test_another_dense_kernel_excuses_a_speedup_and_no_dense_time(make: SimpleNamespace) -> None:
+    def of(dense: float, kernel: str) -> list[Run]:
+        arm = _steady(make, dense, 20, prompts=None, baseline=kernel)
+        return [_run(arm, machine=FULL) for _ in range(3)]
+
+    verdict = judge_runs(of(2.6, "slow"), of(1.3, "quick"), metrics=choose("time"))
+    assert _code(verdict) == ExitCode.REGRESSION
+    verdict = judge_runs(of(1.1, "slow"), of(1.3, "quick"), metrics=choose("speedup"))
+    assert _code(verdict) == ExitCode.INCONCLUSIVE
+
+
+@pytest.mark.parametrize("text", ["psnr=3%", "alignment=1%", "recall=1%"])
+def test_what_is_no_share_is_allowed_in_its_units_only(text: str) -> None:
+    with pytest.raises(ValueError, match=f"--on {text}: is of no share; give a number of its units"):
+        choose(text)
+    assert choose("memory=20%")["memory"].allowed == 0.2

@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibatt.bench.record import Record, Run
+from calibatt.bench.record import Record, Run, UnusableFile
 from calibatt.reports.gate_metrics import LEVEL, MDE, TOLERANCE
-from calibatt.reports.gate_study import Process, background_load, facts, rates
+from calibatt.reports.gate_study import Process, facts, pool_in, rates
 
-COMMITTED = Path(__file__).parents[2] / "bench" / "results" / "gate.json"
+ROOT = Path(__file__).parents[2]
+# what a machine that is fit for it has, and what another one could tell
+FIT, OTHER = ROOT / "bench" / "results" / "gate.json", ROOT / "docs" / "gate-shared-machine.json"
+COMMITTED = [path for path in (FIT, OTHER) if path.exists()]
 
 
 def _pool(count: int, *, noise: float, slow: float = 1.0, disturbed: float | None = None) -> list[Process]:
@@ -77,25 +80,22 @@ def test_facts_are_of_the_samples() -> None:
     assert "slowed_by_5pct" not in spoilt
 
 
-def test_the_load_beside_a_cpu_ends_with_the_measurement_and_a_gpu_has_none() -> None:
-    import multiprocessing
-
-    with background_load("cuda"):
-        assert not multiprocessing.active_children()
-    with background_load("cpu"):
-        assert len(multiprocessing.active_children()) == 1
-    assert not multiprocessing.active_children()
+def test_a_folder_without_processes_says_how_to_measure_them(tmp_path: Path) -> None:
+    with pytest.raises(UnusableFile, match="holds no processes"):
+        pool_in(tmp_path)
 
 
-@pytest.mark.skipif(not COMMITTED.exists(), reason="not measured yet")
-def test_what_is_committed_was_measured_at_the_defaults_and_names_its_commit() -> None:
-    for name, found in json.loads(COMMITTED.read_text(encoding="utf-8")).items():
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name)
+def test_what_is_committed_was_measured_at_the_defaults_and_names_its_commit(path: Path) -> None:
+    for name, found in json.loads(path.read_text(encoding="utf-8")).items():
         assert name == "cpu" or found["machine"]["gpu"] is not None
         assert found["gate"] == {"level": LEVEL, "tolerance": TOLERANCE, "mde": MDE}
         assert found["commit"]["id"]
         assert found["runs"] >= (200 if name == "cpu" else 50)
         for rate in ("false_alarms", "inconclusive", "power_3pct", "power_5pct"):
             assert 0 <= found[rate] <= 1
+        if path == OTHER:
+            continue
         # what was injected is what the name says, to a fifth
         assert found["samples"]["slowed_by_3pct"] == pytest.approx(0.03, rel=0.2)
         assert found["samples"]["slowed_by_5pct"] == pytest.approx(0.05, rel=0.2)

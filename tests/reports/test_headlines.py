@@ -57,6 +57,12 @@ def test_no_control_is_said(make: SimpleNamespace) -> None:
     assert any(sentence.startswith("Control: no random masks were timed") for sentence in said)
 
 
+def test_an_arm_without_a_control_beside_it_is_not_counted(make: SimpleNamespace) -> None:
+    with_one = [make.dense_arm(), make.arm("radial", 1.2, psnr=35), make.arm("random", 1.3, psnr=22, seed=3)]
+    without = [make.dense_arm(steps=9), *(make.arm(name, steps=9) for name in ("radial", "sparge", "calibatt"))]
+    assert "Control: random masks beat none of 1 arms." in headlines(_groups(with_one, without))
+
+
 def test_an_arm_that_is_no_faster_is_not_called_so(make: SimpleNamespace) -> None:
     said = headlines(_groups([make.dense_arm(), make.arm("calibatt", 0.8)]))
     assert not any("Front" in sentence for sentence in said)
