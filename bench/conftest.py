@@ -30,6 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
     from calibatt.bench import fingerprint
     from calibatt.bench.journal import Journal
     from calibatt.bench.options import (
+        VIDEOS,
         Options,
         artifacts_folder,
         check_gate,
@@ -59,7 +60,8 @@ def pytest_configure(config: pytest.Config) -> None:
     except (ValueError, OSError) as error:
         raise pytest.UsageError(str(error)) from None
     settings = Settings(
-        rounds=options.rounds, calibration_prompts=options.calibration_prompts, calibration=options.calibration,
+        rounds=options.rounds or VIDEOS, most=options.rounds, interval=options.interval,
+        calibration_prompts=options.calibration_prompts, calibration=options.calibration,
         prompts=options.prompts, artifacts=artifacts_folder(out), max_time=options.max_time,
     )  # fmt: skip
     config.stash[_OPTIONS] = options

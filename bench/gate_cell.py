@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,11 @@ from torch import Tensor
 from calibatt.bench import fingerprint
 from calibatt.bench.baseline import fastest_dense
 from calibatt.bench.cells import BlockArm
+from calibatt.bench.failure import Failure
 from calibatt.bench.masks import make_plan
 from calibatt.bench.record import Record
-from calibatt.bench.rounds import take_turns
+from calibatt.bench.sampling import Course, Goal, Sample, take_samples
 from calibatt.bench.suites.attention import ROUNDS
-from calibatt.bench.telemetry import disturbance, load, read, throttled
 from calibatt.bench.timer import PhaseTimer
 from calibatt.kernels.base import dtype_name
 from calibatt.kernels.catalogue import DEFAULT
@@ -56,15 +55,6 @@ _CALIBRATING_ROUNDS = 15
 _BUSY_S, _GONE_S = (0.1, 0.3), (2.0, 5.0)
 # a process that has nothing of this one
 _SPAWN = multiprocessing.get_context("spawn")
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Course:
-    """An arm and what it has done so far."""
-
-    work: Callable[[], object]
-    seconds: list[float] = field(default_factory=list)
-    throttled: bool | None = None
 
 
 class _Cells:
@@ -91,31 +81,31 @@ class _Cells:
             return self.dense.attend(self._q, self._k, self._v, Plan.dense(self.geometry))
         return DEFAULT.attend(self._q, self._k, self._v, self.plans[density])
 
-    def courses(self, timer: PhaseTimer) -> dict[str, _Course]:
+    def works(self, timer: PhaseTimer) -> dict[str, Callable[[], object]]:
         """Dense attention, each mask, and in place of the first one each slowdown of it, by name."""
         slowed, *others = DENSITIES
-        works: dict[str, float | None] = {"dense": None, **{str(density): density for density in others}}
-        courses = {name: _Course(work=partial(self.attend, density)) for name, density in works.items()}
+        densities: dict[str, float | None] = {"dense": None, **{str(density): density for density in others}}
+        works: dict[str, Callable[[], object]] = {
+            name: partial(self.attend, density) for name, density in densities.items()
+        }
         work = partial(self.attend, slowed)
         unit = _unit_per_share(self.device, timer, work)
         for name, share in SLOWDOWNS.items():
-            courses[name] = _Course(work=_Slowed(work, self.device, round(share * unit)))
-        return courses
+            works[name] = _Slowed(work, self.device, round(share * unit))
+        return works
 
-    def record(self, course: _Course, dense: _Course, density: float | None, **facts: Any) -> Record:
+    def record(self, course: Course, density: float | None) -> Record:
         """What an arm has done, as the kernel suite records it."""
-        facts |= {
+        facts = {
             "suite": "kernel", "model": "gate-study", "outcome": "ok", "tokens": self.geometry.tokens,
             "heads": self.geometry.heads, "head_dim": self.geometry.head_dim, "dtype": dtype_name(self.dtype),
-            "samples_s": tuple(course.seconds),
+            **course.facts(),
         }  # fmt: skip
         if density is None:
             return Record(**facts, method="dense", kernel=self.dense.name)
         arm = BlockArm(kernel=DEFAULT.name, density=density, mask="even", block=self.block)
         kept = self.plans[density].density().mean().item()
-        return Record(
-            **facts, **arm.facts(), baseline=self.dense.name, baseline_samples_s=tuple(dense.seconds), density=kept
-        )
+        return Record(**facts, **arm.facts(), baseline=self.dense.name, density=kept)
 
 
 @torch.no_grad()
@@ -124,27 +114,24 @@ def measure(device: torch.device, rounds: int) -> dict[str, list[Record]]:
 
     Args:
         device: where they run.
-        rounds: samples an arm, after one round that warms up.
+        rounds: samples an arm, as many of each: the gate is told how often it is wrong for this many.
 
     Raises:
         RuntimeError: an arm failed.
     """
     cells, timer = _Cells(device), PhaseTimer(device)
-    courses = cells.courses(timer)
-    before = load(device)
-    failures = take_turns(list(courses), rounds + 1, lambda round_, name: _turn(device, courses[name], timer, round_))
-    if failures:
-        raise RuntimeError("; ".join(f"{name}: {failure.reason}" for name, failure in failures.items()))
-    # they took turns: what disturbed one disturbed all
-    spoilt = {
-        "disturbed": disturbance(before, load(device)),
-        "throttled": throttled(*(course.throttled for course in courses.values())),
-    }
+    works = cells.works(timer)
+    taken = take_samples(
+        list(works), lambda name: Sample(seconds=_time(timer, works[name])),
+        Goal(least=rounds, most=rounds, interval=None), device, partner="dense",
+    )  # fmt: skip
+    courses = {name: course for name, course in taken.items() if not isinstance(course, Failure)}
+    if failures := [f"{name}: {one.reason}" for name, one in taken.items() if isinstance(one, Failure)]:
+        raise RuntimeError("; ".join(failures))
     slowed, *others = DENSITIES
-    dense = courses["dense"]
-    first = cells.record(dense, dense, None, **spoilt)
-    rest = [cells.record(courses[str(density)], dense, density, **spoilt) for density in others]
-    return {name: [first, cells.record(courses[name], dense, slowed, **spoilt), *rest] for name in SLOWDOWNS}
+    first = cells.record(courses["dense"], None)
+    rest = [cells.record(courses[str(density)], density) for density in others]
+    return {name: [first, cells.record(courses[name], slowed), *rest] for name in SLOWDOWNS}
 
 
 class _Slowed:
@@ -182,14 +169,6 @@ def _time(timer: PhaseTimer, work: Callable[[], object]) -> float:
     with timer.phase("attend"):
         work()
     return timer.collect_s()["attend"]
-
-
-def _turn(device: torch.device, course: _Course, timer: PhaseTimer, round_: int) -> None:
-    seconds = _time(timer, course.work)
-    # the first round warms up
-    if round_:
-        course.seconds.append(seconds)
-        course.throttled = throttled(course.throttled, read(device))
 
 
 def write(folder: Path, measured: dict[str, list[Record]], arguments: Sequence[str]) -> None:

@@ -28,6 +28,8 @@ from calibatt.models.planted.pipeline import check_plantable
 BlockChoice = Literal["native"] | tuple[int, int]
 # of the quickest workload, more than a day: a larger number is a slip of the finger
 _MOST_ROUNDS = 10_000
+# as many as an interval needs
+VIDEOS = 6
 _DECIDING_NOTHING = ("--max-time", "--gate")
 
 
@@ -82,6 +84,13 @@ def _seconds(text: str) -> float:
     if not 0 < seconds < math.inf:
         raise ValueError("give seconds, more than 0")
     return seconds
+
+
+def _percentage(text: str) -> float:
+    match = re.fullmatch(r"(\d{1,2}(?:\.\d{1,6})?)\s*%", text)
+    if match is None or float(match[1]) == 0:
+        raise ValueError("give a percentage above 0 % and below 100 %, such as 1%")
+    return float(match[1]) / 100
 
 
 _density = _number(True, "a density above 0 and up to 1")
@@ -216,8 +225,20 @@ class Options:
         )
     )
     device: torch.device | None = field(metadata=_option(pick_device, "cpu or cuda; default: cuda where there is one"))
-    rounds: int = field(
-        metadata=_option(_whole(_MOST_ROUNDS), "videos per arm; an interval needs at least 6", default="6")
+    rounds: int | None = field(
+        metadata=_option(
+            _whole(_MOST_ROUNDS),
+            f"videos per arm, of which an interval needs at least 6; default: {VIDEOS}. In the other suites the most "
+            "samples an arm, where that is more than the least (20; 10 of kernels and at large models' sizes); there "
+            "the default is five times the least",
+        )
+    )
+    interval: float | None = field(
+        metadata=_option(
+            _percentage,
+            "in the suites without videos an arm stops when half of the 95 % interval of its speedup is at most this "
+            "share of it, which is looked at every five rounds from the least on; default: 1% on a GPU, 3% on a CPU",
+        )
     )
     max_time: float | None = field(
         metadata=_option(

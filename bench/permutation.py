@@ -12,8 +12,9 @@ from jaxtyping import Int32
 from torch import Tensor
 
 from calibatt.bench.cells import Order, PermutationArm
+from calibatt.bench.failure import Failure
 from calibatt.bench.record import Record
-from calibatt.bench.rounds import in_turns
+from calibatt.bench.sampling import Goal, Sample, take_samples
 from calibatt.bench.timer import PhaseTimer
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.permute import permute, unpermute
@@ -43,7 +44,7 @@ def measure(
     tensors: Sequence[Tensor],
     geometry: Geometry,
     facts: Callable[[PermutationArm], dict[str, Any]],
-    rounds: int,
+    goal: Goal,
 ) -> dict[PermutationArm, Record]:
     """Time permutations in turns with a copy of the tensors: a speedup of 1 is the bandwidth of a copy.
 
@@ -52,29 +53,32 @@ def measure(
         tensors: what is moved, [1, heads, tokens, head_dim] each.
         geometry: of the tensors.
         facts: the fields of a record that say what was run.
-        rounds: samples of an arm, after one round that warms up.
+        goal: when an arm has samples enough.
     """
     orders = {arm: _ORDERS[arm.order](geometry).to(tensors[0].device) for arm in arms}
     works: dict[PermutationArm | None, Callable[[], Any]] = {None: lambda: [x.clone() for x in tensors]}
     works.update({arm: partial(permute, tensors, order) for arm, order in orders.items()})
     timer = PhaseTimer(tensors[0].device)
-    seconds: dict[PermutationArm | None, list[float]] = {arm: [] for arm in works}
-    # the first round warms up
-    for round_, arm in in_turns(list(works), rounds + 1):
+
+    def turn(arm: PermutationArm | None) -> Sample:
+        # what an arm that failed left in the timer
+        timer.collect_s()
         timer.lead()
         with timer.phase("move"):
             works[arm]()
-        taken = timer.collect_s()["move"]
-        if round_:
-            seconds[arm].append(taken)
+        return Sample(seconds=timer.collect_s()["move"])
+
+    taken = take_samples(list(works), turn, goal, tensors[0].device, partner=None)
     records: dict[PermutationArm, Record] = {}
     for arm, order in orders.items():
+        course = taken[arm]
+        if isinstance(course, Failure):
+            records[arm] = Record(**facts(arm), outcome=course.outcome, reason=course.reason)
+            continue
         moved = permute(tensors[:1], order)[0]
         index = order.long().expand(geometry.heads, -1)[None, :, :, None].expand(1, -1, -1, geometry.head_dim)
         if torch.equal(moved, tensors[0].gather(2, index)) and torch.equal(unpermute(moved, order), tensors[0]):
-            records[arm] = Record(
-                **facts(arm), outcome="ok", samples_s=tuple(seconds[arm]), baseline_samples_s=tuple(seconds[None])
-            )
+            records[arm] = Record(**facts(arm), outcome="ok", **course.facts())
         else:
             records[arm] = Record(**facts(arm), outcome="wrong", reason="tokens are not where the order says")
     return records

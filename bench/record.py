@@ -25,6 +25,8 @@ from calibatt.methods.looks import Marker as Marker
 from calibatt.methods.looks import look_fault
 
 SCHEMA = 1
+# what a file says beside the fields of a record, for readers: it follows from them
+_DERIVED = frozenset({"schema", "speedup", "interval_reached"})
 
 # this is the one home of these words: the rest of the benchmark imports them from here
 # suites stand in the order in which they run on a workload
@@ -116,6 +118,8 @@ class Record:
     Time, in seconds:
         samples_s: end to end, one a round.
         baseline_samples_s: the dense arm, same rounds.
+        interval_target: half the width of the interval of the paired speedup, as a share of it, at which an arm's
+            rounds were to end; absent where their number was fixed. That it was is `interval_reached` in a file.
         phases_s: samples of each phase (`plan`, `attend`, …). In the kernel suite on a GPU: `lists`, what it takes to
             make lists of the mask's bits (a part of each sample, taken again by itself), and `launch`, the host's time
             until all is queued, which is in no sample (`OUTSIDE_PHASES`).
@@ -185,6 +189,7 @@ class Record:
     disturbed: float | None = None
     samples_s: Samples | None = None
     baseline_samples_s: Samples | None = None
+    interval_target: float | None = None
     phases_s: Mapping[_Name, Samples] | None = None
     first_call_s: float | None = None
     tflops: float | None = None
@@ -257,6 +262,8 @@ class Record:
             return "a block has at least one token"
         if self.density is not None and self.density < 0:
             return f"density {self.density:g} is negative"
+        if self.interval_target is not None and self.interval_target <= 0:
+            return f"interval_target {self.interval_target:g} is not positive"
         if self.disturbed is not None and not 0 <= self.disturbed <= 1:
             return f"disturbed {self.disturbed:g} is no share"
         return None
@@ -276,6 +283,13 @@ class Record:
         if self.samples_s is None or self.baseline_samples_s is None:
             return None
         return paired_ratio(self.baseline_samples_s, self.samples_s)
+
+    @property
+    def interval_reached(self) -> bool | None:
+        """Whether the speedup is known as well as was asked for; None where nothing was."""
+        if self.speedup is None or self.interval_target is None:
+            return None
+        return self.speedup.within(self.interval_target)
 
     @property
     def planted(self) -> bool:
@@ -369,6 +383,8 @@ class Record:
         info = {name: value for name, value in values.items() if value is not None}
         if self.speedup is not None:
             info["speedup"] = {name: value for name, value in asdict(self.speedup).items() if value is not None}
+        if self.interval_reached is not None:
+            info["interval_reached"] = self.interval_reached
         return {"schema": SCHEMA, **info}
 
     @classmethod
@@ -384,7 +400,7 @@ class Record:
         """
         if info.get("schema") != SCHEMA:
             raise ValueError(f"its schema is {info.get('schema')!r}, this version reads {SCHEMA}")
-        given = {name: value for name, value in info.items() if name not in ("schema", "speedup")}
+        given = {name: value for name, value in info.items() if name not in _DERIVED}
         if samples_s is not None:
             given.setdefault("samples_s", samples_s)
         try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -40,7 +41,10 @@ class TimeLimit:
 
 
 def in_turns(arms: Sequence[_T], rounds: int, *, first: int = 0) -> Iterator[tuple[int, _T]]:
-    """Every arm once a round; each round begins with another arm, so that none always runs first or after the same.
+    """Every arm once a round, in an order that is drawn for each, by its number: the same in every run.
+
+    The first arm is what the others are paired with: it stands in the middle of a round, since half a round is as near
+    in time as one can be to all others.
 
     Args:
         arms: who works.
@@ -48,10 +52,11 @@ def in_turns(arms: Sequence[_T], rounds: int, *, first: int = 0) -> Iterator[tup
         first: the round to begin with, where those before are done.
     """
     for round_ in range(first, rounds):
-        shift = round_ % max(1, len(arms))
-        order = [*arms[shift:], *arms[:shift]]
-        # every other round backwards: who runs after whom changes too
-        yield from ((round_, arm) for arm in (order if round_ % 2 == 0 else reversed(order)))
+        draw, order = random.Random(round_), list(arms[1:])
+        draw.shuffle(order)
+        # of an odd number there are two middles, or one arm would always come after its partner
+        middle = (len(order) + draw.randrange(2)) // 2
+        yield from ((round_, arm) for arm in (*order[:middle], *arms[:1], *order[middle:]))
 
 
 def take_turns(
@@ -63,17 +68,19 @@ def take_turns(
     more: Callable[[int], bool] = lambda round_: True,
     after: Callable[[int], None] = lambda round_: None,
     failures: dict[_T, Failure] | None = None,
+    resting: Collection[_T] = (),
 ) -> dict[_T, Failure]:
     """Let arms work in turns; one that fails has no more turns, and the others go on.
 
     Args:
-        arms: who works.
+        arms: who works; the first is what the others are paired with.
         rounds: how many turns each has.
         turn: the work of an arm in a round.
         first: the round to begin with.
         more: asked before every round, by its number, whether to make it; after one that is not made, none is.
         after: called at the end of every round.
         failures: of arms that have no turns; to these are added those that fail here.
+        resting: arms that have no turns for now; may be changed meanwhile.
 
     Returns:
         Why each arm that failed did: what was given, where it was.
@@ -83,7 +90,7 @@ def take_turns(
         if not more(round_):
             break
         for _, arm in turns:
-            if arm in failures:
+            if arm in failures or arm in resting:
                 continue
             failure = guarded(partial(turn, round_, arm))
             if failure is not None:

@@ -34,6 +34,10 @@ class Interval:
     low: float | None
     high: float | None
 
+    def within(self, share: float) -> bool:
+        """Whether half of the interval's width is at most this share of the median; without an interval it is not."""
+        return self.low is not None and self.high is not None and self.high - self.low <= 2 * share * self.median
+
 
 def paired_ratio(baseline: Sequence[float], samples: Sequence[float]) -> Interval:
     """How many times faster `samples` are than `baseline`: the median of the ratios of pairs.

@@ -60,6 +60,14 @@ def _time(row: Row) -> str:
     return seconds(statistics.median(row.record.samples_s)) if row.record.samples_s else ""
 
 
+def _samples(row: Row) -> str:
+    record = row.record
+    if record.interval_target is None or record.interval_reached is None:
+        return ""
+    verdict = "" if record.interval_reached else " not reached"
+    return f"{len(record.samples_s or ())}, ±{100 * record.interval_target:.3g} %{verdict}"
+
+
 def _phases(row: Row, *names: str) -> str:
     """Median of some phases together; nothing where they take less than the clock tells."""
     record = row.record
@@ -120,6 +128,7 @@ def _number(value: float | None, form: str) -> str:
 # a column that no arm fills is left out
 COLUMNS: Sequence[Column] = (
     Column("speedup (95 %)", "over dense, same rounds", _speedup, brief=True, first=True),
+    Column("samples", "and whether half of the speedup's interval is within what was asked for", _samples, brief=True),
     Column("time", "median of the rounds", _time, brief=True, first=True),
     Column(
         "PSNR dB",

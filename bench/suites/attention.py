@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 from calibatt.bench.arms import Ready, failed, first_of_layers, passed, ready
@@ -15,28 +14,16 @@ from calibatt.bench.meter import Meter
 from calibatt.bench.observers import Probe
 from calibatt.bench.options import Options, method_cells
 from calibatt.bench.record import Record, Suite
-from calibatt.bench.rounds import take_turns
+from calibatt.bench.sampling import Course, Goal, Sample, take_samples
 from calibatt.bench.suites.suite import Job
-from calibatt.bench.telemetry import disturbance, load, read, throttled
 from calibatt.bench.timer import timed
 
 NAME: Suite = "attention"
 
-# a layer's attention takes milliseconds: enough rounds for an interval of a few percent
+# at least; a layer's attention takes milliseconds: enough rounds for an interval of a few percent
 ROUNDS = 20
 # at a large model's size it takes a hundred times as long, and varies less
 _FEW_ROUNDS = 10
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Course:
-    """What an arm has done so far, seconds of one call."""
-
-    one: Ready
-    meter: Meter
-    seconds: list[float] = field(default_factory=list)
-    phases: dict[str, list[float]] = field(default_factory=dict)
-    throttled: bool | None = None
 
 
 def cells(options: Options) -> list[Cell]:
@@ -53,54 +40,45 @@ def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]
     context = job.open()
     # the baseline is measured even where nobody asked to see it
     wanted = dict.fromkeys([DENSE, *(arm for arm in arms if isinstance(arm, Arm))])
-    yield from run(
-        context, list(wanted), rounds=_FEW_ROUNDS if job.workload.resampled or job.workload.planted else ROUNDS
-    )
+    least = _FEW_ROUNDS if job.workload.resampled or job.workload.planted else ROUNDS
+    yield from run(context, list(wanted), goal=job.goal(least))
 
 
-def run(context: Context, arms: Sequence[Arm], *, rounds: int) -> Iterator[tuple[Arm, Record]]:
+def run(context: Context, arms: Sequence[Arm], *, goal: Goal) -> Iterator[tuple[Arm, Record]]:
     """Check arms, and time those that are right.
 
     Args:
         context: what they share.
         arms: dense among them.
-        rounds: samples of an arm, after one round that warms up.
+        goal: when an arm has samples enough.
     """
-    courses: dict[Arm, _Course] = {}
+    found: dict[Arm, Ready] = {}
     for arm in arms:
         context.log(f"checking {arm}")
         one = ready(context, arm)
         if isinstance(one, Failure):
             yield arm, failed(context, NAME, arm, one)
         else:
-            courses[arm] = _Course(one=one, meter=Meter(one.method, one.kernel, context.device))
-    context.log(f"timing attention, {rounds} rounds of {len(courses)} arms")
-    before = load(context.device)
-    failures = take_turns(list(courses), rounds + 1, lambda round_, arm: _turn(context, courses[arm], round_))
-    # they took turns: what disturbed one disturbed all
-    disturbed = disturbance(before, load(context.device))
-    dense = None if DENSE in failures else courses.get(DENSE)
-    for arm, course in courses.items():
-        if arm in failures:
-            yield arm, failed(context, NAME, arm, failures[arm])
+            found[arm] = one
+    context.log(f"timing attention, {goal} of {len(found)} arms")
+    meters = {arm: Meter(one.method, one.kernel, context.device) for arm, one in found.items()}
+    taken = take_samples(list(found), lambda arm: _turn(context, meters[arm]), goal, context.device, partner=DENSE)
+    for arm, course in taken.items():
+        if isinstance(course, Failure):
+            yield arm, failed(context, NAME, arm, course)
         else:
-            yield arm, _record(context, course, None if arm == DENSE or dense is None else dense, disturbed)
+            yield arm, _record(context, found[arm], course)
 
 
-def _turn(context: Context, course: _Course, round_: int) -> None:
-    meter, calls = course.meter, len(context.probes)
+def _turn(context: Context, meter: Meter) -> Sample:
+    calls = len(context.probes)
     # what a method does at the first call of a video alone is not counted as every call's
     meter.start_video()
     _calls(meter, first_of_layers(context.probes))
     meter.timer.collect_s()
     total, _ = timed(context.device, partial(_calls, meter, context.probes))
     parts = meter.timer.collect_s()
-    # the first round warms up
-    if round_:
-        course.throttled = throttled(course.throttled, read(context.device))
-        course.seconds.append(total / calls)
-        for name, part in parts.items():
-            course.phases.setdefault(name, []).append(part / calls)
+    return Sample(seconds=total / calls, phases={name: part / calls for name, part in parts.items()})
 
 
 def _calls(meter: Meter, probes: Sequence[Probe]) -> None:
@@ -108,20 +86,15 @@ def _calls(meter: Meter, probes: Sequence[Probe]) -> None:
         meter(probe.q, probe.k, probe.v, probe.site)
 
 
-def _record(context: Context, course: _Course, dense: _Course | None, disturbed: float | None) -> Record:
-    one = course.one
+def _record(context: Context, one: Ready, course: Course) -> Record:
     density = statistics.mean(plan.density().mean().item() for plan in one.plans)
     operations = context.probes[0].site.geometry.operations * density
     return Record(
         **passed(context, NAME, one),
-        samples_s=tuple(course.seconds),
-        baseline_samples_s=None if dense is None else tuple(dense.seconds),
-        phases_s={name: tuple(samples) for name, samples in course.phases.items()},
+        **course.facts(),
         tflops=operations / statistics.median(course.phases["attend"]) / 1e12,
         method_error=one.truth.method_error if context.faithful else None,
         error_calls=len(context.probes) if context.faithful else None,
         plan_memory_bytes=max(plan.nbytes() for plan in one.plans),
         density=density,
-        throttled=throttled(course.throttled, dense.throttled if dense else None),
-        disturbed=disturbed,
     )

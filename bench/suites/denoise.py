@@ -39,9 +39,10 @@ Frames = UInt8[Tensor, "3 frames height width"]
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Course:
-    """What an arm has done so far: its videos, and of this run's what is shown."""
+    """What an arm has done so far: its videos, of this run's what is shown, and whether it has made one at all."""
 
     one: Ready
+    warm: bool = False
     videos: list[Video] = field(default_factory=list)
     plans: PlanSummary = field(default_factory=PlanSummary)
     shown: list[Frames] = field(default_factory=list)
@@ -81,9 +82,10 @@ def run(
 ) -> Iterator[tuple[Arm, Record]]:
     """Check arms, and let those that are right make videos.
 
-    Before an arm's first video, its method error is taken beside the dense one of the same prompt and seed, and kept
-    with that round. A round is kept when all its videos have been compared, so that an arm and its baseline are always
-    of one run. One that failed has no more turns, in a run that goes on either.
+    An arm's first video in a process is not timed. In a run from the beginning that is the dense video of the first
+    round's prompt and seed, beside which the arm's every call is computed too, for its method error, which is kept with
+    that round; else it is one of the arm's own. A round is kept when all its videos have been compared, so that an arm
+    and its baseline are always of one run. One that failed has no more turns, in a run that goes on either.
 
     Args:
         context: what they share.
@@ -178,8 +180,7 @@ def _take_turns(
 
 def _one_video(context: Context, course: _Course, round_: int) -> Frames:
     device = context.device
-    # before what is timed
-    error = _method_error(context, course.one) if round_ == 0 and context.faithful else None
+    error = _warm_up(context, course, round_)
     # the plans of one video show the method's density
     observers = [course.plans] if round_ == 0 else []
     meter = Meter(course.one.method, course.one.kernel, device, observers=observers)
@@ -208,6 +209,18 @@ def _one_video(context: Context, course: _Course, round_: int) -> Frames:
         course.shown.append(frames)
     course.videos.append(made)
     return frames
+
+
+def _warm_up(context: Context, course: _Course, round_: int) -> PooledError | None:
+    """The arm's first video in this process, of which no time is kept; its method error, where it is taken."""
+    if course.warm:
+        return None
+    course.warm = True
+    if round_ == 0 and context.faithful:
+        return _method_error(context, course.one)
+    context.video(SparseAttention(course.one.method, course.one.kernel), round_)
+    context.log(f"one video of {course.one.arm} that is not timed")
+    return None
 
 
 def _method_error(context: Context, one: Ready) -> PooledError:

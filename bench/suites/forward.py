@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,9 +21,8 @@ from calibatt.bench.failure import Failure, guarded
 from calibatt.bench.masks import make_plan
 from calibatt.bench.options import Options
 from calibatt.bench.record import Record, Suite
-from calibatt.bench.rounds import take_turns
+from calibatt.bench.sampling import Course, Sample, take_samples
 from calibatt.bench.suites.suite import Job
-from calibatt.bench.telemetry import disturbance, load, read, throttled
 from calibatt.bench.timer import timed
 from calibatt.kernels.base import Kernel, Task
 from calibatt.kernels.catalogue import KERNELS
@@ -39,7 +38,7 @@ from calibatt.models.planted.pipeline import plant
 
 NAME: Suite = "forward"
 
-# as of the kernel suite: one pass takes as long as a hundred rounds of the embedded model
+# at least, as of the kernel suite: one pass takes as long as a hundred rounds of the embedded model
 ROUNDS = 10
 # anchor rows of a frame that a head computes which reuses rows: the paper's, arXiv 2603.05503
 _ANCHORS = 5
@@ -110,17 +109,15 @@ def _no_energy() -> Any:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class _Course:
-    """An arm that was checked, and what it has done so far."""
+class _Ready:
+    """An arm that was checked, and the memory that it has taken."""
 
     planner: Planner
     kernel: Kernel
     plan: Plan
     error: float
     budget: float
-    seconds: list[float] = field(default_factory=list)
     peak_memory_bytes: int | None = None
-    throttled: bool | None = None
 
 
 class _Model:
@@ -153,7 +150,7 @@ class _Model:
         """Show a line."""
         self._console.line(f"{self.workload}: {line}")
 
-    def ready(self, arm: Arm | BlockArm) -> _Course | Failure:
+    def ready(self, arm: Arm | BlockArm) -> _Ready | Failure:
         """Draw an arm's plans, check its kernel on one call, and run it once, which compiles what there is."""
         device = self.workload.device
         if isinstance(arm, Arm):
@@ -168,33 +165,31 @@ class _Model:
         error, budget = spot_error(kernel, self.q, self.k, self.v, plan)
         if not error <= budget:
             return Failure("wrong", f"its largest error against fp64 is {error:.3g}, allowed {budget:.3g}")
-        course = _Course(planner=planner, kernel=kernel, plan=plan, error=error, budget=budget)
-        self.turn(course)
-        course.seconds.clear()
-        return course
+        one = _Ready(planner=planner, kernel=kernel, plan=plan, error=error, budget=budget)
+        self.turn(one)
+        return one
 
-    def turn(self, course: _Course) -> None:
+    def turn(self, one: _Ready) -> Sample:
         """One forward pass."""
         device = self.workload.device
-        sparsify(self.one.pipe, course.planner, kernel=course.kernel)
+        sparsify(self.one.pipe, one.planner, kernel=one.kernel)
         try:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             seconds, out = timed(device, self.one.run)
             if not out.isfinite().all():
                 raise ValueError("the output has NaN or infinite values")
-            course.seconds.append(seconds)
             if device.type == "cuda":
-                course.peak_memory_bytes = max(course.peak_memory_bytes or 0, torch.cuda.max_memory_allocated(device))
+                one.peak_memory_bytes = max(one.peak_memory_bytes or 0, torch.cuda.max_memory_allocated(device))
         finally:
             restore(self.one.pipe)
-        course.throttled = throttled(course.throttled, read(device))
+        return Sample(seconds=seconds)
 
 
 def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]:
     """Time one forward pass with every arm, in turns; paired with dense."""
     model = _Model(job)
-    courses: dict[Arm | BlockArm, _Course] = {}
+    found: dict[Arm | BlockArm, _Ready] = {}
     # the baseline is measured even where nobody asked to see it
     wanted: list[Arm | BlockArm] = [DENSE, *(one for one in arms if isinstance(one, BlockArm))]
     for arm in dict.fromkeys(wanted):
@@ -203,37 +198,28 @@ def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]
         if isinstance(one, Failure):
             yield arm, Record(**_facts(model, arm), outcome=one.outcome, reason=one.reason)
         else:
-            courses[arm] = one
-    model.log(f"timing forward passes, {ROUNDS} rounds of {len(courses)} arms")
-    before = load(job.workload.device)
-    failures = take_turns(list(courses), ROUNDS, lambda round_, arm: model.turn(courses[arm]))
-    # they took turns: what disturbed one disturbed all
-    disturbed = disturbance(before, load(job.workload.device))
-    for arm, course in courses.items():
-        if arm in failures:
-            failure = failures[arm]
-            yield arm, Record(**_facts(model, arm), outcome=failure.outcome, reason=failure.reason)
-            continue
-        dense = None if arm == DENSE or DENSE in failures or DENSE not in courses else courses[DENSE]
-        yield arm, _record(model, arm, course, dense, disturbed)
+            found[arm] = one
+    goal = job.goal(ROUNDS)
+    model.log(f"timing forward passes, {goal} of {len(found)} arms")
+    taken = take_samples(list(found), lambda arm: model.turn(found[arm]), goal, job.workload.device, partner=DENSE)
+    for arm, course in taken.items():
+        if isinstance(course, Failure):
+            yield arm, Record(**_facts(model, arm), outcome=course.outcome, reason=course.reason)
+        else:
+            yield arm, _record(model, arm, found[arm], course)
 
 
-def _record(
-    model: _Model, arm: Arm | BlockArm, course: _Course, dense: _Course | None, disturbed: float | None
-) -> Record:
+def _record(model: _Model, arm: Arm | BlockArm, one: _Ready, course: Course) -> Record:
     return Record(
         **_facts(model, arm),
         outcome="ok",
-        ran_on=ran_on(course.kernel, [Task.of(model.q, course.plan)]),
-        samples_s=tuple(course.seconds),
-        baseline_samples_s=None if dense is None else tuple(dense.seconds),
-        kernel_error=course.error,
-        kernel_error_budget=course.budget,
-        density=statistics.mean(course.plan.density().tolist()),
-        plan_memory_bytes=course.plan.nbytes(),
-        peak_memory_bytes=course.peak_memory_bytes,
-        throttled=throttled(course.throttled, dense.throttled if dense else None),
-        disturbed=disturbed,
+        ran_on=ran_on(one.kernel, [Task.of(model.q, one.plan)]),
+        **course.facts(),
+        kernel_error=one.error,
+        kernel_error_budget=one.budget,
+        density=statistics.mean(one.plan.density().tolist()),
+        plan_memory_bytes=one.plan.nbytes(),
+        peak_memory_bytes=one.peak_memory_bytes,
     )
 
 

@@ -6,7 +6,7 @@ import functools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,9 +23,8 @@ from calibatt.bench.masks import make_plan
 from calibatt.bench.opening import probes_of
 from calibatt.bench.options import Options
 from calibatt.bench.record import Pattern, Record, Suite
-from calibatt.bench.rounds import take_turns
+from calibatt.bench.sampling import Course, Goal, Sample, take_samples
 from calibatt.bench.suites.suite import Job
-from calibatt.bench.telemetry import disturbance, load, read, throttled
 from calibatt.bench.timer import PhaseTimer, timed
 from calibatt.kernels.base import Kernel, Task
 from calibatt.kernels.catalogue import KERNELS
@@ -37,7 +36,7 @@ from calibatt.models.shapes.entry import SHAPES
 
 NAME: Suite = "kernel"
 
-# half of the attention suite's: at 720p a dense call takes as long as a hundred rounds of the embedded model
+# at least; half of the attention suite's: at 720p a dense call takes as long as a hundred rounds of the embedded model
 ROUNDS = 10
 # side of the square matrices whose product is the roofline: large enough for a device's full rate
 _GEMM = {"cuda": 8192, "cpu": 2048}
@@ -55,16 +54,6 @@ class _Ready:
     first_call_s: float | None
     error: float
     budget: float
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Course:
-    """What an arm has done so far; `throttled` is None where nothing can tell."""
-
-    one: _Ready
-    seconds: list[float] = field(default_factory=list)
-    phases: dict[str, list[float]] = field(default_factory=dict)
-    throttled: bool | None = None
 
 
 class _Bench:
@@ -126,7 +115,7 @@ class _Bench:
         maps = [block_energy(probe.q[0], probe.k[0], block_q=block_q, block_k=block_k) for probe in probes]
         return torch.cat(maps).float().cpu()
 
-    def permutations(self, arms: Sequence[PermutationArm]) -> dict[PermutationArm, Record]:
+    def permutations(self, arms: Sequence[PermutationArm], goal: Goal) -> dict[PermutationArm, Record]:
         """Time permutations."""
         # they are Triton's wherever they run
         task = Task(device=self.workload.device, dtype=self.workload.dtype, head_dim=self.geometry.head_dim)
@@ -134,7 +123,7 @@ class _Bench:
         if refusal is not None:
             return {arm: self.failed(arm, Failure("unsupported", refusal.reason)) for arm in arms}
         self.log(f"timing {len(arms)} permutations")
-        return permutation.measure(arms, (self.q, self.k, self.v), self.geometry, self.facts, ROUNDS)
+        return permutation.measure(arms, (self.q, self.k, self.v), self.geometry, self.facts, goal)
 
     def facts(self, arm: AnyArm) -> dict[str, Any]:
         """The fields of a record that say what was run."""
@@ -184,34 +173,31 @@ def _block_arms(
 
 def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]:
     """Time kernels in turns with the fastest dense one, and permutations with a copy."""
-    bench = _Bench(job.workload, job.console)
+    bench, goal = _Bench(job.workload, job.console), job.goal(ROUNDS)
     if moved := [arm for arm in arms if isinstance(arm, PermutationArm)]:
-        yield from bench.permutations(moved).items()
+        yield from bench.permutations(moved, goal).items()
     attending = [arm for arm in arms if not isinstance(arm, PermutationArm)]
-    courses: dict[Arm | BlockArm, _Course] = {}
+    found: dict[Arm | BlockArm, _Ready] = {}
     for arm in dict.fromkeys((DENSE, *attending)):
         one = bench.ready(arm)
         if isinstance(one, Failure):
             yield arm, bench.failed(arm, one)
         else:
-            courses[arm] = _Course(one=one)
-    bench.log(f"timing {len(courses)} arms, {ROUNDS} rounds")
-    timer = PhaseTimer(job.workload.device)
-    before = load(job.workload.device)
-    failures = take_turns(list(courses), ROUNDS + 1, lambda round_, arm: _turn(bench, courses[arm], timer, round_))
-    # they took turns: what disturbed one disturbed all
-    disturbed = disturbance(before, load(job.workload.device))
-    dense = None if DENSE in failures else courses.get(DENSE)
-    for arm, course in courses.items():
-        if arm in failures:
-            yield arm, bench.failed(arm, failures[arm])
+            found[arm] = one
+    device = job.workload.device
+    bench.log(f"timing {len(found)} arms, {goal}")
+    timer = PhaseTimer(device)
+    taken = take_samples(list(found), lambda arm: _turn(bench, found[arm], timer), goal, device, partner=DENSE)
+    for arm, course in taken.items():
+        if isinstance(course, Failure):
+            yield arm, bench.failed(arm, course)
         else:
-            yield arm, _record(bench, arm, course, None if arm == DENSE or dense is None else dense, disturbed)
+            yield arm, _record(bench, arm, found[arm], course)
 
 
-def _turn(bench: _Bench, course: _Course, timer: PhaseTimer, round_: int) -> None:
+def _turn(bench: _Bench, one: _Ready, timer: PhaseTimer) -> Sample:
     """Time one call; lists that a kernel makes of a mask's bits are a part of it, and taken again by themselves."""
-    one, device = course.one, bench.workload.device
+    device = bench.workload.device
     # what an arm that failed left in the timer
     timer.collect_s()
     timer.lead()
@@ -222,36 +208,23 @@ def _turn(bench: _Bench, course: _Course, timer: PhaseTimer, round_: int) -> Non
     if one.plan.mask is not None and device.type == "cuda":
         with timer.phase("lists"):
             block_lists(one.plan)
-    taken, state = timer.collect_s(), read(device)
-    # the first round warms up
-    if not round_:
-        return
-    course.seconds.append(taken.pop("attend"))
+    taken = timer.collect_s()
+    seconds = taken.pop("attend")
     # elsewhere the host computes itself
-    if device.type == "cuda":
-        for name, part in (*taken.items(), ("launch", launch)):
-            course.phases.setdefault(name, []).append(part)
-    course.throttled = throttled(course.throttled, state)
+    return Sample(seconds=seconds, phases={**taken, "launch": launch} if device.type == "cuda" else {})
 
 
-def _record(
-    bench: _Bench, arm: Arm | BlockArm, course: _Course, dense: _Course | None, disturbed: float | None
-) -> Record:
-    one = course.one
+def _record(bench: _Bench, arm: Arm | BlockArm, one: _Ready, course: Course) -> Record:
     density = one.plan.density().mean().item()
     operations = bench.geometry.operations * density
     return Record(
         **bench.facts(arm),
         outcome="ok",
         ran_on=ran_on(one.kernel, [Task.of(bench.q, one.plan)]),
-        samples_s=tuple(course.seconds),
-        baseline_samples_s=None if dense is None else tuple(dense.seconds),
-        phases_s={name: tuple(parts) for name, parts in course.phases.items()} or None,
+        **course.facts(),
         first_call_s=one.first_call_s,
         tflops=operations / statistics.median(course.seconds) / 1e12,
         gemm_tflops=bench.gemm_tflops,
-        throttled=throttled(course.throttled, dense.throttled if dense else None),
-        disturbed=disturbed,
         density=density,
         kernel_error=one.error,
         kernel_error_budget=one.budget,

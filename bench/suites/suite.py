@@ -13,6 +13,7 @@ from calibatt.bench.context import Context
 from calibatt.bench.options import Options
 from calibatt.bench.record import Record
 from calibatt.bench.record import Suite as SuiteName
+from calibatt.bench.sampling import Goal
 from calibatt.bench.video import Round, Rounds
 
 
@@ -45,6 +46,7 @@ class Job:
     Args:
         workload: what runs.
         rounds: videos an arm, where there are videos.
+        most, interval: of the suites that have samples of calls: `--rounds` and `--interval`, where they are given.
         artifacts: folder for the data of the report's pictures; None leaves them out.
         console: shows how far the work is.
         open: what the arms of the workload share; opened once for all suites.
@@ -59,6 +61,16 @@ class Job:
     open: Callable[[], Context]
     kept: Kept = field(default_factory=Kept)
     more: Callable[[int], bool] = _any_time
+    most: int | None = None
+    interval: float | None = None
+
+    def goal(self, least: int) -> Goal:
+        """When an arm has samples enough.
+
+        Args:
+            least: rounds of every arm, which is the suite's to say.
+        """
+        return Goal.of(least, most=self.most, interval=self.interval, device=self.workload.device)
 
 
 @runtime_checkable

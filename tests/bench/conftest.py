@@ -157,8 +157,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr("calibatt.bench.timer.perf_counter", clock)
     # what others do meanwhile is no part of these tests
-    for suite in ("attention", "denoise"):
-        monkeypatch.setattr(f"calibatt.bench.suites.{suite}.load", lambda device: None)
+    for module in ("sampling", "suites.denoise"):
+        monkeypatch.setattr(f"calibatt.bench.{module}.load", lambda device: None)
     return clock
 
 

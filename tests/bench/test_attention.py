@@ -8,16 +8,23 @@ from typing import Any
 import pytest
 
 from calibatt.bench.cells import DENSE
+from calibatt.bench.sampling import Goal
 from calibatt.bench.suites.attention import run
 from calibatt.bench.telemetry import Load, Reading
 
 # calls before anything is timed: one at the first probe of either layer, then one a probe; and those of a round
 CHECKED, A_ROUND = 5, 5
+# rounds that count for nothing, of times that do not fall
+WARM_UP = 2
+
+
+def fixed(rounds: int) -> Goal:
+    return Goal(least=rounds, most=rounds, interval=None)
 
 
 def test_a_sample_is_the_mean_over_the_probes(fakes: Any) -> None:
     arms = [fakes.arm("dense", [2.0]), fakes.arm("fast", [0.5])]
-    records = dict(run(fakes.context(), arms, rounds=3))
+    records = dict(run(fakes.context(), arms, goal=fixed(3)))
     assert records[arms[1]].samples_s == (0.5,) * 3
     assert records[arms[1]].phases_s == {"plan": (0.0,) * 3, "attend": (0.5,) * 3}
     assert records[DENSE].samples_s == (2.0,) * 3
@@ -27,16 +34,16 @@ def test_a_sample_is_the_mean_over_the_probes(fakes: Any) -> None:
 def test_every_round_begins_a_new_video(fakes: Any) -> None:
     # planning takes one second more at every call of a video: two first calls, then 3, 4 and 5 seconds
     arms = [fakes.arm("dense"), fakes.arm("tires", tires=True)]
-    records = dict(run(fakes.context(), arms, rounds=3))
+    records = dict(run(fakes.context(), arms, goal=fixed(3)))
     assert records[arms[1]].samples_s == (1.0 + 4.0,) * 3
 
 
 def test_baseline_samples_are_those_of_the_same_round(fakes: Any, by_round: Callable[..., list[float]]) -> None:
-    dense = by_round(CHECKED, A_ROUND, [9.0, 1.0, 2.0, 3.0])
-    sparse = by_round(CHECKED, A_ROUND, [9.0, 0.5, 1.0, 1.5])
+    dense = by_round(CHECKED, A_ROUND, [1.0, 1.0, 1.0, 2.0, 3.0])
+    sparse = by_round(CHECKED, A_ROUND, [0.5, 0.5, 0.5, 1.0, 1.5])
     arms = [fakes.arm("dense", dense), fakes.arm("sparse", sparse)]
-    record = dict(run(fakes.context(), arms, rounds=3))[arms[1]]
-    # the first round warms up
+    record = dict(run(fakes.context(), arms, goal=fixed(3)))[arms[1]]
+    # two rounds warm up
     assert record.samples_s == (0.5, 1.0, 1.5)
     assert record.baseline_samples_s == (1.0, 2.0, 3.0)
     assert record.speedup is not None
@@ -45,38 +52,38 @@ def test_baseline_samples_are_those_of_the_same_round(fakes: Any, by_round: Call
 
 def test_what_spoils_the_baseline_spoils_the_speedup(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # one round counts, in which dense comes first
-    states = iter([True, False])
+    states = iter([False, True])
     monkeypatch.setattr(
-        "calibatt.bench.suites.attention.read",
+        "calibatt.bench.sampling.read",
         lambda device: Reading(energy_j=0, clock_mhz=0, throttled=next(states)),
     )
     used = iter([0.0, 2.0])
     monkeypatch.setattr(
-        "calibatt.bench.suites.attention.load",
+        "calibatt.bench.sampling.load",
         lambda device: Load(there_s=fakes.clock.now, used_s=next(used), own_s=0.0),
     )
     arms = [fakes.arm("dense"), fakes.arm("sparse")]
-    records = dict(run(fakes.context(), arms, rounds=1))
+    records = dict(run(fakes.context(), arms, goal=fixed(1)))
     assert [records[arm].throttled for arm in arms] == [True, True]
-    # of a round that warms up and one that counts, of five calls of a second of each arm
-    assert [records[arm].disturbed for arm in arms] == [pytest.approx(2 / 20)] * 2
+    # of a round of five calls of a second of each arm
+    assert [records[arm].disturbed for arm in arms] == [pytest.approx(2 / 10)] * 2
 
 
 def test_an_arm_that_was_throttled_leaves_the_baseline_as_it_was(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    states = iter([False, True])
+    states = iter([True, False])
     monkeypatch.setattr(
-        "calibatt.bench.suites.attention.read",
+        "calibatt.bench.sampling.read",
         lambda device: Reading(energy_j=0, clock_mhz=0, throttled=next(states)),
     )
     arms = [fakes.arm("dense"), fakes.arm("sparse")]
-    records = dict(run(fakes.context(), arms, rounds=1))
+    records = dict(run(fakes.context(), arms, goal=fixed(1)))
     assert [records[arm].throttled for arm in arms] == [False, True]
 
 
-@pytest.mark.parametrize("lasts", [0, CHECKED, CHECKED + 2 * A_ROUND])
+@pytest.mark.parametrize("lasts", [0, CHECKED, CHECKED + (WARM_UP + 1) * A_ROUND])
 def test_an_arm_that_runs_out_of_memory_says_so_and_the_others_go_on(fakes: Any, lasts: int) -> None:
     arms = [fakes.arm("dense"), fakes.arm("large", lasts=lasts), fakes.arm("small", [0.25])]
-    records = dict(run(fakes.context(), arms, rounds=3))
+    records = dict(run(fakes.context(), arms, goal=fixed(3)))
     assert records[arms[1]].outcome == "out_of_memory"
     assert records[arms[1]].reason == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
     assert records[arms[2]].samples_s == (0.25,) * 3
@@ -85,7 +92,7 @@ def test_an_arm_that_runs_out_of_memory_says_so_and_the_others_go_on(fakes: Any,
 
 def test_without_its_baseline_an_arm_keeps_its_times(fakes: Any) -> None:
     arms = [fakes.arm("dense", lasts=CHECKED + A_ROUND + 1), fakes.arm("sparse")]
-    records = dict(run(fakes.context(), arms, rounds=3))
+    records = dict(run(fakes.context(), arms, goal=fixed(3)))
     assert records[DENSE].outcome == "out_of_memory"
     assert records[arms[1]].samples_s == (1.0,) * 3
     assert records[arms[1]].baseline_samples_s is None
@@ -93,7 +100,7 @@ def test_without_its_baseline_an_arm_keeps_its_times(fakes: Any) -> None:
 
 def test_density_memory_and_truth_are_those_of_the_probes(fakes: Any) -> None:
     arms = [fakes.arm("dense"), fakes.arm("sparse")]
-    records = dict(run(fakes.context(), arms, rounds=1))
+    records = dict(run(fakes.context(), arms, goal=fixed(1)))
     assert (records[DENSE].density, records[arms[1]].density) == (1.0, 0.5)
     assert records[arms[1]].plan_memory_bytes is not None
     assert records[arms[1]].plan_memory_bytes > 0

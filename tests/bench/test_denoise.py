@@ -52,14 +52,14 @@ def test_times_and_videos_are_compared_with_dense_ones_of_the_same_round(
 def test_of_planted_weights_there_are_times_and_neither_fidelity_nor_frames(
     fakes: Any, by_round: Callable[..., list[float]], tmp_path: Path
 ) -> None:
-    # no dense video stands beside the first: no method error is taken
+    # no dense video stands beside the first: no method error is taken, and one of the arm's own is not timed
     arms = [
-        fakes.arm("dense", by_round(CHECKED, A_VIDEO, [1.0, 2.0])),
-        fakes.arm("sparse", by_round(CHECKED, A_VIDEO, [0.5, 1.0])),
+        fakes.arm("dense", by_round(BEFORE, A_VIDEO, [1.0, 2.0])),
+        fakes.arm("sparse", by_round(BEFORE, A_VIDEO, [0.5, 1.0])),
     ]
     context = replace(fakes.context(), faithful=False)
     for record in dict(run(context, arms, rounds=2, artifacts=tmp_path)).values():
-        assert record.samples_s is not None
+        assert record.samples_s == ((8.0, 16.0) if record.method == "dense" else (4.0, 8.0))
         assert record.psnr_db is record.ssim is record.alignment is record.method_error is None
         assert record.density is not None
         with np.load(tmp_path.parent / (record.artifact or "")) as pictures:
@@ -71,7 +71,7 @@ def test_what_others_had_is_of_the_videos_and_their_baselines_by_their_length(
     fakes: Any, by_round: Callable[..., list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # before and after each video: of dense 8 s long, half and a tenth of it; of the other 4 s, a tenth
-    used = iter([0.0, 4.0, 4.0, 4.4, 4.4, 5.2, 5.2, 5.6])
+    used = iter([4.0, 4.4, 0.0, 4.0, 4.4, 5.2, 5.2, 5.6])
     monkeypatch.setattr(
         "calibatt.bench.suites.denoise.load",
         lambda device: Load(there_s=fakes.clock.now, used_s=next(used), own_s=0.0),
@@ -219,11 +219,11 @@ def test_a_run_that_is_killed_goes_on_with_the_next_round(
         dict(run(fakes.context(prompts=5), all_arms, rounds=5, artifacts=tmp_path / "a", kept=disk.session()))
     assert [(one.first, len(one.rounds)) for one in disk.kept] == [(0, 3), (3, 1)]
     made = len(fakes.videos)
-    # the method error is that of the run that was killed
-    all_arms = arms(5.0, before=CHECKED)
+    # the method error is that of the run that was killed, and the first video of this process is not timed
+    all_arms = arms(5.0)
     records = dict(run(fakes.context(prompts=5), all_arms, rounds=5, artifacts=tmp_path / "a", kept=disk.session()))
-    # one of each
-    assert len(fakes.videos) == made + 2
+    # two of each
+    assert len(fakes.videos) == made + 4
     for arm in all_arms:
         assert whole[arm].error_calls == A_VIDEO
         expected = replace(whole[arm], artifact=None)
@@ -241,8 +241,8 @@ def test_a_round_that_could_not_be_written_is_made_again(fakes: Any) -> None:
     arms = [fakes.arm("dense"), fakes.arm("sparse")]
     made = len(fakes.videos)
     record = dict(run(fakes.context(prompts=6), arms, rounds=6, artifacts=None, kept=disk.session()))[arms[1]]
-    # the fourth to the sixth
-    assert len(fakes.videos) == made + 6
+    # the fourth to the sixth, and one before
+    assert len(fakes.videos) == made + 8
     assert len(record.psnr_db or ()) == 6
     # and the file has them all now
     assert len(in_order(disk.kept)) == 6

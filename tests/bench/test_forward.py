@@ -45,8 +45,9 @@ def job(monkeypatch: pytest.MonkeyPatch) -> Job:
     monkeypatch.setattr(cells_module, "MODELS", {"shapes": TINY})
     monkeypatch.setattr(forward, "ROUNDS", 3)
     return Job(
-        workload=AT, rounds=1, artifacts=None, console=Quiet(), open=lambda: pytest.fail("no workload is opened")
-    )
+        workload=AT, rounds=1, artifacts=None, console=Quiet(), open=lambda: pytest.fail("no workload is opened"),
+        most=3,
+    )  # fmt: skip
 
 
 def test_every_arm_is_paired_with_dense_round_by_round(job: Job) -> None:

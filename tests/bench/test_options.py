@@ -98,6 +98,10 @@ def test_an_arm_that_does_not_exist_is_refused(text: str, message: str) -> None:
         ({"max_time": "0"}, "--max-time 0: give seconds, more than 0"),
         ({"max_time": "nan"}, "--max-time nan: give seconds"),
         ({"rounds": "0"}, "--rounds 0: give a whole number from 1 to 10,000"),
+        *(
+            ({"interval": text}, f"--interval {text}: give a percentage above 0 % and below 100 %, such as 1%")
+            for text in ("0%", "0.01", "100%", "-1%", "nan%", "%")
+        ),
         ({"rounds": "1000000000"}, "from 1 to 10,000"),
         ({"calibration_prompts": "-1"}, "--calibration-prompts -1: give a whole number"),
         ({"densities": "1.5"}, "--densities 1.5: give a density above 0 and up to 1"),
@@ -211,10 +215,14 @@ def test_every_suite_has_its_file_and_its_place() -> None:
     assert all(name == suite.NAME for name, suite in CATALOGUE.items())
 
 
+def test_an_interval_is_a_percentage() -> None:
+    assert [Options.read(given(interval=text)).interval for text in ("1%", "0.5 %", "12%")] == [0.01, 0.005, 0.12]
+
+
 def test_every_option_is_declared_with_its_default() -> None:
     declared: dict[str, Any] = {}
     add_options(lambda flag, **how: declared.update({flag: how}))
-    assert declared["--rounds"]["default"] == "6"
+    assert declared["--calibration-prompts"]["default"] == "4"
     assert len(declared) == len(fields(Options))
     # what is declared can be read
     Options.read(given())

@@ -25,6 +25,20 @@ def _file(path: Path, *records: Record, untimed: tuple[Record, ...] = ()) -> Pat
     return path
 
 
+@pytest.mark.parametrize(("target", "reached"), [(0.03, True), (0.02, False), (None, None)])
+def test_whether_the_interval_was_reached_follows_from_the_samples(target: float | None, reached: bool | None) -> None:
+    # the ratios of six pairs: the interval is from the lowest to the highest, 0.05 of the median
+    baseline = (1.95, 1.99, 2.0, 2.0, 2.01, 2.05)
+    record = Record(**{**TIMED, "samples_s": (1.0,) * 6, "baseline_samples_s": baseline}, interval_target=target)
+    assert record.interval_reached is reached
+    info = record.to_extra_info()
+    assert info.get("interval_reached") is reached
+    assert Record.from_extra_info(info) == record
+    # what a file says of it has no say
+    assert Record.from_extra_info({**info, "interval_reached": not reached}) == record
+    assert Record(**{**TIMED, "baseline_samples_s": None}, interval_target=0.03).interval_reached is None
+
+
 def test_a_file_gives_back_the_records_it_was_made_of(tmp_path: Path) -> None:
     timed = Record(**TIMED, block=(64, 64), phases_s={"plan": (0.1, 0.1)}, psnr_db=(30.0, 31.0), prompts=("a", "b"))
     untimed = Record(**WHAT, outcome="unsupported", reason="no compiler")

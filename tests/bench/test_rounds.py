@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import pytest
 import torch
@@ -19,17 +19,28 @@ def test_every_arm_runs_once_a_round() -> None:
     assert Counter(turns) == {(round_, arm): 1 for round_ in range(6) for arm in "abc"}
 
 
-def test_no_arm_is_always_first_or_last() -> None:
-    turns = list(in_turns(["a", "b", "c"], 6))
-    assert {arm for _, arm in turns[0::3]} == {"a", "b", "c"}
-    assert {arm for _, arm in turns[2::3]} == {"a", "b", "c"}
+def test_orders_are_drawn_and_everyone_runs_after_everyone() -> None:
+    turns = [arm for _, arm in in_turns("abcd", 40)]
+    rounds = ["".join(turns[i : i + 4]) for i in range(0, len(turns), 4)]
+    after = Counter(pair for round_ in rounds for pair in pairwise(round_))
+    assert set(after) == set(permutations("abcd", 2))
+    # three pairs a round of twelve, those with the partner twice as often as the others
+    assert max(after.values()) < 2.5 * min(after[pair] for pair in after if "a" in pair)
 
 
-def test_every_other_round_goes_backwards_so_that_who_runs_after_whom_changes() -> None:
-    turns = [arm for _, arm in in_turns(["a", "b", "c"], 4)]
-    rounds = ["".join(turns[i : i + 3]) for i in range(0, 12, 3)]
-    assert rounds == ["abc", "acb", "cab", "cba"]
-    assert {pair for round_ in rounds for pair in pairwise(round_) if pair[0] == "a"} == {("a", "b"), ("a", "c")}
+def test_the_order_of_a_round_is_the_same_wherever_a_run_goes_on() -> None:
+    whole = list(in_turns("abcde", 9))
+    assert list(in_turns("abcde", 9, first=4)) == whole[20:]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6])
+def test_what_others_are_paired_with_is_in_the_middle_and_comes_first_as_often_as_last(count: int) -> None:
+    places = Counter()
+    for round_ in range(200):
+        order = [arm for _, arm in in_turns(range(count), round_ + 1, first=round_)]
+        places[order.index(0) - (count - 1) / 2] += 1
+    assert max(map(abs, places)) <= 0.5
+    assert all(times > 60 for times in places.values())
 
 
 def test_an_arm_that_fails_has_no_more_turns_and_the_others_go_on() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from calibatt.bench.record import MARKERS, Record
+from calibatt.reports.columns import COLUMNS
 from calibatt.reports.rows import COLOURS, GLYPHS, labels, look, rows, shared_words, short
 
 
@@ -53,3 +54,10 @@ def test_dense_stands_first(make: SimpleNamespace) -> None:
     records: list[Record] = [make.arm("radial"), make.dense_arm()]
     shown = rows(records)
     assert [row.label for row in shown] == ["Dense", "Radial"]
+
+
+def test_a_table_says_how_many_samples_there_are_and_whether_they_were_enough(make: SimpleNamespace) -> None:
+    (column,) = (one for one in COLUMNS if one.title == "samples")
+    times = {"samples_s": (1.0,) * 6, "baseline_samples_s": (1.95, 1.99, 2.0, 2.0, 2.01, 2.05)}
+    arms = rows([make.arm("radial", **times, interval_target=target) for target in (0.03, 0.01, None)])
+    assert [column.read(arm) for arm in arms] == ["6, ±3 %", "6, ±1 % not reached", ""]
