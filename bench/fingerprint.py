@@ -20,8 +20,9 @@ from typing import Any
 import psutil
 import torch
 
+from calibatt.bench.cpu_load import usable_cpus
 from calibatt.bench.machine import digest_of_flags
-from calibatt.bench.telemetry import nvml_handle, usable_cpus
+from calibatt.bench.nvml import nvml_handle
 
 # pip names of what decides a figure; nvidia-cutlass-dsl compiles FlashAttention-4
 _PACKAGES = (

@@ -51,7 +51,7 @@ _LARGEST = 1e30
 # a thousandth of what the finest clock tells, the nanosecond of `time.perf_counter_ns`
 _SHORTEST_S = 1e-12
 # a run that wants all CPUs, and loses this share of them, is slower by as much: by what the gate must find of a speedup
-_DISTURBED = 0.05
+DISTURBED = 0.05
 # an error is read on a terminal, and may quote a file
 _LONGEST_LINE = 300
 # names stand in tables and figures
@@ -75,6 +75,44 @@ def plain(text: str, longest: int | None = None) -> str:
         return line
     end = longest // 3
     return f"{line[: longest - end - 3]} … {line[-end:]}"
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Telemetry:
+    """What went on while samples were taken, by readings of the device's state. What could not be read is None.
+
+    Args:
+        readings: how many there were; of samples of milliseconds, one stands for many.
+        clock_mhz, lowest_clock_mhz: of a GPU's multiprocessors, or of the CPUs on average: median, and lowest.
+        memory_clock_mhz, power_w: of a GPU, median.
+        temperature_c, memory_bytes: of a GPU, highest; all memory in use, whoever's.
+        reasons: what held a GPU's clock down at any time, as NVML spells its clock-event reasons.
+        throttled: whether one of them was heat or the power supply (the ordinary power cap does not count).
+        disturbed: share that others had of a GPU's multiprocessors, or of the CPUs; of a virtual machine, its host too.
+        load, steal: share of the CPUs that anybody had, and that the host gave to other machines.
+        others: names of other processes that had most of the CPUs, with the largest share of each; looked up at most
+            twice a minute, where others had much.
+    """
+
+    readings: int
+    clock_mhz: float | None = None
+    lowest_clock_mhz: float | None = None
+    memory_clock_mhz: float | None = None
+    power_w: float | None = None
+    temperature_c: float | None = None
+    memory_bytes: int | None = None
+    reasons: tuple[_Name, ...] | None = None
+    throttled: bool | None = None
+    disturbed: float | None = None
+    load: float | None = None
+    steal: float | None = None
+    others: Mapping[str, float] | None = None
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether a time that was taken meanwhile says little."""
+        return bool(self.throttled) or (self.disturbed or 0.0) > DISTURBED
 
 
 class UnusableFile(ValueError):
@@ -113,8 +151,12 @@ class Record:
     How it went:
         outcome, reason: a record other than `ok` says why and carries no times.
         throttled: whether heat or the power supply held the GPU's clock down during the samples or their baseline.
-        disturbed: share of the CPUs that others had meanwhile, where a CPU computes: other processes, and of a virtual
-            machine its host. Over the rounds of all arms; in the denoise suite over an arm's videos and the baseline's.
+        disturbed: share that others had meanwhile of the CPUs, where a CPU computes (other processes, and of a virtual
+            machine its host), or of the GPU; over an arm's samples and the baseline's, by their length. In older files
+            over the rounds of all arms.
+        spoilt: of each sample whether it, or its baseline's, was taken while that was so, others having more than a
+            twentieth. It is kept, and decides nothing in the gate. Absent in older files.
+        telemetry: what was read during the arm's own samples.
     Time, in seconds:
         samples_s: end to end, one a round.
         baseline_samples_s: the dense arm, same rounds.
@@ -187,6 +229,8 @@ class Record:
     prompts: tuple[str, ...] | None = None
     throttled: bool | None = None
     disturbed: float | None = None
+    spoilt: tuple[bool, ...] | None = None
+    telemetry: Telemetry | None = None
     samples_s: Samples | None = None
     baseline_samples_s: Samples | None = None
     interval_target: float | None = None
@@ -230,6 +274,9 @@ class Record:
             return "an outcome other than 'ok' has a reason, and 'ok' has none"
         if self.baseline_samples_s is not None and len(self.baseline_samples_s) != len(self.samples_s or ()):
             return "samples and baseline samples are not pairs"
+        marks = self.spoilt
+        if marks is not None and {len(self.samples_s or ()), len(self.energy_j or marks)} != {len(marks)}:
+            return "not every sample is marked as spoilt or sound"
         if self.mode == "equal_fidelity" and self.target_psnr_db is None:
             return "mode equal_fidelity has a target_psnr_db"
         truth = (self.psnr_db, self.ssim, self.alignment, self.method_error)
@@ -243,6 +290,9 @@ class Record:
     def _strange_value(self) -> str | None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, Telemetry):
+                # that nothing held a clock down was measured
+                value = {name: one for name, one in asdict(value).items() if name != "reasons"}
             if value == () or (isinstance(value, Mapping) and () in value.values()):
                 return f"{field.name} is empty: what was not measured is left out"
             for number in _numbers(value):
@@ -314,13 +364,27 @@ class Record:
         saved = median(baseline - own for baseline, own in zip(self.baseline_samples_s, self.samples_s, strict=True))
         return self.preparation_s / saved if saved > 0 else None
 
+    def sound(self, values: Samples) -> Samples:
+        """Those of the samples that nothing spoilt; all where their times are doubtful as a whole.
+
+        Args:
+            values: one a sample.
+        """
+        if self.spoilt is None or self.doubt is not None:
+            return values
+        return tuple(value for value, mark in zip(values, self.spoilt, strict=True) if not mark)
+
     @property
     def doubt(self) -> str | None:
-        """What makes its times doubtful, if anything does."""
+        """What makes its times doubtful, if anything does: where samples are marked, half of them or more must be."""
+        # until then a median stands
+        if self.spoilt is not None and 2 * sum(self.spoilt) < len(self.spoilt):
+            return None
         if self.throttled:
             return "throttled"
-        if self.disturbed is not None and self.disturbed > _DISTURBED:
-            return f"disturbed: others had {self.disturbed:.0%} of the CPUs"
+        if self.disturbed is not None and (self.spoilt is not None or self.disturbed > DISTURBED):
+            of_gpu = self.telemetry is not None and self.telemetry.load is None
+            return f"disturbed: others had {self.disturbed:.0%} of the {'GPU' if of_gpu else 'CPUs'}"
         return None
 
     @property
@@ -381,6 +445,8 @@ class Record:
         """The fields as they stand in the file; what was not measured is absent."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         info = {name: value for name, value in values.items() if value is not None}
+        if self.telemetry is not None:
+            info["telemetry"] = {name: value for name, value in asdict(self.telemetry).items() if value is not None}
         if self.speedup is not None:
             info["speedup"] = {name: value for name, value in asdict(self.speedup).items() if value is not None}
         if self.interval_reached is not None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
 
 from calibatt.bench.failure import Failure
+from calibatt.bench.record import Telemetry
 from calibatt.bench.rounds import take_turns
 from calibatt.bench.statistics import Interval, paired_ratio
-from calibatt.bench.telemetry import disturbance, load, read, throttled
+from calibatt.bench.telemetry import Watch, Watched, circumstances
 
 _T = TypeVar("_T")
 
@@ -82,22 +84,26 @@ class Course:
         goal: when it has done enough.
         partner: what it is paired with, which has a sample of every round of this arm's; None where there is none.
         seconds, phases: of each sample.
-        throttled: whether it was while a sample was taken; None where nothing can tell.
-        disturbed: share of the CPUs that others had; None where nothing can tell.
+        spans: of each sample when it began and ended.
+        states: of each sample what was read meanwhile; None where nothing was.
     """
 
     goal: Goal
     partner: Course | None = None
     seconds: list[float] = field(default_factory=list)
     phases: dict[str, list[float]] = field(default_factory=dict)
-    throttled: bool | None = None
-    disturbed: float | None = None
+    spans: list[tuple[float, float]] = field(default_factory=list)
+    states: list[Telemetry | None] = field(default_factory=list)
 
     def add(self, sample: Sample) -> None:
         """Take a sample in."""
         self.seconds.append(sample.seconds)
         for name, part in sample.phases.items():
             self.phases.setdefault(name, []).append(part)
+
+    @property
+    def _watched(self) -> list[Watched]:
+        return list(zip(self.seconds, self.states, strict=True))
 
     @property
     def _baseline(self) -> tuple[float, ...] | None:
@@ -116,15 +122,13 @@ class Course:
 
     def facts(self) -> dict[str, Any]:
         """The fields of a record that are samples, or say how they were taken."""
-        both = [self, *([] if self.partner is None else [self.partner])]
+        partner = self.partner
         return {
             "samples_s": tuple(self.seconds),
             "baseline_samples_s": self._baseline,
             "phases_s": {name: tuple(parts) for name, parts in self.phases.items()} or None,
             "interval_target": None if self.partner is None else self.goal.interval,
-            # what spoils the baseline spoils the speedup
-            "throttled": throttled(*(one.throttled for one in both)),
-            "disturbed": self.disturbed,
+            **circumstances(self._watched, partner and partner._watched[: len(self.seconds)]),
         }
 
 
@@ -151,8 +155,10 @@ def take_samples(
     resting: set[_T] = set()
 
     def sample(round_: int, arm: _T) -> None:
+        watch.between()
+        start = perf_counter()
         courses[arm].add(turn(arm))
-        courses[arm].throttled = throttled(courses[arm].throttled, read(device))
+        courses[arm].spans.append((start, perf_counter()))
 
     def look(round_: int) -> None:
         if not goal.looks(round_ + 1):
@@ -164,15 +170,13 @@ def take_samples(
         if len(known) == len(others):
             resting.add(partner)
 
-    before = load(device)
-    take_turns(
-        arms, goal.most, sample, more=lambda round_: not set(arms) <= resting | set(failures), after=look,
-        failures=failures, resting=resting,
-    )  # fmt: skip
-    # they took turns: what disturbed one disturbed all
-    disturbed = disturbance(before, load(device))
+    with Watch(device) as watch:
+        take_turns(
+            arms, goal.most, sample, more=lambda round_: not set(arms) <= resting | set(failures), after=look,
+            failures=failures, resting=resting,
+        )  # fmt: skip
     for course in courses.values():
-        course.disturbed = disturbed
+        course.states = [watch.during(*span) for span in course.spans]
         if partner in failures:
             course.partner = None
     return {arm: failures.get(arm, course) for arm, course in courses.items()}

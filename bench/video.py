@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError, with_config
 
 from calibatt.bench.failure import Failure
-from calibatt.bench.record import STRICT, first_problem
+from calibatt.bench.record import STRICT, Telemetry, first_problem
 
 
 @with_config(STRICT)
@@ -21,8 +21,8 @@ class Video:
     Args:
         seconds: of the generation.
         phases: seconds of its parts.
-        energy_j, clock_mhz, throttled: of the GPU, where there is one.
-        disturbed: share of the CPUs that others had, where they compute it.
+        energy_j: of the GPU, where there is one.
+        telemetry: what was read meanwhile.
         peak_memory_bytes: of the GPU, likewise.
         alignment: where the model has one.
         psnr_db, ssim: against the dense video of its round, where there is one.
@@ -33,9 +33,7 @@ class Video:
     seconds: float
     phases: dict[str, float]
     energy_j: float | None = None
-    clock_mhz: float | None = None
-    throttled: bool | None = None
-    disturbed: float | None = None
+    telemetry: Telemetry | None = None
     peak_memory_bytes: int | None = None
     alignment: float | None = None
     psnr_db: float | None = None

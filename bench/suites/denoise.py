@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from calibatt.bench.options import Options, method_cells
 from calibatt.bench.record import Record, Suite
 from calibatt.bench.rounds import SHOWN_ROUNDS, take_turns
 from calibatt.bench.suites.suite import Job, Kept
-from calibatt.bench.telemetry import disturbance, load, read, throttled
+from calibatt.bench.telemetry import Watch, Watched, circumstances
 from calibatt.bench.timer import timed
 from calibatt.bench.video import Round, Rounds, Video
 from calibatt.methods.call import SparseAttention
@@ -150,7 +150,7 @@ def _take_turns(
     waiting: list[dict[str, Video | Failure]] = []
 
     def turn(round_: int, arm: Arm) -> None:
-        videos[arm] = _one_video(context, courses[arm], round_)
+        videos[arm] = _one_video(context, courses[arm], round_, watch)
         context.log(f"video {round_ + 1} of {rounds}, {arm}: {courses[arm].videos[-1].seconds:.2f} s")
 
     def of_all(work: Callable[[Arm], None]) -> None:
@@ -175,10 +175,11 @@ def _take_turns(
             kept.keep(Rounds(first=round_ + 1 - len(waiting), rounds=list(waiting)))
             waiting.clear()
 
-    take_turns(list(courses), rounds, turn, first=len(kept.found), more=more, after=over, failures=failures)
+    with Watch(context.device) as watch:
+        take_turns(list(courses), rounds, turn, first=len(kept.found), more=more, after=over, failures=failures)
 
 
-def _one_video(context: Context, course: _Course, round_: int) -> Frames:
+def _one_video(context: Context, course: _Course, round_: int, watch: Watch) -> Frames:
     device = context.device
     error = _warm_up(context, course, round_)
     # the plans of one video show the method's density
@@ -186,18 +187,20 @@ def _one_video(context: Context, course: _Course, round_: int) -> Frames:
     meter = Meter(course.one.method, course.one.kernel, device, observers=observers)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    before, load_before = read(device), load(device)
+    watch.read()
+    energy, start = watch.energy_j(), perf_counter()
     seconds, video = timed(device, lambda: context.video(meter, round_))
-    after, load_after = read(device), load(device)
+    end, used = perf_counter(), watch.energy_j()
+    watch.read()
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     if not video.isfinite().all():
         raise ValueError("the video has NaN or infinite values")
     phases = meter.timer.collect_s()
     # to look at the plans is no part of the arm
     made = Video(seconds=seconds - phases.pop("observe", 0.0), phases=phases, peak_memory_bytes=peak)
-    if before is not None and after is not None:
-        made.energy_j, made.clock_mhz = after.energy_j - before.energy_j, after.clock_mhz
-    made.throttled, made.disturbed = throttled(before, after), disturbance(load_before, load_after)
+    if energy is not None and used is not None:
+        made.energy_j = used - energy
+    made.telemetry = watch.during(start, end)
     if context.alignment is not None:
         made.alignment = context.alignment(video, context.prompts[round_])
     if round_ == 0:
@@ -241,16 +244,10 @@ def _record(context: Context, course: _Course, dense: _Course | None, artifacts:
     peaks = _all(videos, "peak_memory_bytes")
     more: dict[str, Any] = {
         "energy_j": _all(videos, "energy_j"),
-        "clocks_mhz": _all(videos, "clock_mhz"),
         "alignment": _all(videos, "alignment"),
         "peak_memory_bytes": None if peaks is None else max(peaks),
     }
-    # what spoils the baseline spoils the speedup
-    timed_videos = [*videos, *([] if dense is None else dense.videos)]
-    more["throttled"] = throttled(*(video.throttled for video in timed_videos))
-    if (shares := _all(timed_videos, "disturbed")) is not None:
-        lasted = [video.seconds for video in timed_videos]
-        more["disturbed"] = sum(map(operator.mul, shares, lasted)) / sum(lasted)
+    more |= circumstances(_watched(videos), None if dense is None else _watched(dense.videos))
     if dense is not None:
         more["baseline_samples_s"] = _all(dense.videos, "seconds")
         more["psnr_db"] = _all(videos, "psnr_db")
@@ -270,6 +267,10 @@ def _record(context: Context, course: _Course, dense: _Course | None, artifacts:
         error_calls=videos[0].error_calls,
         **more,
     )
+
+
+def _watched(videos: Sequence[Video]) -> list[Watched]:
+    return [(video.seconds, video.telemetry) for video in videos]
 
 
 def _all(videos: Sequence[Video], name: str) -> tuple[Any, ...] | None:

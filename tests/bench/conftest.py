@@ -16,6 +16,8 @@ from torch import Tensor
 from calibatt.bench.cells import DENSE, Arm
 from calibatt.bench.context import Context
 from calibatt.bench.observers import Probe
+from calibatt.bench.record import Telemetry
+from calibatt.bench.telemetry import Watch
 from calibatt.kernels import oracle
 from calibatt.kernels.base import Task, Unsupported
 from calibatt.kernels.geometry import Geometry
@@ -81,6 +83,28 @@ class FakeMethod:
             return Plan.dense(site.geometry)
         keep = torch.tensor([[[True, False], [True, False]]])
         return Plan.masked(BlockMask.from_keep(keep, tokens=16, block_q=8, block_k=8), 2)
+
+
+class GivenWatch(Watch):
+    """Saw what it is given of each sample, in the order in which it is asked, and then nothing."""
+
+    given: Iterator[Telemetry | None] = iter(())
+
+    def __init__(self, device: torch.device) -> None: ...
+
+    def __enter__(self) -> GivenWatch:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def between(self) -> None: ...
+
+    def read(self) -> None: ...
+
+    def energy_j(self) -> None: ...
+
+    def during(self, start: float, end: float) -> Telemetry | None:
+        return next(self.given, None)
 
 
 @dataclass
@@ -158,8 +182,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr("calibatt.bench.timer.perf_counter", clock)
     # what others do meanwhile is no part of these tests
     for module in ("sampling", "suites.denoise"):
-        monkeypatch.setattr(f"calibatt.bench.{module}.load", lambda device: None)
+        monkeypatch.setattr(f"calibatt.bench.{module}.Watch", GivenWatch)
     return clock
+
+
+@pytest.fixture
+def see(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Says what the watch saw of each sample, in order: dense first where an arm's samples are asked for together."""
+    return lambda *states: monkeypatch.setattr(GivenWatch, "given", iter(states))
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from calibatt.bench.cells import DENSE
+from calibatt.bench.record import Telemetry
 from calibatt.bench.sampling import Goal
 from calibatt.bench.suites.attention import run
-from calibatt.bench.telemetry import Load, Reading
 
 # calls before anything is timed: one at the first probe of either layer, then one a probe; and those of a round
 CHECKED, A_ROUND = 5, 5
@@ -50,34 +50,25 @@ def test_baseline_samples_are_those_of_the_same_round(fakes: Any, by_round: Call
     assert record.speedup.median == 2.0
 
 
-def test_what_spoils_the_baseline_spoils_the_speedup(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # one round counts, in which dense comes first
-    states = iter([False, True])
-    monkeypatch.setattr(
-        "calibatt.bench.sampling.read",
-        lambda device: Reading(energy_j=0, clock_mhz=0, throttled=next(states)),
-    )
-    used = iter([0.0, 2.0])
-    monkeypatch.setattr(
-        "calibatt.bench.sampling.load",
-        lambda device: Load(there_s=fakes.clock.now, used_s=next(used), own_s=0.0),
-    )
-    arms = [fakes.arm("dense"), fakes.arm("sparse")]
-    records = dict(run(fakes.context(), arms, goal=fixed(1)))
-    assert [records[arm].throttled for arm in arms] == [True, True]
-    # of a round of five calls of a second of each arm
-    assert [records[arm].disturbed for arm in arms] == [pytest.approx(2 / 10)] * 2
+def test_what_spoils_the_baseline_spoils_the_pair_and_not_the_other_way(fakes: Any, see: Callable[..., None]) -> None:
+    seen = [(True, 0.0), (False, 0.01), (False, 0.2)]
+    hot, free, busy = (Telemetry(readings=1, throttled=held, disturbed=share) for held, share in seen)
+    # of dense, then of the arm
+    see(hot, free, free, free, free, busy, free, None)
+    arms = [fakes.arm("dense"), fakes.arm("sparse", [3.0])]
+    dense, sparse = dict(run(fakes.context(), arms, goal=fixed(4))).values()
+    assert dense.spoilt == (True, False, False, False)
+    assert sparse.spoilt == (True, True, False, False)
+    assert (dense.throttled, sparse.throttled) == (True, True)
+    # by their length, of those that are known
+    assert sparse.disturbed == pytest.approx((3 * 0.01 + 3 * (0.01 + 0.2 + 0.01)) / (4 * 1 + 3 * 3))
+    assert sparse.telemetry == Telemetry(readings=3, throttled=False, disturbed=pytest.approx(0.22 / 3))
 
 
-def test_an_arm_that_was_throttled_leaves_the_baseline_as_it_was(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    states = iter([True, False])
-    monkeypatch.setattr(
-        "calibatt.bench.sampling.read",
-        lambda device: Reading(energy_j=0, clock_mhz=0, throttled=next(states)),
-    )
+def test_where_nothing_was_seen_nothing_is_said(fakes: Any) -> None:
     arms = [fakes.arm("dense"), fakes.arm("sparse")]
-    records = dict(run(fakes.context(), arms, goal=fixed(1)))
-    assert [records[arm].throttled for arm in arms] == [False, True]
+    record = dict(run(fakes.context(), arms, goal=fixed(2)))[arms[1]]
+    assert record.spoilt is record.telemetry is record.throttled is record.disturbed is None
 
 
 @pytest.mark.parametrize("lasts", [0, CHECKED, CHECKED + (WARM_UP + 1) * A_ROUND])

@@ -15,10 +15,9 @@ import torch
 
 from calibatt.bench.cells import DENSE, Arm
 from calibatt.bench.observers import PlanSummary
-from calibatt.bench.record import Record
+from calibatt.bench.record import Record, Telemetry
 from calibatt.bench.suites.denoise import run
 from calibatt.bench.suites.suite import Kept
-from calibatt.bench.telemetry import Load
 from calibatt.bench.video import Rounds, in_order
 from calibatt.kernels import oracle
 from calibatt.kernels.mask import BlockMask
@@ -68,18 +67,17 @@ def test_of_planted_weights_there_are_times_and_neither_fidelity_nor_frames(
 
 
 def test_what_others_had_is_of_the_videos_and_their_baselines_by_their_length(
-    fakes: Any, by_round: Callable[..., list[float]], monkeypatch: pytest.MonkeyPatch
+    fakes: Any, by_round: Callable[..., list[float]], see: Callable[..., None]
 ) -> None:
-    # before and after each video: of dense 8 s long, half and a tenth of it; of the other 4 s, a tenth
-    used = iter([4.0, 4.4, 0.0, 4.0, 4.4, 5.2, 5.2, 5.6])
-    monkeypatch.setattr(
-        "calibatt.bench.suites.denoise.load",
-        lambda device: Load(there_s=fakes.clock.now, used_s=next(used), own_s=0.0),
-    )
+    # of dense 8 s long, of the other 4 s; in the first round dense comes last
+    others = [Telemetry(readings=8, disturbed=share, clock_mhz=1000) for share in (0.01, 0.5, 0.02, 0.02)]
+    see(*others)
     arms = [fakes.arm(name, by_round(BEFORE, A_VIDEO, [t, t])) for name, t in (("dense", 1.0), ("sparse", 0.5))]
     records = dict(run(fakes.context(), arms, rounds=2, artifacts=None))
-    assert records[arms[0]].disturbed == pytest.approx((4.0 + 0.8) / 16)
-    assert records[arms[1]].disturbed == pytest.approx((4.0 + 0.8 + 0.4 + 0.4) / (16 + 8))
+    assert records[arms[0]].disturbed == pytest.approx((0.5 + 0.02) / 2)
+    assert records[arms[1]].disturbed == pytest.approx((8 * 0.52 + 4 * 0.03) / 24)
+    assert records[arms[0]].spoilt == records[arms[1]].spoilt == (True, False)
+    assert records[arms[1]].telemetry == Telemetry(readings=16, disturbed=pytest.approx(0.015), clock_mhz=1000)
 
 
 def test_the_same_video_is_as_near_as_can_be(fakes: Any) -> None:

@@ -23,7 +23,7 @@ def test_a_slowed_arm_has_the_work_to_do_and_stands_where_the_arm_stands(
     # so much that no other process hides it
     monkeypatch.setattr(gate_cell, "SLOWDOWNS", {"plain": 0.0, "slow5": 3.0})
     # other tests may run beside this one; a disturbed file says nothing of speed
-    monkeypatch.setattr(gate_cell, "disturbance", lambda *_: None)
+    monkeypatch.setattr("calibatt.bench.sampling.circumstances", lambda *_: {})
     gate_cell.write(tmp_path, gate_cell.measure(torch.device("cpu"), rounds=7), ["test"])
     runs = {name: load_run(tmp_path / f"{name}.json") for name in ("plain", "slow5")}
     plain, slow = (run.records for run in runs.values())

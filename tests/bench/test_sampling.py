@@ -20,8 +20,8 @@ GOAL = Goal(least=10, most=50, interval=0.03)
 
 
 @pytest.fixture(autouse=True)
-def nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("calibatt.bench.sampling.load", lambda device: None)
+def watched_by_nobody(clock: object) -> None:
+    """What others do meanwhile is no part of these tests."""
 
 
 def noisy(seconds: float, spread: float, seed: int = 0) -> Callable[[], float]:
