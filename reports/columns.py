@@ -61,11 +61,30 @@ def _time(row: Row) -> str:
 
 
 def _samples(row: Row) -> str:
-    record = row.record
-    if record.interval_target is None or record.interval_reached is None:
-        return ""
-    verdict = "" if record.interval_reached else " not reached"
-    return f"{len(record.samples_s or ())}, ±{100 * record.interval_target:.3g} %{verdict}"
+    record, said = row.record, []
+    if record.interval_target is not None and record.interval_reached is not None:
+        said.append(f"±{100 * record.interval_target:.3g} %{'' if record.interval_reached else ' not reached'}")
+    if some := sum(record.spoilt or ()):
+        said.append(f"{some} throttled or disturbed")
+    return ", ".join([f"{len(record.samples_s or ())}", *said]) if said else ""
+
+
+def _clock(row: Row) -> str:
+    read = row.record.telemetry
+    # as files of earlier versions have it
+    if read is None or read.clock_mhz is None or read.lowest_clock_mhz is None:
+        return _median(row.record.clocks_mhz, "{:.0f}")
+    return f"{read.clock_mhz:.0f} ({read.lowest_clock_mhz:.0f})"
+
+
+def _others(row: Row) -> str:
+    named = (row.record.telemetry and row.record.telemetry.others) or {}
+    whole = "" if row.record.disturbed is None else f"{row.record.disturbed:.1%}"
+    return ", ".join([whole, *(f"{name} {share:.0%}" for name, share in named.items())]) if whole else ""
+
+
+def _read(row: Row, name: str, form: str) -> str:
+    return _number(None if row.record.telemetry is None else getattr(row.record.telemetry, name), form)
 
 
 def _phases(row: Row, *names: str) -> str:
@@ -128,7 +147,12 @@ def _number(value: float | None, form: str) -> str:
 # a column that no arm fills is left out
 COLUMNS: Sequence[Column] = (
     Column("speedup (95 %)", "over dense, same rounds", _speedup, brief=True, first=True),
-    Column("samples", "and whether half of the speedup's interval is within what was asked for", _samples, brief=True),
+    Column(
+        "samples",
+        "whether half of the speedup's interval is within what was asked for, and how many something spoilt",
+        _samples,
+        brief=True,
+    ),
     Column("time", "median of the rounds", _time, brief=True, first=True),
     Column(
         "PSNR dB",
@@ -170,7 +194,15 @@ COLUMNS: Sequence[Column] = (
     Column("peak memory", "of the GPU", lambda row: _size(row.record.peak_memory_bytes), first=True),
     Column("plan memory", "of one plan, or of the calibration", lambda row: _size(row.record.plan_memory_bytes)),
     Column("energy J", "median a video", lambda row: _median(row.record.energy_j, "{:.0f}")),
-    Column("clock MHz", "median", lambda row: _median(row.record.clocks_mhz, "{:.0f}")),
+    Column("clock MHz", "median (lowest)", _clock),
+    Column("power W", "of the GPU, median", lambda row: _read(row, "power_w", "{:.0f}")),
+    Column("heat °C", "of the GPU, highest", lambda row: _read(row, "temperature_c", "{:.0f}")),
+    Column(
+        "held down by",
+        "what held the GPU's clock down, as NVML names it",
+        lambda row: ", ".join((row.record.telemetry and row.record.telemetry.reasons) or ()),
+    ),
+    Column("others had", "share of the CPUs or the GPU, and whose processes took most", _others),
     Column("prepared in", "time of the offline part", lambda row: _preparation(row.record.preparation_s), brief=True),
     Column(
         "pays after", "videos until that is saved", lambda row: _number(row.record.pays_after, "{:.1f}"), brief=True

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from calibatt.bench.record import Record, Run
+from calibatt.bench.record import Record, Run, Telemetry
 
 # spreadsheets take text that starts so for a formula
 _FORMULA = ("=", "+", "-", "@")
@@ -53,7 +53,12 @@ def _flat(record: Record) -> dict[str, Any]:
     found: dict[str, Any] = dict(_speedup(record))
     for field in fields(record):
         value = getattr(record, field.name)
-        if isinstance(value, Mapping):
+        if isinstance(value, Telemetry):
+            read = {part.name: getattr(value, part.name) for part in fields(value)}
+            found |= {f"telemetry.{name}": one for name, one in read.items() if isinstance(one, int | float)}
+        elif field.name == "spoilt" and value is not None:
+            found["spoilt"] = sum(value)
+        elif isinstance(value, Mapping):
             found |= {f"{field.name}.{name}_median": statistics.median(part) for name, part in value.items()}
         elif field.name == "block" and value is not None:
             found[field.name] = "×".join(map(str, value))

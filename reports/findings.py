@@ -25,7 +25,7 @@ def findings(rows: Sequence[Row]) -> list[str]:
     said = [speed(row) for row in timed]
     said += [_preparation(row) for row in rows if row.record.suite == "calibration" and row.record.samples_s]
     said += _control(rows, timed)
-    throttled = [row.label for row in rows if row.record.throttled]
+    throttled = [row.label for row in rows if row.record.doubt and row.record.throttled]
     if throttled:
         said.append(f"Heat or power held the GPU's clock down during {listed(throttled)}: the times are doubtful.")
     disturbed = [row.label for row in rows if row.record.doubt and not row.record.throttled]

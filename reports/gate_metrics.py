@@ -143,6 +143,8 @@ class Sampled:
         ours, theirs = ([self.samples(one) or () for one in side] for side in sound)
         shift = shift_of_runs(ours, theirs, spread=self.spread, level=LEVEL)
         left_out = f" ({doubts}: left out)" if doubts else ""
+        if some := sum(sum(one.spoilt or ()) for one in (*sound[0], *sound[1])):
+            left_out += f" ({some} sample{'' if some == 1 else 's'} throttled or disturbed: left out)"
         # of a time or an energy, dense attention is no part
         doubt = None if self.like_machines else _other_dense(now, before)
         return Trial(metric=self, shift=shift, figures=figures + left_out, doubt=doubt)
@@ -274,10 +276,10 @@ def _other_dense(new: Sequence[Record], old: Sequence[Record]) -> str | None:
 
 
 def speedups(record: Record) -> Sequence[float] | None:
-    """Logarithms of the paired speedups of an arm's rounds."""
+    """Logarithms of the paired speedups of an arm's rounds, without those that something spoilt."""
     if record.samples_s is None or record.baseline_samples_s is None:
         return None
-    pairs = zip(record.baseline_samples_s, record.samples_s, strict=True)
+    pairs = zip(record.sound(record.baseline_samples_s), record.sound(record.samples_s), strict=True)
     return [math.log(dense) - math.log(sparse) for dense, sparse in pairs]
 
 
@@ -287,7 +289,8 @@ def _speedup(records: Sequence[Record]) -> str:
 
 def dense_samples(record: Record) -> Sequence[float] | None:
     """Seconds of dense attention in the arm's rounds."""
-    return record.samples_s if record.method == DENSE else record.baseline_samples_s
+    samples = record.samples_s if record.method == DENSE else record.baseline_samples_s
+    return samples and record.sound(samples)
 
 
 def _dense_speed(record: Record) -> Sequence[float] | None:
@@ -303,7 +306,7 @@ def _thrift(record: Record) -> Sequence[float] | None:
     """Logarithms of which more is less energy; None of a GPU that counts none."""
     if record.energy_j is None or min(record.energy_j) <= 0:
         return None
-    return [-math.log(one) for one in record.energy_j]
+    return [-math.log(one) for one in record.sound(record.energy_j)]
 
 
 def _energy(records: Sequence[Record]) -> str:
