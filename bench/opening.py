@@ -60,7 +60,7 @@ class Prompts:
 
 def open_workload(
     workload: Workload, prompts: Prompts, *, preparation: Preparation, stored: Path | None, turned: Collection[str],
-    console: Console,
+    filmed: bool, console: Console,
 ) -> Context:  # fmt: skip
     """What the arms of a workload share.
 
@@ -70,6 +70,7 @@ def open_workload(
         preparation: what a stopped run has learnt and turned, and keeps what this one does.
         stored: a file of `calibatt calibrate`, to use in place of learning the same method here.
         turned: methods whose knob an arm of the workload turns.
+        filmed: whether whole videos are measured, so that densities are theirs; else they are those of the probes.
         console: shows how far the work is.
 
     Raises:
@@ -98,7 +99,9 @@ def open_workload(
     tuner = Tuner(
         workload, offline=offline, preparation=preparation, probe=probes[-1],
         tuning_probes=lambda: take_probes(videos, dense, prompts.tuning[0], shares, seed=TUNING_SEED), film=film,
-        dense=dense, prompts=prompts.tuning, log=log,
+        dense=dense, prompts=prompts.tuning,
+        # a video of a large model takes minutes
+        filmed=filmed and not workload.planted, log=log,
     )  # fmt: skip
     return Context(
         name=str(workload), device=workload.device, prompts=prompts.rounds, probes=probes,

@@ -180,6 +180,18 @@ def test_pictures_have_the_densities_of_all_sites_some_masks_and_three_videos(fa
     assert records[arms[1]].density == 0.5
 
 
+def test_a_density_is_the_mean_over_some_rounds(fakes: Any) -> None:
+    arms = [fakes.arm("dense"), fakes.arm("sparse")]
+
+    def more(round_: int) -> bool:
+        # from here on it keeps everything
+        fakes.methods[arms[1]].sparse = round_ < 8
+        return True
+
+    record = dict(run(fakes.context(prompts=9), arms, rounds=9, artifacts=None, more=more))[arms[1]]
+    assert record.density == 0.75
+
+
 class Killed(BaseException):
     """As abrupt as a test can be in its own process."""
 
