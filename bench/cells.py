@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -233,6 +234,8 @@ class Workload:
         steps: denoising steps; 0 where kernels are measured by themselves.
         device: where it runs.
         resampled: whether its attention calls have the embedded model's inputs, resampled to this model's size.
+        captures: folder of calls that were captured from the model, which are measured in place of its own; None
+            elsewhere.
         layers: of a transformer without weights of its own, of which one forward pass is measured; 0 elsewhere.
         compiled: whether the transformer's blocks are compiled there.
         planted: whether weights are planted in the model, in place of its own.
@@ -243,6 +246,7 @@ class Workload:
     steps: int
     device: torch.device
     resampled: bool = False
+    captures: Path | None = None
     layers: int = 0
     compiled: bool = False
     planted: bool = False
@@ -258,6 +262,16 @@ class Workload:
         return self.entry.block_at(self.resolution)
 
     @property
+    def filmed(self) -> bool:
+        """Whether there are whole videos of it, and not only attention calls."""
+        return not (self.resampled or self.captures)
+
+    @property
+    def large(self) -> bool:
+        """Whether its calls may be of a large model's size, whoever's they are: fewer of them are looked at."""
+        return self.resampled or self.planted or self.captures is not None
+
+    @property
     def dtype(self) -> torch.dtype:
         """Precision of the model on that device."""
         return working_dtype(self.device)
@@ -266,7 +280,9 @@ class Workload:
         steps = f"-{self.steps}" if self.steps else ""
         layers = f"-{self.layers}layers" if self.layers else ""
         compiled = "-compiled" if self.compiled else ""
-        inputs = "-resampled" if self.resampled else "-planted" if self.planted else ""
+        inputs = (
+            "-resampled" if self.resampled else "-captured" if self.captures else "-planted" if self.planted else ""
+        )
         return f"{self.model}-{self.resolution}{steps}{layers}{compiled}{inputs}"
 
     def facts(self) -> dict[str, Any]:

@@ -54,7 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
             check_gate(options.gate, out)
             config.stash[_BASELINE] = [load_run(path) for path in options.gate]
         if out is not None:
-            files = [options.calibration, given.prompts]
+            captured = [] if options.captures is None else sorted(options.captures.iterdir())
+            files = [options.calibration, given.prompts, *captured]
             journal = Journal(partial_of(out), fingerprint.run(deciding(config.invocation_params.args), files))
     except (ValueError, OSError) as error:
         raise pytest.UsageError(str(error)) from None

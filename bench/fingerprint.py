@@ -71,10 +71,15 @@ def run(arguments: Sequence[str], files: Sequence[Path | None]) -> dict[str, Any
     Raises:
         OSError: a file cannot be read.
     """
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files if path is not None]
+    digests = [_digest(path) for path in files if path is not None]
     return {
         "command": command(arguments), "machine": machine(), "code": _code(), "files": digests, "commit": commit(),
     }  # fmt: skip
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def command(arguments: Sequence[str]) -> str:

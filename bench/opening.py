@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from calibatt.bench.baseline import dense_kernels, fastest_dense
+from calibatt.bench.captured import CapturedVideos
 from calibatt.bench.cells import DENSE, Workload
 from calibatt.bench.console import Console
 from calibatt.bench.context import Context, spread, take_probes
@@ -84,28 +85,35 @@ def open_workload(
 
     log("loading")
     film, videos = _videos(workload)
-    log("one dense video to take attention inputs from")
-    kernel = dense_kernels(workload.device, workload.dtype, workload.entry.head_dim)[0]
-    large = workload.resampled or workload.planted
-    shares = _FEW_PROBES if large else _PROBES
-    probes = take_probes(videos, kernel, prompts.rounds[0], shares)
+    shares = _FEW_PROBES if workload.large else _PROBES
+    if isinstance(videos, CapturedVideos):
+        probes = videos.probes(workload.device, workload.dtype)
+    else:
+        log("one dense video to take attention inputs from")
+        kernel = dense_kernels(workload.device, workload.dtype, workload.entry.head_dim)[0]
+        probes = take_probes(videos, kernel, prompts.rounds[0], shares)
     first, heads = probes[0], probes[0].site.geometry.heads
     dense = _baseline(first, preparation, log=log)
+    learn = partial(_learn, workload, videos, prompts.calibration, dense, console)
     offline = Offline(
-        partial(_learn, workload, videos, prompts.calibration, dense, console), preparation=preparation,
+        None if workload.captures else learn, preparation=preparation,
         stored=None if stored is None else partial(_stored, stored, videos),
         log=log, block=workload.block, turned=turned,
     )  # fmt: skip
     tuner = Tuner(
         workload, offline=offline, preparation=preparation, probe=probes[-1],
-        tuning_probes=lambda: take_probes(videos, dense, prompts.tuning[0], shares, seed=TUNING_SEED), film=film,
+        # where there are no other calls, those that are measured
+        tuning_probes=lambda: (
+            probes if workload.captures else take_probes(videos, dense, prompts.tuning[0], shares, seed=TUNING_SEED)
+        ),
+        film=film,
         dense=dense, prompts=prompts.tuning,
         # a video of a large model takes minutes
         filmed=filmed and not workload.planted, log=log,
     )  # fmt: skip
     return Context(
         name=str(workload), device=workload.device, prompts=prompts.rounds, probes=probes,
-        checked_heads=spread(heads, _FEW_HEADS if large else heads), dense=dense,
+        checked_heads=spread(heads, _FEW_HEADS if workload.large else heads), dense=dense,
         kernel=lambda arm: dense if arm == DENSE else KERNELS[arm.kernel], method=tuner.method,
         prepared=offline.prepared,
         # videos of the model whose size is taken would take longer
@@ -133,6 +141,10 @@ def probes_of(workload: Workload, prompt: str) -> tuple[Probe, ...]:
 
 def _videos(workload: Workload) -> tuple[Film, Videos]:
     """What makes the workload's videos, and dense ones whose attention calls can be watched."""
+    if workload.captures is not None:
+        return _unmade, CapturedVideos(
+            workload.captures, resolution=workload.resolution, guidance=workload.entry.guidance
+        )
     own = SHAPES if workload.resampled else workload.entry
     resolution = _RESAMPLED_FROM if workload.resampled else workload.resolution
     load = partial(load_planted, own) if workload.planted else own.load
@@ -156,6 +168,10 @@ def _videos(workload: Workload) -> tuple[Film, Videos]:
     )  # fmt: skip
 
 
+def _unmade(attention: Attention, prompt: str, seed: int) -> Float[Tensor, "3 frames height width"]:
+    raise AssertionError("captured calls are no whole videos, and no suite asks for one")
+
+
 def _learn(
     workload: Workload, videos: Videos, prompts: Sequence[str], kernel: Kernel, console: Console, lesson: Lesson,
     folder: Path | None,
@@ -174,7 +190,7 @@ def _stored(path: Path, videos: Videos) -> Learnt:
 
 def _facts(workload: Workload, videos: Videos) -> dict[str, Any]:
     """The fields of a record that all arms of this workload share."""
-    inputs = videos.inputs if isinstance(videos, ResampledVideos) else None
+    inputs = videos.inputs if isinstance(videos, ResampledVideos | CapturedVideos) else None
     digest = videos.origin().weights
     return {
         **workload.facts(), "weights": f"{PLANTED} {digest}" if workload.planted else digest, "inputs": inputs,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from calibatt.bench.captured import captured_steps
 from calibatt.bench.cells import DENSE, ORDERS, Arm, Cell, Order, Workload
 from calibatt.bench.masks import PATTERNS
 from calibatt.bench.record import Pattern
@@ -97,6 +98,13 @@ def _block(text: str) -> BlockChoice:
     return int(match[1]), int(match[2])
 
 
+def _inputs(text: str) -> Literal["own", "resampled"] | Path:
+    if text.startswith("captures="):
+        return Path(text.removeprefix("captures="))
+    _one_of("own", "resampled", "captures=FOLDER")(text)
+    return "resampled" if text == "resampled" else "own"
+
+
 def _file(text: str) -> Path:
     if not Path(text).is_file():
         raise ValueError("no such file")
@@ -167,11 +175,12 @@ class Options:
             "method's own",
         )
     )
-    inputs: Literal["own", "resampled"] = field(
+    inputs: Literal["own", "resampled"] | Path = field(
         metadata=_option(
-            _one_of("own", "resampled"),
-            "inputs of attention calls: the model's `own`, or `resampled`: the embedded model's at this model's size, "
-            "which needs no weights and runs the attention suite alone, without dense steps",
+            _inputs,
+            "inputs of attention calls: the model's `own`; `resampled`: the embedded model's at this model's size, "
+            "without dense steps; or captures=FOLDER: those that `calibatt capture` has written. The last two need no "
+            "weights and run the attention suite alone",
             default="own",
         )
     )
@@ -266,6 +275,16 @@ class Options:
         return self.inputs == "resampled"
 
     @property
+    def captures(self) -> Path | None:
+        """The folder of captured calls that are measured."""
+        return self.inputs if isinstance(self.inputs, Path) else None
+
+    @property
+    def whole(self) -> bool:
+        """Whether there are models to run, and not only inputs of their attention."""
+        return self.inputs == "own"
+
+    @property
     def planted(self) -> bool:
         """Whether models have planted weights."""
         return self.weights == "planted"
@@ -282,10 +301,11 @@ class Options:
         """Every model at every resolution and number of steps.
 
         Raises:
-            ValueError: a model has no such resolution, none that inputs can be resampled to, or nothing to plant.
+            ValueError: a model has no such resolution, none that inputs can be resampled to or were captured at, or
+                nothing to plant.
         """
-        if self.planted and self.resampled:
-            raise ValueError("--weights planted: resampled inputs are the embedded model's; leave out --inputs")
+        if self.planted and not self.whole:
+            raise ValueError("--weights planted: its inputs are its own; leave out --inputs")
         device = self.device or pick_device(None)
         found = []
         for model in self.models:
@@ -293,14 +313,17 @@ class Options:
             if self.planted:
                 check_plantable(entry)
             for resolution in self.resolutions or list(entry.resolutions)[:1]:
+                every = self.steps or [entry.steps_at(resolution)]
                 if self.resampled:
                     check_resampled(entry.geometry(resolution))
+                if self.captures is not None:
+                    every = [captured_steps(self.captures, entry.geometry(resolution), self.steps)]
                 found += [
                     Workload(
                         model=model, resolution=resolution, steps=steps, device=device, resampled=self.resampled,
-                        planted=self.planted,
+                        captures=self.captures, planted=self.planted,
                     )
-                    for steps in self.steps or [entry.steps_at(resolution)]
+                    for steps in every
                 ]  # fmt: skip
         return found
 
@@ -334,7 +357,7 @@ def method_cells(options: Options) -> list[Cell]:
         for method in options.methods
         for arm in _in_blocks(Arm.parse(method, kernel, options.dense_first), options.blocks)
     )
-    workloads = [one for one in options.workloads() if one.resampled or one.planted or one.entry.loader is not None]
+    workloads = [one for one in options.workloads() if one.large or one.entry.loader is not None]
     return [Cell(workload=workload, arm=arm) for workload in workloads for arm in arms]
 
 

@@ -117,6 +117,14 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_profile)
 
     command = commands.add_parser(
+        "capture", help="write queries, keys and values of some attention calls to files, for `pytest bench --inputs`"
+    )
+    _add_prompt(command)
+    command.add_argument("-o", "--out", type=Path, required=True, metavar="FOLDER", help="new or empty")
+    command.add_argument("--calls", type=int, help="how many, from the first step and layer to the last; default: 4")
+    command.set_defaults(run=_capture)
+
+    command = commands.add_parser(
         "calibrate", help="learn offline what a method needs, for one model, resolution and number of steps"
     )
     command.add_argument(
@@ -234,12 +242,17 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--weights", type=Path, help="folder of other weights, in Diffusers' layout")
 
 
-def _add_video(command: argparse.ArgumentParser) -> None:
-    """What a video is of, and what computes its attention."""
+def _add_prompt(command: argparse.ArgumentParser) -> None:
+    """What a video is of."""
     command.add_argument("prompt", help='e.g. "a red circle moving left and a blue square, still, over stripes"')
     _add_model(command)
     command.add_argument("--seed", type=int, default=0, help="seed of the starting noise; default: %(default)s")
     command.add_argument("--guidance", type=float, help="classifier-free guidance scale; default: the model's")
+
+
+def _add_video(command: argparse.ArgumentParser) -> None:
+    """What a video is of, and what computes its attention."""
+    _add_prompt(command)
     command.add_argument("--method", default="dense", help="see `calibatt methods`; default: %(default)s")
     command.add_argument("--preset", default="default", help="preset of the method; default: %(default)s")
     _add_settings(command)
@@ -361,6 +374,30 @@ def _profile(arguments: argparse.Namespace) -> int:
     if arguments.trace is not None:
         profiler.save(arguments.trace)
         print(f"wrote {arguments.trace}")
+    return 0
+
+
+def _capture(arguments: argparse.Namespace) -> int:
+    from calibatt.calibration.captures import CALLS, capturing
+    from calibatt.models.device import working_dtype
+    from calibatt.models.generate import generate
+
+    calls = _at_least_one(arguments, "calls", CALLS)
+    entry, resolution, device = _model(arguments)
+    entry.checked_loader()
+    entry.check_prompt(arguments.prompt)
+    pipe = entry.load(resolution=resolution, device=device, dtype=working_dtype(device), weights=arguments.weights)
+    with capturing(pipe, arguments.out, calls=calls, name=entry.name) as paths:
+        generate(
+            entry, pipe, prompt=arguments.prompt, resolution=resolution, seed=arguments.seed,
+            steps=arguments.steps or entry.steps_at(resolution), guidance=arguments.guidance, progress=True,
+        )  # fmt: skip
+    size = sum(path.stat().st_size for path in paths) / 1e6
+    print(f"wrote {len(paths)} calls to {arguments.out}, {size:,.0f} MB; measure them with")
+    print(
+        f"pytest bench --models {entry.name} --resolutions {resolution} --inputs captures={arguments.out} "
+        f"--methods dense,sparge,xattention"
+    )
     return 0
 
 

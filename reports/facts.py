@@ -32,7 +32,7 @@ def title(record: Record) -> str:
 
 def parts_of_title(record: Record) -> list[str]:
     """The parts of that name."""
-    return [*_name(record), *(["inputs resampled"] if record.inputs else [])]
+    return [*_name(record), *([f"inputs {record.inputs.split()[0]}"] if record.inputs else [])]
 
 
 def _name(record: Record) -> list[str]:

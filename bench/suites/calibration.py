@@ -26,7 +26,7 @@ def cells(options: Options) -> list[Cell]:
         ValueError: an option makes no sense.
     """
     found: list[Cell] = []
-    if options.resampled:
+    if not options.whole:
         return found
     known: list[tuple[Workload, Lesson]] = []
     for cell in method_cells(options):

@@ -57,7 +57,7 @@ def cells(options: Options) -> list[Cell]:
     Raises:
         ValueError: an option makes no sense.
     """
-    found = [] if options.resampled else method_cells(options)
+    found = method_cells(options) if options.whole else []
     return [
         replace(cell, workload=replace(cell.workload, compiled=how != "no"))
         for how in options.compile

@@ -53,7 +53,7 @@ def cells(options: Options) -> list[Cell]:
     Raises:
         ValueError: an option makes no sense here.
     """
-    if options.layers is None or options.resampled:
+    if options.layers is None or not options.whole:
         return []
     if unfit := [pattern for pattern in options.masks if pattern not in _PATTERNS]:
         raise ValueError(f"--masks {unfit[0]}: a forward pass (--layers) takes {', '.join(_PATTERNS)}")

@@ -156,7 +156,7 @@ def cells(options: Options) -> list[Cell]:
         ValueError: an option makes no sense.
     """
     found: list[Cell] = []
-    if options.resampled or options.planted:
+    if options.planted or not options.whole:
         return found
     # the same geometry at another number of steps is the same
     for workload in dict.fromkeys(replace(workload, steps=0) for workload in options.workloads()):
