@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,10 @@ from calibatt.bench.captured import CapturedVideos
 from calibatt.bench.cells import DENSE, Workload
 from calibatt.bench.console import Console
 from calibatt.bench.context import Context, spread, take_probes
+from calibatt.bench.meter import Meter
 from calibatt.bench.observers import Probe
 from calibatt.bench.offline import Lesson, Offline, learn
+from calibatt.bench.parts import components_timed
 from calibatt.bench.preparation import Preparation
 from calibatt.bench.record import PLANTED
 from calibatt.bench.resampled import ResampledVideos
@@ -155,7 +158,8 @@ def _videos(workload: Workload) -> tuple[Film, Videos]:
             transformer.compile_repeated_blocks(fullgraph=True)
 
     def film(attention: Attention, prompt: str, seed: int) -> Float[Tensor, "3 frames height width"]:
-        with installed(pipe, attention):
+        parts = components_timed(pipe, attention.timer.phase) if isinstance(attention, Meter) else nullcontext()
+        with installed(pipe, attention), parts:
             return generate(own, pipe, prompt=prompt, resolution=resolution, seed=seed, steps=workload.steps)
 
     videos = DenseVideos(own, pipe, resolution=resolution, steps=workload.steps)

@@ -116,9 +116,10 @@ class Record:
     Time, in seconds:
         samples_s: end to end, one a round.
         baseline_samples_s: the dense arm, same rounds.
-        phases_s: samples of each phase (`plan`, `attend`, …). In the kernel suite on a GPU: `lists`, what it takes to
-            make lists of the mask's bits (a part of each sample, taken again by itself), and `launch`, the host's time
-            until all is queued, which is in no sample (`OUTSIDE_PHASES`).
+        phases_s: samples of each phase (`plan`, `attend`, …), none within another. In the denoise suite also
+            `transformer` (without its self-attention), `text` (encoders), `vae` and `scheduler`. In the kernel suite on
+            a GPU: `lists`, what it takes to make lists of the mask's bits (a part of each sample, taken again by
+            itself), and `launch`, the host's time until all is queued, which is in no sample (`OUTSIDE_PHASES`).
         first_call_s: a kernel's first call under this plan in a kernel benchmark, in which it compiles what this run
             and its cache on disk do not have yet; in no sample.
         tflops: of the blocks kept.
