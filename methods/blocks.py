@@ -74,6 +74,26 @@ def video_blocks(geometry: Geometry, block: int) -> slice:
     return slice(first, max(first, last))
 
 
+def video_queries(geometry: Geometry, stride: int, device: torch.device | str = "cpu") -> Int[Tensor, "queries"]:
+    """The tokens of every `stride`-th column of the video, ascending.
+
+    Columns, so that queries of different rows that are looked at lie at the same places.
+    """
+    first = geometry.video_start
+    video = torch.arange(first, first + geometry.video_tokens, device=device)
+    return video.view(geometry.grid)[..., ::stride].flatten().contiguous()
+
+
+def check_query_stride(stride: int, block_q: int) -> None:
+    """Refuse a stride of `video_queries` by which a whole block may have no query.
+
+    Raises:
+        ValueError: one line that says so.
+    """
+    if not 1 <= stride <= block_q:
+        raise ValueError(f"queries are looked at from every one to one a block of {block_q}: got query_stride={stride}")
+
+
 def video_table(
     part: Shaped[Tensor, "heads rows columns"], geometry: Geometry, block: tuple[int, int], *, left_over: float
 ) -> Shaped[Tensor, "heads q_blocks k_blocks"]:
