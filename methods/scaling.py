@@ -143,7 +143,7 @@ class ScalingLearner:
     Args:
         dense_steps: share of the first steps that are not looked at.
         block: tokens of a query and of a key block.
-        query_stride: above 1, look at the queries of every so many-th column of the video only, which saves time.
+        query_stride: above 1, look at the video's queries in one of so many columns only, which saves time.
 
     Raises:
         ValueError: by the stride a block may have no query.

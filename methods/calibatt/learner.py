@@ -45,7 +45,7 @@ class CalibAttLearner:
             with the masks that it was chosen with.
         anchors: anchor rows of a frame.
         similarity_prompts: measure repetition on this many prompts only, which saves time; None is all of them.
-        query_stride: look at the queries of every so many-th column of the video only, which saves time.
+        query_stride: look at the video's queries in one of so many columns only, which saves time.
         levels: also learn what `CalibAttConfig.loss` needs to be another than 1: a byte a block.
         output_errors: also learn what choosing by outputs needs (`CalibAttConfig.reuse_by`), on the prompts that
             repetition is measured on: two numbers a head, for two more calls of attention at each site.

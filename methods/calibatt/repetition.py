@@ -11,8 +11,9 @@ from torch import Tensor
 
 from calibatt.kernels import estimates
 from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.mask import block_count
 from calibatt.kernels.plan import RowReuse
-from calibatt.methods.blocks import video_queries
+from calibatt.methods.blocks import strided_columns, video_queries
 from calibatt.methods.energy import CHUNK, block_mass, exponentials, mean_mass
 
 
@@ -35,7 +36,7 @@ def energy_and_similarity(
         geometry: layout of the tokens.
         anchors: ascending row indices within a frame.
         block: tokens of a query and of a key block.
-        query_stride: look at the queries of every so many-th column.
+        query_stride: look at the queries of one in so many columns (`strided_columns`).
 
     Returns:
         As `block_energy`, of these queries; and as `row_similarity`.
@@ -75,7 +76,7 @@ def row_similarity(
         q, k: what attention sees.
         geometry: layout of the tokens.
         anchors: ascending row indices within a frame.
-        query_stride: the mean is over every so many-th column.
+        query_stride: the mean is over one in so many columns.
     """
     cosine = _by_columns(_looked_at(q, geometry, query_stride), k, geometry, anchors)
     return _median_row(cosine, geometry, anchors, query_stride)
@@ -96,14 +97,15 @@ def copied_tokens(geometry: Geometry, anchors: Sequence[int]) -> Int[Tensor, "vi
 def _grid(geometry: Geometry, query_stride: int) -> tuple[int, int, int]:
     """Frames, rows and columns of the queries that are looked at."""
     frames, rows, columns = geometry.grid
-    return frames, rows, len(range(0, columns, query_stride))
+    return frames, rows, block_count(columns, query_stride)
 
 
 def _looked_at(
     q: Float[Tensor, "heads tokens head_dim"], geometry: Geometry, query_stride: int
 ) -> Float[Tensor, "heads frames rows columns head_dim"]:
-    video = q[:, geometry.video_start : geometry.video_start + geometry.video_tokens]
-    return video.unflatten(1, geometry.grid)[:, :, :, ::query_stride]
+    video = q[:, geometry.video_start : geometry.video_start + geometry.video_tokens].unflatten(1, geometry.grid)
+    # without a copy where all are
+    return video if query_stride == 1 else video[:, :, :, strided_columns(geometry, query_stride, q.device)]
 
 
 def _nearest_anchor(geometry: Geometry, anchors: Sequence[int]) -> list[int]:

@@ -173,7 +173,7 @@ def exactly(q: Tensor, k: Tensor, block: tuple[int, int], places: Tensor) -> tup
     return rows.T @ weights @ columns, scores.logsumexp(-1)
 
 
-# a part of a tile; tails of places and keys; text before and behind the video; every second, fourth and eighth column;
+# a part of a tile; tails of places and keys; text before and behind the video; one in two, four and eight columns;
 # an anchor without other rows, with one, and with an odd number of them
 GRIDS = [
     ((1, 5, 7), 64, {}, (1, 3), (16, 16), 1),
