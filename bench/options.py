@@ -179,7 +179,7 @@ class Options:
         metadata=_option(
             _one_of("own", "planted"),
             "of the attention, calibration, forward and denoise suites: the model's `own` (a forward pass has random "
-            "ones), or `planted`: a full-size model without a download, with attention structure built in; for time and "
+            "ones), or `planted`: a full-size model without a download, attention structure built in; for time and "
             "memory, never for fidelity",
             default="own",
         )
