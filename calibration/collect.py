@@ -40,9 +40,9 @@ from calibatt.methods.learning import Learner, Origin, Provenance, Seen, Togethe
 from calibatt.methods.site import Site
 from calibatt.models.entry import ModelEntry
 
-# What merging a site holds, in notes of a site: of each unit the notes, where levels are sorted the sorted ones with an
-# index of eight bytes each; votes take 28 (docs/calibration-sizes.json)
-_MERGING_EACH, _MERGING = 10, 32
+# What merging a site holds, in notes of a site: of each unit the notes, which ScalingAttention stacks; fp64 of Budget's
+# bytes takes 20 more, votes 28 (docs/calibration-sizes.json)
+_MERGING_EACH, _MERGING = 2, 32
 # sites whose notes may be under way: more than there are layers between a GPU and a host that is ahead of it, and few
 # enough for pinned memory: of Wan 14B at 720p, 112 MB of levels (40 heads, 591 × 591 blocks, a byte each)
 _UNDER_WAY = 8

@@ -143,7 +143,7 @@ class CalibAttLearner:
         if self.output_errors:
             merged |= {name: mean([note[name] for note in measured]) for name in OUTPUT_ERRORS}
         if self.levels:
-            merged["levels"] = common_levels(torch.stack([note["levels"] for note in notes]), needed)
+            merged["levels"] = common_levels([note["levels"] for note in notes], needed)
         return merged
 
     def _decided(self, note: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

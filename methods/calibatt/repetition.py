@@ -45,7 +45,7 @@ def energy_and_similarity(
     if estimates.takes(q) and estimates.takes_mass(q, block[1]):
         mass, cosine = estimates.block_mass_and_cosines(
             _looked_at(q, geometry, query_stride).flatten(1, 3), k, grid=_grid(geometry, query_stride),
-            nearest_anchor=_nearest_anchor(geometry, anchors), block=block, places=places,
+            nearest_anchor=_nearest_anchor(geometry, tuple(anchors)), block=block, places=places,
         )  # fmt: skip
         similarity = _median_row(cosine, geometry, anchors, query_stride)
     else:
@@ -108,8 +108,9 @@ def _looked_at(
     return video if query_stride == 1 else video[:, :, :, strided_columns(geometry, query_stride, q.device)]
 
 
-def _nearest_anchor(geometry: Geometry, anchors: Sequence[int]) -> list[int]:
-    """Of each row of a frame, read off the first column of the first frame."""
+@functools.lru_cache(maxsize=16)
+def _nearest_anchor(geometry: Geometry, anchors: tuple[int, ...]) -> list[int]:
+    """Of each row of a frame, read off the first column of the first frame; kept, since that is of all tokens."""
     columns = geometry.grid[2]
     rows: list[int] = (copied_tokens(geometry, anchors)[: geometry.frame_tokens : columns] // columns).tolist()
     return rows
@@ -119,7 +120,8 @@ def _median_row(
     cosine: Float[Tensor, "heads ..."], geometry: Geometry, anchors: Sequence[int], query_stride: int
 ) -> Float[Tensor, "heads"]:
     rows = cosine.view(-1, *_grid(geometry, query_stride)).mean(-1)
-    return rows[:, :, _others(geometry.grid[1], tuple(anchors), cosine.device)].flatten(1).quantile(0.5, dim=-1)
+    others: Tensor = rows[:, :, _others(geometry.grid[1], tuple(anchors), cosine.device)]
+    return others.flatten(1).quantile(0.5, dim=-1)
 
 
 @functools.lru_cache(maxsize=16)
@@ -137,7 +139,7 @@ def _by_columns(
     """Cosine of each video token's weights with those of the token that it would be a copy of."""
     heads, frames, rows, columns, _ = video.shape
     anchor = torch.tensor(anchors, device=k.device)
-    nearest = torch.searchsorted(anchor, torch.tensor(_nearest_anchor(geometry, anchors), device=k.device))
+    nearest = torch.searchsorted(anchor, torch.tensor(_nearest_anchor(geometry, tuple(anchors)), device=k.device))
     at_once = max(1, CHUNK // (rows * geometry.tokens))
     cosine = video.new_empty(heads, frames, rows, columns, dtype=torch.float32)
     for head in range(heads):
