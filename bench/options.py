@@ -187,9 +187,9 @@ class Options:
     weights: Literal["own", "planted"] = field(
         metadata=_option(
             _one_of("own", "planted"),
-            "of the attention, forward and denoise suites: the model's `own` (a forward pass has random ones), or "
-            "`planted`: a full-size model without a download, with attention structure built in; for time and memory, "
-            "never for fidelity",
+            "of the attention, calibration, forward and denoise suites: the model's `own` (a forward pass has random "
+            "ones), or `planted`: a full-size model without a download, attention structure built in; for time and "
+            "memory, never for fidelity",
             default="own",
         )
     )
@@ -205,7 +205,8 @@ class Options:
         metadata=_option(
             _whole(),
             "run the forward suite: one forward pass of a transformer of the model's shape with this many layers and "
-            "random weights, or planted ones, under masks of --densities; default: no forward suite",
+            "random weights, or planted ones, under masks of --densities; whole videos of planted weights have as many "
+            "layers; default: no forward suite, and the model's layers",
         )
     )
     reused_heads: tuple[float, ...] = field(
@@ -235,6 +236,14 @@ class Options:
     )
     calibration_prompts: int = field(
         metadata=_option(_whole(_MOST_ROUNDS), "number of prompts to calibrate on", default="4")
+    )
+    query_strides: tuple[int, ...] = field(
+        metadata=_option(
+            _listed(_whole()),
+            "of the calibration suite: of so many queries, what is learnt looks at one; 1 is all, which the masks of "
+            "others are compared with",
+            default="1",
+        )
     )
     calibration: Path | None = field(
         metadata=_option(_file, "a file of `calibatt calibrate`, to use in place of calibrating")
@@ -322,6 +331,7 @@ class Options:
                     Workload(
                         model=model, resolution=resolution, steps=steps, device=device, resampled=self.resampled,
                         captures=self.captures, planted=self.planted,
+                        layers=self.layers or 0 if self.planted else 0,
                     )
                     for steps in every
                 ]  # fmt: skip

@@ -159,7 +159,7 @@ def cells(options: Options) -> list[Cell]:
     if options.planted or not options.whole:
         return found
     # the same geometry at another number of steps is the same
-    for workload in dict.fromkeys(replace(workload, steps=0) for workload in options.workloads()):
+    for workload in dict.fromkeys(replace(workload, steps=0, layers=0) for workload in options.workloads()):
         # a kernel by itself has no blocks of its own
         given = [block for block in options.blocks or () if block != "native"]
         arms: list[AnyArm] = [DENSE, *(PermutationArm(order=order) for order in options.orders or ())]
