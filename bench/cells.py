@@ -24,6 +24,8 @@ Order = Literal["tile", "token-major", "random"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 # `pytest -k SUITE` finds every name that contains the word: a method's name must not
 _SHORT: Mapping[str, str] = {"attention": "attn"}
+# of two runs' noise: more than there are rounds, and than the seeds of videos that are learnt from or tuned on
+_SEEDS_APART = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,6 +238,7 @@ class Workload:
         layers: of a transformer without weights of its own, of which one forward pass is measured; 0 elsewhere.
         compiled: whether the transformer's blocks are compiled there.
         planted: whether weights are planted in the model, in place of its own.
+        seed: of the noise of the videos that are measured, and of drawn inputs.
     """
 
     model: str
@@ -246,6 +249,12 @@ class Workload:
     layers: int = 0
     compiled: bool = False
     planted: bool = False
+    seed: int = 0
+
+    @property
+    def noise(self) -> int:
+        """Seed of the first round's noise; later rounds have those that follow."""
+        return self.seed * _SEEDS_APART
 
     @property
     def entry(self) -> ModelEntry:
@@ -267,14 +276,15 @@ class Workload:
         layers = f"-{self.layers}layers" if self.layers else ""
         compiled = "-compiled" if self.compiled else ""
         inputs = "-resampled" if self.resampled else "-planted" if self.planted else ""
-        return f"{self.model}-{self.resolution}{steps}{layers}{compiled}{inputs}"
+        seed = f"-seed{self.seed}" if self.seed else ""
+        return f"{self.model}-{self.resolution}{steps}{layers}{compiled}{inputs}{seed}"
 
     def facts(self) -> dict[str, Any]:
         """The fields of a record that say what the workload is, as far as they are known without its weights."""
         geometry = self.entry.geometry(self.resolution)
         size = {
             "model": self.model, "resolution": self.resolution, "tokens": geometry.tokens, "heads": geometry.heads,
-            "head_dim": geometry.head_dim, "dtype": dtype_name(self.dtype),
+            "head_dim": geometry.head_dim, "dtype": dtype_name(self.dtype), "seed": self.seed,
         }  # fmt: skip
         weights = PLANTED if self.planted else None
         if self.layers:

@@ -47,11 +47,11 @@ def _one_of(*choices: str) -> Callable[[str], str]:
     return lambda text: look_up({choice: choice for choice in choices}, text, "choice")
 
 
-def _whole(most: float = math.inf) -> Callable[[str], int]:
+def _whole(most: float = math.inf, least: int = 1) -> Callable[[str], int]:
     def read(text: str) -> int:
         # nine digits: longer ones are no number of anything here
-        if not re.fullmatch(r"\d{1,9}", text) or not 1 <= int(text) <= most:
-            raise ValueError(f"give a whole number from 1 {'up' if math.isinf(most) else f'to {most:,.0f}'}")
+        if not re.fullmatch(r"\d{1,9}", text) or not least <= int(text) <= most:
+            raise ValueError(f"give a whole number from {least} {'up' if math.isinf(most) else f'to {most:,.0f}'}")
         return int(text)
 
     return read
@@ -137,6 +137,14 @@ class Options:
     )
     steps: tuple[int, ...] | None = field(
         metadata=_option(_listed(_whole()), "denoising steps; default: the model's at that resolution")
+    )
+    seeds: tuple[int, ...] = field(
+        metadata=_option(
+            _listed(_whole(least=0)),
+            "of the noise of the videos that are measured, and of drawn inputs; prompts, masks and what is learnt stay "
+            "the same",
+            default="0",
+        )
     )
     kernels: tuple[str, ...] = field(
         metadata=_option(
@@ -279,7 +287,7 @@ class Options:
         return self.dense_steps or 0.0, self.dense_layers or 0.0
 
     def workloads(self) -> list[Workload]:
-        """Every model at every resolution and number of steps.
+        """Every model at every resolution, number of steps and seed.
 
         Raises:
             ValueError: a model has no such resolution, none that inputs can be resampled to, or nothing to plant.
@@ -298,9 +306,10 @@ class Options:
                 found += [
                     Workload(
                         model=model, resolution=resolution, steps=steps, device=device, resampled=self.resampled,
-                        planted=self.planted,
+                        planted=self.planted, seed=seed,
                     )
                     for steps in self.steps or [entry.steps_at(resolution)]
+                    for seed in self.seeds
                 ]  # fmt: skip
         return found
 

@@ -173,6 +173,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("arguments", nargs="*")
     command.set_defaults(run=_bench)
 
+    command = commands.add_parser(
+        "matrix",
+        help="models × resolutions × steps × seeds × methods, each in a process of its own: exit 1 where one failed",
+    )
+    command.add_argument("file", type=Path, metavar="FILE", help="what to measure, in TOML: see docs/matrix.md")
+    command.add_argument(
+        "-o", "--out", type=Path, required=True, metavar="FOLDER",
+        help="for results.json, and the runs' own files; what is there is not measured again",
+    )  # fmt: skip
+    command.add_argument("--retry", action="store_true", help="make runs again that failed")
+    command.set_defaults(run=_matrix)
+
     command = commands.add_parser("report", help="a page, figures and data of files of `pytest bench --benchmark-json`")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="result files")
     command.add_argument("-o", "--out", type=Path, required=True, help="folder of the report")
@@ -624,6 +636,38 @@ def _bench(arguments: argparse.Namespace) -> int:
     from calibatt.bench.launch import bench
 
     return bench(arguments.arguments)
+
+
+def _matrix(arguments: argparse.Namespace) -> int:
+    from filelock import FileLock
+
+    from calibatt.bench import matrix
+    from calibatt.reports.merge import merge_alike
+
+    planned = matrix.read(arguments.file)
+    runs = matrix.Runs(arguments.out / "runs", planned, log=lambda line: print(line, flush=True))
+    if arguments.retry:
+        runs.forget_failures()
+    try:
+        runs.make(matrix.devices(planned))
+    except KeyboardInterrupt:
+        _complain(
+            f"calibatt matrix: stopped with {len(runs.results())} of {len(planned)} runs done, kept in "
+            f"{arguments.out}: run the same command again to go on"
+        )
+        return EXIT_INTERRUPTED
+    results, out = runs.results(), arguments.out / "results.json"
+    if (done := len(results)) < len(planned):
+        print(f"{done} of {len(planned)} runs are done, other processes make the rest: the last to end writes {out}")
+        return 0
+    with FileLock(arguments.out / "merge.lock"):
+        merged = merge_alike(results, out)
+    failures = runs.failures()
+    for line in failures:
+        print(f"failed: {line}")
+    kinds = "" if len(merged) == 1 else ": one for each kind of machine"
+    print(f"wrote {', '.join(str(one.path) for one in merged)}{kinds}")
+    return 1 if failures else 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

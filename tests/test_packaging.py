@@ -25,7 +25,7 @@ def _run(*command: str, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the wheel is installed: within the folder of somebody's project, as the packages of a virtual environment."""
+    """Where the wheel is installed: in the folder of somebody's project, as a virtual environment may be."""
     folder = tmp_path_factory.mktemp("project")
     _run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(folder / "dist"), str(ROOT), cwd=folder)
     (wheel,) = (folder / "dist").glob("calibatt-*.whl")
