@@ -195,13 +195,13 @@ CASES: Mapping[str, Mapping[str, Case]] = MappingProxyType(
     {
         "computes the blocks that it is given and no others": {
             _named(name, at.tokens): Case(geometry=at, plan=partial(_kept, name, at))
-            for name in _ADVERSARIES
             for at in (SMALL, LARGE)
+            for name in _ADVERSARIES
         },
         "mixes the kinds of heads": {
             _named(*kinds, at.tokens): Case(geometry=at, plan=partial(_kinds, at, kinds))
-            for kinds in _MIXED
             for at in (SMALL, _TEXT)
+            for kinds in _MIXED
         },
         "takes blocks of tokens that lie apart": {
             _named(*kinds, which): Case(geometry=SMALL, plan=partial(_ordered, SMALL, kinds, which))
