@@ -319,11 +319,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_options(add: Callable[..., None]) -> None:
+def add_options(add: Callable[..., object]) -> None:
     """Declare every option.
 
     Args:
-        add: a group's `addoption`.
+        add: a group's `addoption`, or a parser's `add_argument`.
     """
     for one in fields(Options):
         default = one.metadata["default"]

@@ -42,6 +42,16 @@ WIDTHS: Mapping[str, Geometry] = MappingProxyType(
 )
 SIZES = ((128, 128), (128, 64), (64, 64), (256, 128), (64, 128), (128, 80), (192, 48))
 
+_Kinds = tuple[HeadKind, ...]
+_ALL_DENSE: _Kinds = ("dense", "dense", "dense")
+_ALL_MASKED: _Kinds = ("masked", "masked", "masked")
+_ALL_REUSED: _Kinds = ("reused", "reused", "reused")
+_BESIDE: _Kinds = ("masked", "dense", "masked")
+_EACH: _Kinds = ("masked", "reused", "dense")
+_MIXED: Sequence[_Kinds] = (
+    _ALL_DENSE, _ALL_REUSED, ("dense", "reused", "dense"), _BESIDE, ("reused", "masked", "masked"), _EACH,
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
@@ -111,13 +121,13 @@ def _kept(name: str, geometry: Geometry, remainder: Remainder = "none") -> Plan:
 
 
 def _kinds(
-    geometry: Geometry, kinds: Sequence[HeadKind], *, seed: int = 0, remainder: Remainder = "none",
+    geometry: Geometry, kinds: _Kinds, *, seed: int = 0, remainder: Remainder = "none",
     order: TokenOrder | None = None,
 ) -> Plan:  # fmt: skip
     """Some blocks for masked heads, and the first and the third row of tokens for those that reuse rows."""
     keep = _some(*_blocks(geometry), seed)[: len(kinds)]
     return Plan(
-        tokens=geometry.tokens, kinds=tuple(kinds), remainder=remainder, order=order,
+        tokens=geometry.tokens, kinds=kinds, remainder=remainder, order=order,
         mask=_mask(keep, geometry) if "masked" in kinds else None,
         reuse=RowReuse.of_anchor_rows(geometry, (0, 2)) if "reused" in kinds else None,
     )  # fmt: skip
@@ -128,7 +138,7 @@ def _orders(tokens: int) -> Int[Tensor, "2 heads tokens"]:
     return torch.rand((2, HEADS, tokens), generator=torch.Generator().manual_seed(0)).argsort(-1).int()
 
 
-def _ordered(geometry: Geometry, kinds: Sequence[HeadKind], which: str, remainder: Remainder = "none") -> Plan:
+def _ordered(geometry: Geometry, kinds: _Kinds, which: str, remainder: Remainder = "none") -> Plan:
     """The same for tokens that lie apart: in one order, in two, or in one of the queries and one of all heads' keys."""
     queries, keys = _orders(geometry.tokens)
     order = {
@@ -151,7 +161,7 @@ def _parted(tokens: int, blocks: int, heads: int) -> Int[Tensor, "mask_heads blo
 
 
 def _variable(
-    name: str, geometry: Geometry, shape: tuple[int, int], kinds: Sequence[HeadKind] = ("masked",) * HEADS, *,
+    name: str, geometry: Geometry, shape: tuple[int, int], kinds: _Kinds = _ALL_MASKED, *,
     ordered: bool = False, remainder: Remainder = "none",
 ) -> Plan:  # fmt: skip
     """So many blocks of any size, as an adversary has it, of tokens that lie apart where they are ordered."""
@@ -160,7 +170,7 @@ def _variable(
     mask = VariableBlockMask.from_keep(keep, q_sizes=q_sizes, k_sizes=k_sizes, tokens=geometry.tokens)
     queries, keys = _orders(geometry.tokens)
     order = TokenOrder(queries=queries, keys=keys) if ordered else None
-    return Plan(tokens=geometry.tokens, kinds=tuple(kinds), mask=mask, order=order, remainder=remainder)
+    return Plan(tokens=geometry.tokens, kinds=kinds, mask=mask, order=order, remainder=remainder)
 
 
 def sized_cases(geometry: Geometry, size: tuple[int, int]) -> Iterator[Case]:
@@ -174,14 +184,6 @@ def sized_cases(geometry: Geometry, size: tuple[int, int]) -> Iterator[Case]:
             yield Case(geometry=geometry, plan=partial(replace, plan, remainder=remainder))
 
 
-_Kinds = tuple[HeadKind, ...]
-_ALL_DENSE: _Kinds = ("dense",) * HEADS
-_ALL_MASKED: _Kinds = ("masked",) * HEADS
-_EACH: _Kinds = ("masked", "reused", "dense")
-_BESIDE: _Kinds = ("masked", "dense", "masked")
-_MIXED: Sequence[_Kinds] = [
-    _ALL_DENSE, ("reused",) * HEADS, ("dense", "reused", "dense"), _BESIDE, ("reused", "masked", "masked"), _EACH,
-]  # fmt: skip
 # fewer blocks than a tile of means has, and than a word of a mask has bits; and more
 _FEW, _MANY = (6, 9), (9, 71)
 

@@ -63,10 +63,14 @@ def test_the_kernel_of_the_docs_passes_and_says_what_it_left_out(write: Write) -
         ("return out", "return out.clone().mul_(q.mul_(1.5).isfinite())", "all-blocks-63: the inputs were changed"),
         ("return out", "return out.double()", "all-blocks-63: the output is not like the queries"),
         pytest.param(
-            "plan.order is not None", "False", "takes blocks of tokens that lie apart: masked-masked-masked-one-order", marks=pytest.mark.slow,
+            "plan.order is not None", "False",
+            "takes blocks of tokens that lie apart: masked-masked-masked-one-order",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
-            "queries, keys = (one", "keys, queries = (one", "masked-masked-masked-queries-apart: the output is", marks=pytest.mark.slow,
+            "queries, keys = (one", "keys, queries = (one",
+            "masked-masked-masked-queries-apart: the output is",
+            marks=pytest.mark.slow,
         ),
         ("return None", 'return Unsupported("not today")', r"0 of 20 plans .*not today.*: there is nothing to check"),
     ],
