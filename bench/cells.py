@@ -25,6 +25,8 @@ Order = Literal["tile", "token-major", "random"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 # `pytest -k SUITE` finds every name that contains the word: a method's name must not
 _SHORT: Mapping[str, str] = {"attention": "attn"}
+# of two runs' noise: more than there are rounds, and than the seeds of videos that are learnt from or tuned on
+_SEEDS_APART = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,6 +246,7 @@ class Workload:
             planted; 0 for the model's.
         compiled: whether the transformer's blocks are compiled there.
         planted: whether weights are planted in the model, in place of its own.
+        seed: of the noise of the videos that are measured, and of drawn inputs.
     """
 
     model: str
@@ -255,6 +258,12 @@ class Workload:
     layers: int = 0
     compiled: bool = False
     planted: bool = False
+    seed: int = 0
+
+    @property
+    def noise(self) -> int:
+        """Seed of the first round's noise; later rounds have those that follow."""
+        return self.seed * _SEEDS_APART
 
     @property
     def entry(self) -> ModelEntry:
@@ -289,14 +298,15 @@ class Workload:
         inputs = (
             "-resampled" if self.resampled else "-captured" if self.captures else "-planted" if self.planted else ""
         )
-        return f"{self.model}-{self.resolution}{steps}{layers}{compiled}{inputs}"
+        seed = f"-seed{self.seed}" if self.seed else ""
+        return f"{self.model}-{self.resolution}{steps}{layers}{compiled}{inputs}{seed}"
 
     def facts(self) -> dict[str, Any]:
         """The fields of a record that say what the workload is, as far as they are known without its weights."""
         geometry = self.entry.geometry(self.resolution)
         size = {
             "model": self.model, "resolution": self.resolution, "tokens": geometry.tokens, "heads": geometry.heads,
-            "head_dim": geometry.head_dim, "dtype": dtype_name(self.dtype),
+            "head_dim": geometry.head_dim, "dtype": dtype_name(self.dtype), "seed": self.seed,
         }  # fmt: skip
         weights = PLANTED if self.planted else None
         layers = {"layers": self.layers, "compiled": self.compiled} if self.layers else {}

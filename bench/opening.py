@@ -94,7 +94,7 @@ def open_workload(
     else:
         log("one dense video to take attention inputs from")
         kernel = dense_kernels(workload.device, workload.dtype, workload.entry.head_dim)[0]
-        probes = take_probes(videos, kernel, prompts.rounds[0], shares)
+        probes = take_probes(videos, kernel, prompts.rounds[0], shares, seed=workload.noise)
     first, heads = probes[0], probes[0].site.geometry.heads
     dense = _baseline(first, preparation, log=log)
     learn = partial(_learn, workload, videos, prompts.calibration, dense, console)
@@ -122,7 +122,7 @@ def open_workload(
         # videos of the model whose size is taken would take longer
         preparation_s=(lambda method: None) if workload.resampled else offline.seconds,
         film=film, alignment=workload.entry.alignment, guidance=workload.entry.guidance,
-        facts=_facts(workload, videos), log=log, faithful=not workload.planted,
+        facts=_facts(workload, videos), log=log, seed=workload.noise, faithful=not workload.planted,
     )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def _baseline(probe: Probe, preparation: Preparation, *, log: Callable[[str], No
 def probes_of(workload: Workload, prompt: str) -> tuple[Probe, ...]:
     """Inputs of some attention calls of one dense video of a workload, which is needed for nothing else."""
     kernel = dense_kernels(workload.device, workload.dtype, workload.entry.head_dim)[0]
-    return take_probes(_videos(workload)[1], kernel, prompt, _PROBES)
+    return take_probes(_videos(workload)[1], kernel, prompt, _PROBES, seed=workload.noise)
 
 
 def _videos(workload: Workload) -> tuple[Film, Videos]:

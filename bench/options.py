@@ -48,11 +48,11 @@ def _one_of(*choices: str) -> Callable[[str], str]:
     return lambda text: look_up({choice: choice for choice in choices}, text, "choice")
 
 
-def _whole(most: float = math.inf) -> Callable[[str], int]:
+def _whole(most: float = math.inf, least: int = 1) -> Callable[[str], int]:
     def read(text: str) -> int:
         # nine digits: longer ones are no number of anything here
-        if not re.fullmatch(r"\d{1,9}", text) or not 1 <= int(text) <= most:
-            raise ValueError(f"give a whole number from 1 {'up' if math.isinf(most) else f'to {most:,.0f}'}")
+        if not re.fullmatch(r"\d{1,9}", text) or not least <= int(text) <= most:
+            raise ValueError(f"give a whole number from {least} {'up' if math.isinf(most) else f'to {most:,.0f}'}")
         return int(text)
 
     return read
@@ -145,6 +145,14 @@ class Options:
     )
     steps: tuple[int, ...] | None = field(
         metadata=_option(_listed(_whole()), "denoising steps; default: the model's at that resolution")
+    )
+    seeds: tuple[int, ...] = field(
+        metadata=_option(
+            _listed(_whole(least=0)),
+            "of the noise of the videos that are measured, and of drawn inputs; prompts, masks and what is learnt stay "
+            "the same",
+            default="0",
+        )
     )
     kernels: tuple[str, ...] = field(
         metadata=_option(
@@ -307,7 +315,7 @@ class Options:
         return self.dense_steps or 0.0, self.dense_layers or 0.0
 
     def workloads(self) -> list[Workload]:
-        """Every model at every resolution and number of steps.
+        """Every model at every resolution, number of steps and seed.
 
         Raises:
             ValueError: a model has no such resolution, none that inputs can be resampled to or were captured at, or
@@ -331,9 +339,10 @@ class Options:
                     Workload(
                         model=model, resolution=resolution, steps=steps, device=device, resampled=self.resampled,
                         captures=self.captures, planted=self.planted,
-                        layers=self.layers or 0 if self.planted else 0,
+                        layers=self.layers or 0 if self.planted else 0, seed=seed,
                     )
                     for steps in every
+                    for seed in self.seeds
                 ]  # fmt: skip
         return found
 
@@ -343,11 +352,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_options(add: Callable[..., None]) -> None:
+def add_options(add: Callable[..., object]) -> None:
     """Declare every option.
 
     Args:
-        add: a group's `addoption`.
+        add: a group's `addoption`, or a parser's `add_argument`.
     """
     for one in fields(Options):
         default = one.metadata["default"]

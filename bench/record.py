@@ -94,6 +94,7 @@ class Record:
         layers: of a transformer without weights of its own: of which one forward pass was measured, or whose weights
             are planted and that had others than the model.
         inputs: where attention's inputs come from, if they are not the model's own.
+        seed: of the noise of the videos, and of drawn inputs; files without it have 0.
         guidance: classifier-free guidance scale of a whole generation.
         method_label, method_colour, method_marker: how a report shows the method: its authors' spelling, `#RRGGBB`, and
             one of `MARKERS`.
@@ -165,6 +166,7 @@ class Record:
     resolution: _Name | None = None
     frames: int | None = None
     steps: int | None = None
+    seed: int | None = None
     guidance: float | None = None
     tokens: int | None = None
     heads: int | None = None
@@ -353,7 +355,7 @@ class Record:
         """What the arms that may be compared have in common."""
         return (
             self.suite, self.model, self.planted, self.inputs, self.resolution, self.layers, self.steps, self.dtype,
-            self.compiled,
+            self.compiled, self.seed or 0,
         )  # fmt: skip
 
     @property

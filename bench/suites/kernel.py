@@ -74,7 +74,7 @@ class _Bench:
         self.workload = workload
         self.geometry = workload.entry.geometry(workload.resolution)
         self._console = console
-        generator = torch.Generator(workload.device).manual_seed(0)
+        generator = torch.Generator(workload.device).manual_seed(workload.seed)
         # tokens before heads in memory, as models hand them over
         shape = (1, self.geometry.tokens, self.geometry.heads, self.geometry.head_dim)
         self.q, self.k, self.v = (
