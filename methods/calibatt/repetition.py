@@ -103,7 +103,8 @@ def _grid(geometry: Geometry, query_stride: int) -> tuple[int, int, int]:
 def _looked_at(
     q: Float[Tensor, "heads tokens head_dim"], geometry: Geometry, query_stride: int
 ) -> Float[Tensor, "heads frames rows columns head_dim"]:
-    video = q[:, geometry.video_start : geometry.video_start + geometry.video_tokens].unflatten(1, geometry.grid)
+    video: Tensor = q[:, geometry.video_start : geometry.video_start + geometry.video_tokens]
+    video = video.unflatten(1, geometry.grid)
     # without a copy where all are
     return video if query_stride == 1 else video[:, :, :, strided_columns(geometry, query_stride, q.device)]
 
