@@ -206,15 +206,15 @@ class Runs:
     Args:
         folder: of their files; made where there is none.
         runs: all of them.
+        command: what measures a run: `bench_command`.
         log: shows a line.
-        command: what measures a run.
 
     Raises:
         OSError: the folder cannot be made.
     """
 
     def __init__(
-        self, folder: Path, runs: Sequence[Planned], *, log: Callable[[str], None], command: Command = bench_command
+        self, folder: Path, runs: Sequence[Planned], *, command: Command, log: Callable[[str], None]
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._runs, self._log, self._command = folder, runs, log, command

@@ -682,7 +682,9 @@ def _matrix(arguments: argparse.Namespace) -> int:
     from calibatt.reports.merge import merge_alike
 
     planned = matrix.read(arguments.file)
-    runs = matrix.Runs(arguments.out / "runs", planned, log=lambda line: print(line, flush=True))
+    runs = matrix.Runs(
+        arguments.out / "runs", planned, command=matrix.bench_command, log=lambda line: print(line, flush=True)
+    )  # fmt: skip
     if arguments.retry:
         runs.forget_failures()
     try:

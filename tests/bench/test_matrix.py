@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -195,6 +198,64 @@ def test_a_failed_run_is_made_again_only_where_that_is_asked_for(write: Write, t
     assert good.failures() == []
 
 
+def test_the_command_ends_with_1_where_a_run_failed_and_merges_what_there_is(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = write('methods = ["radial", "sparge"]'), tmp_path / "out"
+    good, (bad, _) = _good(tmp_path), read(path)
+
+    def command(run: Planned, result: Path) -> Sequence[str]:
+        return _python("raise SystemExit('no luck')") if run == bad else good(run, result)
+
+    monkeypatch.setattr(matrix, "bench_command", command)
+    assert main(["matrix", str(path), "-o", str(out)]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == ["failed: radial: exit code 1: no luck", f"wrote {out / 'results.json'}"]
+    outcomes = [record.outcome for record in load_run(out / "results.json").records]
+    assert outcomes == ["ok", "failed", "failed"]
+    monkeypatch.setattr(matrix, "bench_command", good)
+    assert main(["matrix", str(path), "-o", str(out)]) == 1
+    assert main(["matrix", str(path), "-o", str(out), "--retry"]) == 0
+    assert [record.outcome for record in load_run(out / "results.json").records] == ["ok", "ok"]
+
+
+def test_runs_of_another_process_are_left_to_it(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = write('methods = ["radial", "sparge"]'), tmp_path / "out"
+    first, _ = read(path)
+    monkeypatch.setattr(matrix, "bench_command", _good(tmp_path))
+    (out / "runs").mkdir(parents=True)
+    # as on another machine, which has its own devices
+    with (out / "runs" / f"{first.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["matrix", str(path), "-o", str(out)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("1 of 2: sparge: done, about ")
+    results = out / "results.json"
+    assert said[1] == f"1 of 2 runs are done, other processes make the rest: the last to end writes {results}"
+    assert not results.exists()
+
+
+def test_nothing_is_measured_beside_another_run_on_the_device(write: Write, tmp_path: Path) -> None:
+    runs, said = read(write('methods = ["radial"]')), list[str]()
+    waits = threading.Event()
+
+    def log(line: str) -> None:
+        said.append(line)
+        waits.set()
+
+    made = Runs(tmp_path / "out", runs, log=log, command=_good(tmp_path))
+    with (tmp_path / "temporary" / f"calibatt-matrix-{os.getuid()}-3.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        work = threading.Thread(target=made.make, args=(["3"],))
+        work.start()
+        assert waits.wait(30)
+        assert not (tmp_path / "made").exists()
+    work.join(30)
+    assert said == ["waiting for another run on GPU 3 to end", "1 of 1: radial: done"]
+
+
 def test_a_file_that_was_cut_is_measured_again(write: Write, tmp_path: Path) -> None:
     runs = read(write('methods = ["radial"]'))
     made = Runs(tmp_path / "out", runs, log=print, command=_good(tmp_path))
@@ -202,7 +263,7 @@ def test_a_file_that_was_cut_is_measured_again(write: Write, tmp_path: Path) -> 
     made.make([None])
     whole = result.read_text()
     result.write_text(whole[:50])
-    assert Runs(tmp_path / "out", runs, log=print).results() == []
+    assert Runs(tmp_path / "out", runs, command=_good(tmp_path), log=print).results() == []
     # whole, and not yet known to be
     result.write_text(whole)
     partial_of(result).write_text("")
@@ -260,7 +321,7 @@ stand_in, made, seconds = sys.argv[1:]
 def command(run, out):
     return [sys.executable, "-c", stand_in, str(out), made, seconds]
 
-matrix.Runs.__init__.__kwdefaults__["command"] = command
+matrix.bench_command = command
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
@@ -352,10 +413,13 @@ def test_killed_at_20_random_moments_nothing_finished_is_lost_or_made_twice(
         os.kill(process, signal.SIGKILL)
         # every other time what measures is killed too; elsewhere it goes on, and the next matrix waits for it
         if kill % 2 and (busy := _busy(tmp_path)) is not None:
-            os.kill(busy, signal.SIGKILL)
+            # unless it has just ended
+            with suppress(ProcessLookupError):
+                os.kill(busy, signal.SIGKILL)
         assert driver.end()[0] == -signal.SIGKILL, "it ended before it was killed"
         # what was written again has another time
-        whole = {file.stem: file.stat().st_mtime_ns for file in Runs(out / "runs", read(path), log=print).results()}
+        results = Runs(out / "runs", read(path), command=matrix.bench_command, log=print).results()
+        whole = {file.stem: file.stat().st_mtime_ns for file in results}
         assert found.items() <= whole.items()
         found = whole
     assert 0 < len(found) < len(names), "no run ended, or all did: nothing is shown"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from argparse import Namespace
 from dataclasses import fields, replace
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 
 from calibatt.bench.cells import DENSE, Arm, Cell, PermutationArm, Workload
+from calibatt.bench.offline import CALIBRATION_SEED
 from calibatt.bench.options import Options, add_options, check_gate, check_output, deciding, refuse_pytest_options
 from calibatt.bench.record import SUITES
 from calibatt.bench.session import Settings, prompts_for
 from calibatt.bench.suites.catalogue import SUITES as CATALOGUE
+from calibatt.bench.tuning import TUNING_SEED
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import UnknownName
 from calibatt.methods.catalogue import METHODS
@@ -328,3 +331,18 @@ def test_a_gate_needs_a_file_to_judge_that_is_none_of_its_baselines(tmp_path: Pa
             check_gate([before], out)
     with pytest.raises(ValueError, match=r"--gate x\.json: no such file"):
         Options.read(given(gate="x.json"))
+
+
+def test_a_seed_is_another_workload_whose_noise_no_other_one_has() -> None:
+    assert cells("denoise", methods="radial", seeds="0,3") == [
+        "shapes-quick-6-radial-default", "shapes-quick-6-seed3-radial-default",
+    ]  # fmt: skip
+    assert cells("kernel", seeds="3")[0] == "shapes-quick-seed3-dense-fastest"
+    first, other = Options.read(given(seeds="0,1")).workloads()
+    assert (first.facts()["seed"], other.facts()["seed"]) == (0, 1)
+    # videos that are measured, learnt from and tuned on, of as many rounds as there may be
+    starts = sorted([first.noise, other.noise, CALIBRATION_SEED, TUNING_SEED])
+    assert starts[0] == 0
+    assert min(after - before for before, after in itertools.pairwise(starts)) >= 10_000
+    with pytest.raises(ValueError, match="--seeds -1: give a whole number from 0 up"):
+        Options.read(given(seeds="-1"))
