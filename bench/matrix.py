@@ -213,9 +213,7 @@ class Runs:
         OSError: the folder cannot be made.
     """
 
-    def __init__(
-        self, folder: Path, runs: Sequence[Planned], *, command: Command, log: Callable[[str], None]
-    ) -> None:
+    def __init__(self, folder: Path, runs: Sequence[Planned], *, command: Command, log: Callable[[str], None]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._runs, self._log, self._command = folder, runs, log, command
         self._guard = threading.Lock()
