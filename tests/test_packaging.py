@@ -92,7 +92,7 @@ def test_hugging_faces_kernels_package_stays_importable(tmp_path: Path, command:
 
 # by the names they are imported by; jinja2 comes with torch, and a pipeline of the user's own needs transformers itself
 _EXTRAS = (
-    "accelerate", "ftfy", "imageio", "imageio_ffmpeg", "matplotlib", "optuna", "peft", "psutil", "pynvml",
+    "accelerate", "ftfy", "imageio", "imageio_ffmpeg", "matplotlib", "optuna", "peft", "pynvml",
     "pytest", "pytest_benchmark", "scipy", "skimage",
 )  # fmt: skip
 
@@ -111,6 +111,9 @@ entry = calibatt.MODELS["shapes"]
 pipe = entry.load(resolution="quick", device=torch.device("cpu"), dtype=torch.float32)
 calibatt.sparsify(pipe, "radial")
 calibatt.generate(entry, pipe, prompt="a red circle, still, over grey", resolution="quick", steps=1, seed=0)
+calibatt.restore(pipe)
+prompts = ["a red circle, still, over grey"]
+calibatt.calibrate(entry, pipe, prompts=prompts, resolution="quick", steps=1, seed=0, preset="masks-only")
 print("made")
 """
     assert _run(sys.executable, "-c", program, cwd=tmp_path).strip() == "made"
