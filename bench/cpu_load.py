@@ -68,7 +68,7 @@ def disturbance(before: Load, after: Load) -> float | None:
 
 def children() -> list[psutil.Process]:
     """The processes that this one has begun and that run: a compiler's workers among them."""
-    return psutil.Process().children(recursive=True)
+    return list(psutil.Process().children(recursive=True))
 
 
 def usable_cpus() -> Sequence[int]:

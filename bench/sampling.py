@@ -128,7 +128,7 @@ class Course:
             "baseline_samples_s": self._baseline,
             "phases_s": {name: tuple(parts) for name, parts in self.phases.items()} or None,
             "interval_target": None if self.partner is None else self.goal.interval,
-            **circumstances(self._watched, partner and partner._watched[: len(self.seconds)]),
+            **circumstances(self._watched, None if partner is None else partner._watched[: len(self.seconds)]),
         }
 
 

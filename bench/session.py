@@ -232,7 +232,7 @@ class BenchSession:
             context = open_workload(
                 workload, prompts_for(workload, self._settings, self._arms(workload)),
                 preparation=self._preparation(workload), stored=self._settings.calibration,
-                turned=self._turned(workload), console=self._console,
+                turned=self._turned(workload), filmed=("denoise", workload) in self._chosen, console=self._console,
             )  # fmt: skip
             self._opened = (workload, context)
         return self._opened[1]

@@ -39,6 +39,8 @@ _HALVINGS = 12
 _FAR = 10
 # prompts on whose videos knobs are turned: an evaluation of a fidelity takes as long as their videos
 TUNING_PROMPTS = 2
+# times that a knob is turned on by what videos had: of what some calls miss, each leaves a small part
+_CORRECTIONS = 6
 # of the first one's noise: far from that of calibration and of what is measured
 TUNING_SEED = 20_000
 
@@ -121,10 +123,12 @@ class Tuner:
         offline: what they learn first.
         preparation: knobs that a stopped run has turned, and keeps those of this one.
         probe: a call late in a video, on which arms are asked whether they apply.
-        tuning_probes: takes the calls on which densities are measured, of a video that is not measured or learnt from.
+        tuning_probes: takes the calls on which densities are measured first, of a video that is not measured or learnt
+            from.
         film: makes a video.
         dense: the kernel of the videos that fidelity is measured against.
         prompts: knobs are turned on their videos, which are neither measured nor learnt from.
+        filmed: whether a density is to be that of whole videos, and not only of the calls.
         log: says what was found.
     """
 
@@ -139,6 +143,7 @@ class Tuner:
         film: Film,
         dense: Kernel,
         prompts: Sequence[str],
+        filmed: bool,
         log: Callable[[str], None],
     ) -> None:
         self._workload = workload
@@ -149,11 +154,15 @@ class Tuner:
         self._film = film
         self._dense = dense
         self._prompts = prompts
+        self._filmed = filmed
         self._log = log
         self._values: dict[Arm, float | Unsupported] = {}
 
     def method(self, arm: Arm) -> Planner | Unsupported:
         """The arm's method, its knob turned where the mode asks for it; or why it does not apply."""
+        missing = self._offline.missing(arm)
+        if missing is not None:
+            return missing
         knob = METHODS[arm.method].knob if arm.mode in ("equal_density", "equal_fidelity") else None
         if knob is None:
             return self._refusal(arm, None) or self._built(arm)
@@ -174,10 +183,18 @@ class Tuner:
         return value
 
     def _solved(self, arm: Arm, knob: Knob) -> float | Unsupported:
-        goal, kernel = self._goal(arm, knob), KERNELS[arm.kernel]
-        if arm.mode == "equal_density" and not knob.over_videos:
+        goal, calls = self._goal(arm, knob), arm.mode == "equal_density" and not knob.over_videos
+        if calls:
             # means are no part of the density: the masks are those of the arm without them
             arm = replace(arm, remainder="none")
+        found = self._searched(arm, knob, goal)
+        if not calls or not self._filmed or isinstance(found, Unsupported):
+            return found
+        foreseen = isinstance(self._built(arm, **{knob.field: found}), Foreseen)
+        return found if foreseen else self._corrected(arm, knob, goal, found)
+
+    def _searched(self, arm: Arm, knob: Knob, goal: _Goal) -> float | Unsupported:
+        kernel = KERNELS[arm.kernel]
         return solve(
             lambda x: goal.measure(self._built(arm, **{knob.field: x}), kernel),
             knob,
@@ -185,6 +202,29 @@ class Tuner:
             tolerance=goal.tolerance,
             quantity=goal.quantity,
         )
+
+    def _corrected(self, arm: Arm, knob: Knob, goal: _Goal, found: float) -> float | Unsupported:
+        """The knob turned on until whole videos have the density, from where some calls have it.
+
+        What the calls miss is about as much at densities nearby, so they are asked for so much more.
+        """
+        tried: dict[float, float] = {}
+        aim = goal.target
+        for _ in range(_CORRECTIONS + 1):
+            if found not in tried:
+                tried[found] = self._density_of_videos(self._built(arm, **{knob.field: found}), KERNELS[arm.kernel])
+            if abs(tried[found] - goal.target) <= goal.tolerance:
+                return found
+            aim += goal.target - tried[found]
+            again = self._searched(arm, knob, replace(goal, target=aim))
+            if isinstance(again, Unsupported):
+                break
+            found = again
+        best = min(tried, key=lambda value: abs(tried[value] - goal.target))
+        if abs(tried[best] - goal.target) > _FAR * goal.tolerance:
+            nearest = f"{tried[best]:.3f} at the nearest, not {goal.target:.3f}"
+            return Unsupported(f"its {knob.field} gives whole videos a density of {nearest}")
+        return best
 
     def _built(self, arm: Arm, **turned: float) -> Method | Around:
         prepared = self._offline.prepared(arm, **turned)
@@ -209,8 +249,8 @@ class Tuner:
         refusal = method.refusal(probe.site.geometry)
         if refusal is not None or knob is None:
             return refusal
-        if self._workload.resampled and (knob.over_videos or arm.mode == "equal_fidelity"):
-            return Unsupported("this target is measured on whole videos; resampled inputs have none")
+        if not self._workload.filmed and (knob.over_videos or arm.mode == "equal_fidelity"):
+            return Unsupported("this target is measured on whole videos; calls by themselves have none")
         if self._workload.planted and arm.mode == "equal_fidelity":
             return Unsupported("this target is a fidelity; planted weights have none")
         method.reset()
@@ -242,7 +282,7 @@ class Tuner:
                 quantity="PSNRs in dB",
             )  # fmt: skip
         target = self._calibatt_density if arm.target_density is None else arm.target_density
-        measure = self._density_of_video if knob.over_videos else self._density
+        measure = self._density_of_videos if knob.over_videos else self._density
         tolerance = min(DENSITY_TOLERANCE, _OWN_TOLERANCE * target)
         return _Goal(measure=measure, target=target, tolerance=tolerance, quantity="densities")
 
@@ -262,11 +302,12 @@ class Tuner:
         self._log("one dense video to turn knobs on")
         return self._take_probes()
 
-    def _density_of_video(self, method: Planner, kernel: Attender) -> float:
-        """Mean density of the plans of one video."""
+    def _density_of_videos(self, method: Planner, kernel: Attender) -> float:
+        """Mean density of the plans of some videos."""
         plans = PlanSummary()
         meter = Meter(method, kernel, self._workload.device, observers=[plans])
-        self._film(meter, self._prompts[0], TUNING_SEED)
+        for number, prompt in enumerate(self._prompts):
+            self._film(meter, prompt, TUNING_SEED + number)
         return plans.density()
 
     def _fidelity_db(self, method: Planner, kernel: Attender) -> float:

@@ -89,4 +89,6 @@ class SitePlans:
 
 def sent(part: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on a device: to a GPU from pinned memory, which the host does not wait for."""
+    # pinning keeps strides, and nothing can be written to an expanded tensor
+    part = part.contiguous()
     return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part.to(device)

@@ -30,7 +30,7 @@ def test_every_committed_result_is_quoted_as_it_is(path: Path) -> None:
 
 
 def test_the_comparison_of_whole_videos_is_summed_up_as_it_is() -> None:
-    records = load_run(ROOT / "bench" / "results" / "h100" / "videos.json").records
+    records = load_run(ROOT / "bench" / "results" / "h200" / "videos.json").records
     assert "\n".join((HEAD, *video_rows(records))) in README
     psnr = {(one.target_density, one.method, one.preset): one.psnr_db for one in records if one.psnr_db}
     shifts = [
@@ -38,8 +38,9 @@ def test_the_comparison_of_whole_videos_is_summed_up_as_it_is() -> None:
         for (density, method, _), other in psnr.items()
         if method != "budget"
     ]
-    assert len(shifts) == 33
-    assert max(holm([paired_p(shift) for shift in shifts])) < 1e-6
+    assert len(shifts) == 29
+    assert min(map(min, shifts)) > 0
+    assert max(holm([paired_p(shift) for shift in shifts])) < 1e-3
 
 
 HEAD = (

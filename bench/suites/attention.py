@@ -40,7 +40,7 @@ def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]
     context = job.open()
     # the baseline is measured even where nobody asked to see it
     wanted = dict.fromkeys([DENSE, *(arm for arm in arms if isinstance(arm, Arm))])
-    least = _FEW_ROUNDS if job.workload.resampled or job.workload.planted else ROUNDS
+    least = _FEW_ROUNDS if job.workload.large else ROUNDS
     yield from run(context, list(wanted), goal=job.goal(least))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,6 +23,7 @@ from calibatt.bench.failure import Failure, guarded
 from calibatt.bench.meter import Meter
 from calibatt.bench.observers import PlanSummary
 from calibatt.bench.options import Options, method_cells
+from calibatt.bench.parts import without_attention
 from calibatt.bench.record import Record, Suite
 from calibatt.bench.rounds import SHOWN_ROUNDS, take_turns
 from calibatt.bench.suites.suite import Job, Kept
@@ -33,6 +35,9 @@ from calibatt.methods.catalogue import build
 from calibatt.models.video_metrics import eight_bit, psnr_db, ssim
 
 NAME: Suite = "denoise"
+# plans are looked at, for their density, in the first of so many rounds: the host is a little later for it, and medians
+# of all rounds are not
+_ROUNDS_A_LOOK = 8
 
 Frames = UInt8[Tensor, "3 frames height width"]
 
@@ -44,7 +49,7 @@ class _Course:
     one: Ready
     warm: bool = False
     videos: list[Video] = field(default_factory=list)
-    plans: PlanSummary = field(default_factory=PlanSummary)
+    plans: PlanSummary | None = None
     shown: list[Frames] = field(default_factory=list)
 
 
@@ -54,7 +59,7 @@ def cells(options: Options) -> list[Cell]:
     Raises:
         ValueError: an option makes no sense.
     """
-    found = [] if options.resampled else method_cells(options)
+    found = method_cells(options) if options.whole else []
     return [
         replace(cell, workload=replace(cell.workload, compiled=how != "no"))
         for how in options.compile
@@ -182,9 +187,10 @@ def _take_turns(
 def _one_video(context: Context, course: _Course, round_: int, watch: Watch) -> Frames:
     device = context.device
     error = _warm_up(context, course, round_)
-    # the plans of one video show the method's density
-    observers = [course.plans] if round_ == 0 else []
-    meter = Meter(course.one.method, course.one.kernel, device, observers=observers)
+    plans = PlanSummary() if round_ % _ROUNDS_A_LOOK == 0 else None
+    if round_ == 0:
+        course.plans = plans
+    meter = Meter(course.one.method, course.one.kernel, device, observers=[] if plans is None else [plans])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     watch.read()
@@ -195,7 +201,7 @@ def _one_video(context: Context, course: _Course, round_: int, watch: Watch) -> 
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     if not video.isfinite().all():
         raise ValueError("the video has NaN or infinite values")
-    phases = meter.timer.collect_s()
+    phases = without_attention(meter.timer.collect_s())
     # to look at the plans is no part of the arm
     made = Video(seconds=seconds - phases.pop("observe", 0.0), phases=phases, peak_memory_bytes=peak)
     if energy is not None and used is not None:
@@ -203,8 +209,8 @@ def _one_video(context: Context, course: _Course, round_: int, watch: Watch) -> 
     made.telemetry = watch.during(start, end)
     if context.alignment is not None:
         made.alignment = context.alignment(video, context.prompts[round_])
-    if round_ == 0:
-        made.density, made.plan_memory_bytes = course.plans.density(), course.plans.nbytes
+    if plans is not None:
+        made.density, made.plan_memory_bytes = plans.density(), plans.nbytes
     if error is not None:
         made.method_error, made.error_calls = error.value(), error.calls
     frames = eight_bit(video)
@@ -261,8 +267,8 @@ def _record(context: Context, course: _Course, dense: _Course | None, artifacts:
         guidance=context.guidance,
         samples_s=_all(videos, "seconds"),
         phases_s={name: tuple(video.phases[name] for video in videos) for name in videos[0].phases},
-        plan_memory_bytes=videos[0].plan_memory_bytes,
-        density=videos[0].density,
+        plan_memory_bytes=max(video.plan_memory_bytes for video in videos if video.plan_memory_bytes is not None),
+        density=statistics.fmean(video.density for video in videos if video.density is not None),
         method_error=videos[0].method_error,
         error_calls=videos[0].error_calls,
         **more,
@@ -285,10 +291,12 @@ def _artifact_name(context: Context, arm: Arm) -> str:
 
 def _save_artifact(context: Context, course: _Course, folder: Path) -> None:
     """Data for the report's pictures, in a folder beside the JSON file."""
-    masks = course.plans.masks()
+    plans = course.plans
+    assert plans is not None, "pictures are of the first rounds, all of this run"
+    masks = plans.masks()
     folder.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {
-        "density": course.plans.by_site().numpy().astype(np.float32),
+        "density": plans.by_site().numpy().astype(np.float32),
     }
     if context.faithful:
         arrays["frames"] = np.stack([video.permute(1, 2, 3, 0).numpy() for video in course.shown])
@@ -296,7 +304,7 @@ def _save_artifact(context: Context, course: _Course, folder: Path) -> None:
     if masks:
         arrays |= {"masks": np.stack([mask for _, mask in masks]), "mask_sites": np.array([site for site, _ in masks])}
         # in another order, tokens of a frame do not lie side by side
-        if not course.plans.ordered:
+        if not plans.ordered:
             geometry = context.probes[0].site.geometry
             arrays["frame_starts"] = np.arange(geometry.grid[0]) * geometry.frame_tokens + geometry.video_start
     np.savez_compressed(folder / _artifact_name(context, course.one.arm), **arrays)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,7 @@ def tuner(
     film: Film,
     *,
     resampled: bool = False,
+    filmed: bool = True,
     stored: Callable[[], Learnt] | None = None,
     take: Callable[[], list[Probe]] | None = None,
     journal: Journal | None = None,
@@ -119,7 +122,7 @@ def tuner(
     return Tuner(
         workload, offline=offline, preparation=preparation, probe=probes[-1],
         tuning_probes=take or (lambda: probes), film=film, dense=KERNELS["sdpa-math"],
-        prompts=("a", "b"), log=lambda line: None,
+        prompts=("a", "b"), filmed=filmed, log=lambda line: None,
     )  # fmt: skip
 
 
@@ -127,10 +130,58 @@ def unseen(attention: Attention, prompt: str, seed: int) -> torch.Tensor:
     raise AssertionError("no video is needed")
 
 
-def test_a_density_is_solved_on_probes(probes: list[Probe]) -> None:
-    method = tuner(probes, unseen).method(Arm.parse("sparge=0.5", "flex"))
+def of_calls(probes: list[Probe]) -> Film:
+    """Videos whose calls are the probes."""
+
+    def film(attention: Attention, prompt: str, seed: int) -> torch.Tensor:
+        attention.start_video()
+        for one in probes:
+            attention(one.q, one.k, one.v, one.site)
+        return torch.zeros(3, 1, 8, 8)
+
+    return film
+
+
+def test_a_density_is_solved_on_calls_alone_where_no_videos_are_measured(probes: list[Probe]) -> None:
+    method = tuner(probes, unseen, filmed=False).method(Arm.parse("sparge=0.5", "flex"))
     assert not isinstance(method, Unsupported)
     assert density_of(method, probes, KERNELS["flex"]) == pytest.approx(0.5, abs=0.05)
+
+
+def half_dense(probes: list[Probe], shown: list[int] | None = None) -> Film:
+    """Videos of two steps with three calls each, the first of which is dense in `HALF`."""
+
+    def film(attention: Attention, prompt: str, seed: int) -> torch.Tensor:
+        attention.start_video()
+        for step in (0, 0, 0, 1, 1, 1):
+            attention(probes[0].q, probes[0].k, probes[0].v, replace(SITE, step=step, steps=2))
+        if shown is not None:
+            shown.append(seed)
+        return torch.zeros(3, 1, 8, 8)
+
+    return film
+
+
+# of the steps, and of the layers
+HALF = (0.5, 0.0)
+
+
+def test_a_density_that_some_calls_have_is_corrected_on_whole_videos(probes: list[Probe]) -> None:
+    late = [replace(probes[0], site=replace(SITE, step=1, steps=2))]
+    shown: list[int] = []
+    made = tuner(late, half_dense(probes, shown)).method(Arm.parse("sparge=0.7", "flex", HALF))
+    assert not isinstance(made, Unsupported)
+    # with the dense step: the mean of 1 and 0.4, in sixteenths of a row
+    assert density_of(made, late, KERNELS["flex"]) == pytest.approx(0.4, abs=1 / 32)
+    # on the videos of both prompts, each with noise of its own
+    assert set(shown) == {TUNING_SEED, TUNING_SEED + 1}
+
+
+def test_a_density_that_no_video_comes_near_is_said_so(probes: list[Probe]) -> None:
+    late = [replace(probes[0], site=replace(SITE, step=1, steps=2))]
+    answer = tuner(late, half_dense(probes)).method(Arm.parse("sparge=0.3", "flex", HALF))
+    assert isinstance(answer, Unsupported)
+    assert re.fullmatch(r"its topk gives whole videos a density of 0\.\d{3} at the nearest, not 0\.300", answer.reason)
 
 
 def test_calls_to_solve_on_are_taken_once_and_only_where_a_density_is_wanted(probes: list[Probe]) -> None:
@@ -140,7 +191,7 @@ def test_calls_to_solve_on_are_taken_once_and_only_where_a_density_is_wanted(pro
         taken.append(1)
         return probes
 
-    one = tuner(probes, unseen, take=take)
+    one = tuner(probes, of_calls(probes), take=take)
     one.method(Arm.parse("sparge", "flex"))
     assert taken == []
     for text in ("sparge=0.5", "sparge=0.25"):
@@ -202,7 +253,7 @@ def test_a_knob_is_found_anew_where_it_could_not_be_kept(
 
     with monkeypatch.context() as patched:
         patched.setattr("os.fsync", full)
-        assert not isinstance(tuner(probes, unseen, journal=journal).method(arm), Unsupported)
+        assert not isinstance(tuner(probes, of_calls(probes), journal=journal).method(arm), Unsupported)
     # no run could go on from rounds that were made with it
     with pytest.raises(OSError, match="what it was made with is not either"):
         journal.keep_rounds("denoise", "shapes-quick-6", Rounds(first=0, rounds=[]))
@@ -213,7 +264,7 @@ def test_a_knob_is_found_anew_where_it_could_not_be_kept(
 
 def test_what_is_measured_on_whole_videos_is_refused_without_them(probes: list[Probe]) -> None:
     answer = tuner(probes, unseen, resampled=True).method(Arm.parse("sparge=20dB", "flex"))
-    assert answer == Unsupported("this target is measured on whole videos; resampled inputs have none")
+    assert answer == Unsupported("this target is measured on whole videos; calls by themselves have none")
 
 
 def test_a_preset_that_another_field_sets_has_no_knob_to_turn(probes: list[Probe]) -> None:
@@ -235,7 +286,8 @@ def test_one_dense_schedule_for_all_stands_around_the_method(probes: list[Probe]
 
 
 def test_means_of_what_is_left_out_change_no_mask_of_a_density(probes: list[Probe]) -> None:
-    made = [tuner(probes, unseen).method(Arm.parse(text, "flex")) for text in ("sparge+tail=0.5", "sparge=0.5")]
+    film = of_calls(probes)
+    made = [tuner(probes, film).method(Arm.parse(text, "flex")) for text in ("sparge+tail=0.5", "sparge=0.5")]
     (one,) = probes
     plans = [method.plan(one.q[0], one.k[0], one.v[0], SITE) for method in made if not isinstance(method, Unsupported)]
     assert [plan.remainder for plan in plans] == ["zeroth", "none"]

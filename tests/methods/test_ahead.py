@@ -135,3 +135,17 @@ def test_on_a_gpu_plans_are_those_of_the_cpu() -> None:
             assert mask.bits.device.type == "cuda"
             assert torch.equal(mask.bits.cpu(), expected.bits)
             assert plans.nbytes() <= 2 * BYTES
+
+
+def test_what_is_sent_is_contiguous_and_the_same() -> None:
+    # pinned memory has the strides of what is pinned, and an expanded tensor's cannot be written to
+    few = torch.arange(3).expand(4, 3)
+    found = sent(few, torch.device("cpu"))
+    assert found.is_contiguous()
+    assert torch.equal(found, few)
+
+
+@pytest.mark.gpu
+def test_an_expanded_tensor_reaches_the_gpu() -> None:
+    few = torch.arange(3).expand(4, 3)
+    assert torch.equal(sent(few, torch.device("cuda")).cpu(), few)
