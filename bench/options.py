@@ -268,7 +268,9 @@ class Options:
     )
     max_time: float | None = field(
         metadata=_option(
-            _seconds, "seconds after which no further round of videos begins; repeating the command goes on from there"
+            _seconds,
+            "seconds after which no further round of videos begins; repeating the command goes on from there. In the "
+            "other suites arms have no more than the least samples then",
         )
     )
     calibration_prompts: int = field(

@@ -31,6 +31,11 @@ class TimeLimit:
         self._last: float | None = None
         self._longest = 0.0
 
+    @property
+    def over(self) -> bool:
+        """Whether the time has passed."""
+        return time.monotonic() >= self._end
+
     def more(self) -> bool:
         """Asked before each round."""
         now = time.monotonic()

@@ -38,14 +38,24 @@ class Goal:
         most: rounds after which an arm stops, whether its speedup is known or not.
         interval: half the width that the interval of the paired speedup may have, as a share of the speedup; None for
             as many rounds as there may be.
+        spent: whether there is no time for more than the least; asked as often as the interval is looked at.
     """
 
     least: int
     most: int
     interval: float | None
+    spent: Callable[[], bool] = field(default=lambda: False, compare=False)
 
     @classmethod
-    def of(cls, least: int, *, most: int | None, interval: float | None, device: torch.device) -> Goal:
+    def of(
+        cls,
+        least: int,
+        *,
+        most: int | None,
+        interval: float | None,
+        device: torch.device,
+        spent: Callable[[], bool] = lambda: False,
+    ) -> Goal:
         """What is asked for, and where nothing is, the default.
 
         Args:
@@ -53,11 +63,13 @@ class Goal:
             most: where it is more than the least.
             interval: see above.
             device: where the arms run: a CPU is the noisier one.
+            spent: see above.
         """
         return cls(
             least=least,
             most=max(least, _MOST_TIMES_LEAST * least if most is None else most),
             interval=INTERVALS[device.type] if interval is None else interval,
+            spent=spent,
         )
 
     def __str__(self) -> str:
@@ -169,6 +181,8 @@ def take_samples(
         # without another arm that needs it, there is nothing to go on for
         if len(known) == len(others):
             resting.add(partner)
+        if goal.spent():
+            resting.update(arms)
 
     with Watch(device) as watch:
         take_turns(

@@ -37,7 +37,8 @@ class Settings:
         calibration: a stored calibration instead.
         prompts: to use in place of the model's own, or of VBench's; first those to calibrate on.
         artifacts: folder for the data of the report's pictures.
-        max_time: seconds after which no further round of videos begins; None for as long as it takes.
+        max_time: seconds after which no further round of videos begins, and in the other suites no round beyond the
+            least; None for as long as it takes.
         most, interval: in the other suites, the most rounds of an arm, and half the width of a speedup's interval, as a
             share of it, at which they end; None for the default.
     """
@@ -179,7 +180,8 @@ class BenchSession:
         job = Job(
             workload=workload, rounds=self._settings.rounds, artifacts=self._settings.artifacts, console=self._console,
             open=partial(self._open, workload), kept=self._kept(suite, workload),
-            more=partial(self._more, suite, workload), most=self._settings.most, interval=self._settings.interval,
+            more=partial(self._more, suite, workload), spent=lambda: self._limit.over, most=self._settings.most,
+            interval=self._settings.interval,
         )  # fmt: skip
         for arm, measured in self._suites[suite].measure(job, arms):
             # a baseline that nobody asked to see is measured all the same

@@ -13,8 +13,8 @@ _SUITE_ORDER = SUITES[::-1]
 _YES_NO = {"True": "yes", "False": "no"}
 # characters of a fact below a figure: a longer one would take a line of its own
 _LONGEST_FACT = 80
-# throttled arms that are named below a figure; the table marks all of them
-_MOST_THROTTLED = 3
+# throttled or disturbed arms that are named below a figure; the table marks all of them
+_MOST_DOUBTFUL = 3
 
 
 def workloads(records: Sequence[Record]) -> list[list[Record]]:
@@ -79,7 +79,9 @@ def imprint(run: Run, rows: Sequence[Row]) -> str:
     shared = shared_words(rows)
     masks = sorted({row.record.mask for row in rows if row.record.mask})
     baselines = sorted({row.record.baseline for row in rows if row.record.baseline})
-    throttled = [row.label for row in rows if row.record.throttled]
+    doubtful = [row for row in rows if row.record.doubt]
+    throttled = [row.label for row in doubtful if row.record.throttled]
+    disturbed = [row.label for row in doubtful if not row.record.throttled]
     cpu = run.machine.get("cpu") or {}
     facts = [
         *(part for part in _name(record) if all(part in _name(other) for other in workloads)),
@@ -91,6 +93,7 @@ def imprint(run: Run, rows: Sequence[Row]) -> str:
         record.inputs and f"inputs {record.inputs}",
         baselines and f"dense: {', '.join(baselines)}",
         throttled and f"clock held down during {_some(throttled)}",
+        disturbed and f"disturbed: {_some(disturbed)}",
         run.machine.get("gpu") or cpu.get("brand_raw"),
         # a day tells runs apart
         run.datetime.partition("T")[0],
@@ -101,8 +104,8 @@ def imprint(run: Run, rows: Sequence[Row]) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    more = len(names) - _MOST_THROTTLED
-    return ", ".join(names[:_MOST_THROTTLED]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - _MOST_DOUBTFUL
+    return ", ".join(names[:_MOST_DOUBTFUL]) + (f" and {more} more" if more > 0 else "")
 
 
 def samples(rows: Sequence[Row]) -> str:

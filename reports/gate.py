@@ -164,7 +164,9 @@ class _Arm:
         found = []
         for metric in metrics:
             if metric.name == "time":
-                samples = (self.shown.workload, *map(dense_samples, (*self.new, *old)))
+                # dense goes on for some arms longer than for others; the first sample they have in common
+                first = [(dense_samples(one) or (None,))[0] for one in (*self.new, *old)]
+                samples = (self.shown.workload, *first)
                 if samples in known:
                     continue
                 known.add(samples)

@@ -289,17 +289,21 @@ def _speedup(records: Sequence[Record]) -> str:
 
 def dense_samples(record: Record) -> Sequence[float] | None:
     """Seconds of dense attention in the arm's rounds."""
-    samples = record.samples_s if record.method == DENSE else record.baseline_samples_s
+    return record.samples_s if record.method == DENSE else record.baseline_samples_s
+
+
+def _sound_dense(record: Record) -> Sequence[float] | None:
+    samples = dense_samples(record)
     return samples and record.sound(samples)
 
 
 def _dense_speed(record: Record) -> Sequence[float] | None:
-    samples = dense_samples(record)
+    samples = _sound_dense(record)
     return samples and [-math.log(sample) for sample in samples]
 
 
 def _dense_time(records: Sequence[Record]) -> str:
-    return seconds(_median(records, dense_samples))
+    return seconds(_median(records, _sound_dense))
 
 
 def _thrift(record: Record) -> Sequence[float] | None:
@@ -310,7 +314,7 @@ def _thrift(record: Record) -> Sequence[float] | None:
 
 
 def _energy(records: Sequence[Record]) -> str:
-    return f"{_median(records, lambda record: record.energy_j):.4g} J"
+    return f"{_median(records, lambda record: record.energy_j and record.sound(record.energy_j)):.4g} J"
 
 
 def _median(records: Sequence[Record], read: Callable[[Record], Sequence[float] | None]) -> float:

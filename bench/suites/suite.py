@@ -26,6 +26,11 @@ def _any_time(round_: int) -> bool:
     return True
 
 
+def _never() -> bool:
+    """Time does not end."""
+    return False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Kept:
     """Rounds that are finished, of a suite whose arms take long.
@@ -46,12 +51,13 @@ class Job:
     Args:
         workload: what runs.
         rounds: videos an arm, where there are videos.
-        most, interval: of the suites that have samples of calls: `--rounds` and `--interval`, where they are given.
+        most, interval: of the suites without videos: `--rounds` and `--interval`, where they are given.
         artifacts: folder for the data of the report's pictures; None leaves them out.
         console: shows how far the work is.
         open: what the arms of the workload share; opened once for all suites.
         kept: rounds that need not be repeated.
         more: whether there is time for a round, by its number; asked before each.
+        spent: whether the time has passed: then an arm has no more samples of calls than the least.
     """
 
     workload: Workload
@@ -61,6 +67,7 @@ class Job:
     open: Callable[[], Context]
     kept: Kept = field(default_factory=Kept)
     more: Callable[[int], bool] = _any_time
+    spent: Callable[[], bool] = _never
     most: int | None = None
     interval: float | None = None
 
@@ -70,7 +77,7 @@ class Job:
         Args:
             least: rounds of every arm, which is the suite's to say.
         """
-        return Goal.of(least, most=self.most, interval=self.interval, device=self.workload.device)
+        return Goal.of(least, most=self.most, interval=self.interval, device=self.workload.device, spent=self.spent)
 
 
 @runtime_checkable

@@ -31,6 +31,42 @@ def test_a_sample_is_the_mean_over_the_probes(fakes: Any) -> None:
     assert records[DENSE].baseline_samples_s is None
 
 
+def drifting(rounds: int, start: float, end: float) -> list[float]:
+    """Times of an arm, round by round, that drift from one to another; each a hundredth up, then one down."""
+    return [
+        (start + (end - start) * i / (rounds - 1)) * (1.01 if i % 2 else 0.99) for i in range(rounds)
+    ]  # fmt: skip
+
+
+def test_rounds_end_by_the_interval_or_after_the_most_however_the_clock_drifts(
+    fakes: Any, by_round: Callable[..., list[float]]
+) -> None:
+    goal = Goal(least=10, most=50, interval=0.03)
+    # the device slows down by half: both alike, and so their ratio stays
+    dense = by_round(CHECKED, A_ROUND, [2.0] * WARM_UP + drifting(50, 2.0, 3.0))
+    alike = by_round(CHECKED, A_ROUND, [1.0] * WARM_UP + [one / 2 for one in drifting(50, 2.0, 3.0)])
+    # this one alone, which is no noise that more rounds would average out
+    alone = by_round(CHECKED, A_ROUND, [1.0] * WARM_UP + drifting(50, 1.0, 3.0))
+    arms = [fakes.arm("dense", dense), fakes.arm("alike", alike), fakes.arm("alone", alone)]
+    records = dict(run(fakes.context(), arms, goal=goal))
+    assert [len(records[arm].samples_s or ()) for arm in arms] == [50, 10, 50]
+    assert [records[arm].interval_reached for arm in arms] == [None, True, False]
+    assert records[arms[1]].speedup is not None
+    assert records[arms[1]].speedup.median == pytest.approx(2.0)
+    assert "timing attention, 10 to 50 rounds of 3 arms" in fakes.said
+
+
+def test_when_the_time_has_passed_what_there_is_is_recorded(fakes: Any, by_round: Callable[..., list[float]]) -> None:
+    alone = by_round(CHECKED, A_ROUND, [1.0] * WARM_UP + drifting(50, 1.0, 3.0))
+    arms = [fakes.arm("dense"), fakes.arm("alone", alone)]
+    goal = Goal(least=10, most=50, interval=0.03, spent=lambda: fakes.clock.now > 200)
+    records = dict(run(fakes.context(), arms, goal=goal))
+    counts = {len(records[arm].samples_s or ()) for arm in arms}
+    assert counts == {len(records[arms[1]].baseline_samples_s or ())}
+    assert 10 < counts.pop() < 50
+    assert records[arms[1]].interval_reached is False
+
+
 def test_every_round_begins_a_new_video(fakes: Any) -> None:
     # planning takes one second more at every call of a video: two first calls, then 3, 4 and 5 seconds
     arms = [fakes.arm("dense"), fakes.arm("tires", tires=True)]

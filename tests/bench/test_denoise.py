@@ -49,6 +49,35 @@ def test_times_and_videos_are_compared_with_dense_ones_of_the_same_round(
     assert max(record.ssim) < 1
 
 
+def test_as_many_videos_are_made_as_are_asked_for_and_one_of_each_arm_that_is_not_timed(fakes: Any) -> None:
+    # however soon a speedup is known: fidelity is of all videos
+    arms = [fakes.arm("dense"), fakes.arm("sparse", [0.5])]
+    for faithful in (True, False):
+        made, said = len(fakes.videos), len(fakes.said)
+        context = replace(fakes.context(prompts=32), faithful=faithful)
+        records = dict(run(context, arms, rounds=32, artifacts=None))
+        assert [len(records[arm].samples_s or ()) for arm in arms] == [32, 32]
+        assert len(fakes.videos) - made == 2 * 32 + 2
+        # and each of them has its line
+        assert sum("video" in line for line in fakes.said[said:]) == 2 * 32 + 2
+
+
+def test_when_there_is_no_time_for_more_rounds_those_that_there_are_are_recorded(fakes: Any) -> None:
+    # every video takes longer than the one before
+    slower = [float(i) for i in range(1, 1000)]
+    arms = [fakes.arm("dense", slower), fakes.arm("sparse", slower)]
+    records = dict(
+        run(fakes.context(prompts=32), arms, rounds=32, artifacts=None, more=lambda round_: fakes.clock.now < 10_000)
+    )
+    counts = [len(records[arm].samples_s or ()) for arm in arms]
+    assert 6 < counts[0] == counts[1] < 32
+    sparse = records[arms[1]]
+    assert len(sparse.psnr_db or ()) == len(sparse.prompts or ()) == counts[0]
+    assert sparse.speedup is not None
+    # of videos no interval was asked for
+    assert sparse.interval_target is None
+
+
 def test_rounds_have_the_noise_of_their_workloads_seed(fakes: Any) -> None:
     seen: list[int] = []
 

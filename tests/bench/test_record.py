@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from calibatt.bench.record import Record, UnusableFile, load_run, plain
+from calibatt.bench.record import Record, Telemetry, UnusableFile, load_run, plain
 
 WHAT: dict[str, Any] = {"suite": "denoise", "model": "shapes", "method": "radial", "kernel": "flex"}
 TIMED: dict[str, Any] = {**WHAT, "outcome": "ok", "samples_s": (1.0, 1.1), "baseline_samples_s": (2.0, 2.2)}
@@ -37,6 +37,50 @@ def test_whether_the_interval_was_reached_follows_from_the_samples(target: float
     # what a file says of it has no say
     assert Record.from_extra_info({**info, "interval_reached": not reached}) == record
     assert Record(**{**TIMED, "baseline_samples_s": None}, interval_target=0.03).interval_reached is None
+
+
+CPU_READ, GPU_READ = Telemetry(readings=1, load=0.9, disturbed=0.3), Telemetry(readings=1, disturbed=0.3)
+
+
+@pytest.mark.parametrize(
+    ("facts", "doubt", "sound"),
+    [
+        # a median stands while fewer than half are wrong
+        ({"spoilt": (True, False, False), "throttled": True}, None, 2),
+        ({"spoilt": (True, False, False, True), "throttled": True}, "throttled", 4),
+        ({"spoilt": (False,) * 4, "disturbed": 0.04}, None, 4),
+        # where half are marked, the share of the whole may be small
+        (
+            {"spoilt": (True, True, False), "disturbed": 0.04, "telemetry": CPU_READ},
+            "disturbed: others had 4% of the CPUs", 3,
+        ),
+        ({"spoilt": (True, True), "disturbed": 0.3, "telemetry": GPU_READ}, "disturbed: others had 30% of the GPU", 2),
+        # older files mark no samples
+        ({"disturbed": 0.04, "throttled": False}, None, 3),
+        ({"disturbed": 0.06}, "disturbed: others had 6% of the CPUs", 3),
+        ({"throttled": True}, "throttled", 3),
+    ],
+)  # fmt: skip
+def test_a_few_spoilt_samples_are_left_out_and_many_make_all_doubtful(
+    facts: dict[str, Any], doubt: str | None, sound: int
+) -> None:
+    count = len(facts.get("spoilt", (1, 2, 3)))
+    times = tuple(map(float, range(1, count + 1)))
+    record = Record(**{**TIMED, "samples_s": times, "baseline_samples_s": times}, **facts)
+    assert record.doubt == doubt
+    kept = record.sound(times)
+    assert len(kept) == sound
+    marks = facts.get("spoilt", ())
+    assert kept == times or kept == tuple(one for one, mark in zip(times, marks, strict=True) if not mark)
+    assert Record.from_extra_info(record.to_extra_info()) == record
+
+
+@pytest.mark.parametrize("spoilt", [(True,), (True, False, False)])
+def test_every_sample_is_marked_or_none(spoilt: tuple[bool, ...]) -> None:
+    with pytest.raises(ValueError, match="not every sample is marked"):
+        Record(**TIMED, spoilt=spoilt)
+    with pytest.raises(ValueError, match="not every sample is marked"):
+        Record(**TIMED, spoilt=(True, False), energy_j=(1.0, 2.0, 3.0))
 
 
 def test_a_file_gives_back_the_records_it_was_made_of(tmp_path: Path) -> None:

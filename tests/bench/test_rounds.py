@@ -111,5 +111,9 @@ def test_there_is_time_for_a_round_that_takes_as_long_as_the_longest(monkeypatch
     assert limit.more()
     now[0] = 145
     assert not limit.more()
+    assert not limit.over
+    now[0] = 160
+    assert limit.over
     now[0] = 1e9
     assert endless.more()
+    assert not endless.over

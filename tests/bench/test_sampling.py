@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import count, islice
 
 import pytest
@@ -70,6 +71,32 @@ def test_what_ends_the_rounds_is_the_interval_of_the_record() -> None:
             assert course.partner is not None
             shorter = Course(goal=GOAL, partner=course.partner, seconds=course.seconds[:before])
             assert not shorter.reached
+
+
+def test_once_the_time_has_passed_an_arm_has_no_more_than_the_least() -> None:
+    made = Counter[str]()
+
+    def counted(arm: str, seconds: float) -> Callable[[], float]:
+        time = noisy(seconds, 0.5, int(seconds))
+
+        def take() -> float:
+            made[arm] += 1
+            return time()
+
+        return take
+
+    def limited(after: int) -> list[int]:
+        made.clear()
+        goal = replace(GOAL, spent=lambda: made["a"] >= after)
+        courses = sampled({"dense": counted("dense", 2), "a": counted("a", 1)}, goal)
+        records = [record(course) for course in courses.values()]
+        assert records[1].interval_reached is False
+        assert records[1].speedup is not None
+        return [len(one.samples_s or ()) for one in records]
+
+    # however little there is, and else at the next look
+    assert limited(0) == [GOAL.least] * 2
+    assert limited(GOAL.least + 8) in ([GOAL.least + LOOK_EVERY] * 2, [GOAL.least + 2 * LOOK_EVERY] * 2)
 
 
 def test_without_what_it_is_paired_with_an_arm_stops_after_the_least_rounds() -> None:

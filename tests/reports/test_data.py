@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from calibatt.bench.record import Record, load_run
+from calibatt.bench.record import Record, Telemetry, load_run
 from calibatt.reports.data import records_csv, records_json
 from calibatt.reports.tables import for_terminals, latex
 
@@ -42,6 +42,18 @@ def test_the_csv_has_a_line_an_arm_with_its_figures(full_run: Path) -> None:
     assert float(lines[0]["phases_s.plan_median"]) > 0
     # nothing has energy
     assert not [name for name in lines[0] if name.startswith("energy")]
+
+
+def test_the_csv_has_what_was_read_and_how_many_samples_were_spoilt(
+    write_run: Callable[..., Path], make: SimpleNamespace
+) -> None:
+    read = Telemetry(readings=4, clock_mhz=1000.0, throttled=True, reasons=("HwSlowdown",))
+    marks = (True, False, False, True, False, False)
+    records = [make.dense_arm(), make.arm("radial", telemetry=read, spoilt=marks, throttled=True)]
+    without, line = csv.DictReader(io.StringIO(records_csv([load_run(write_run(records))])))
+    assert (line["telemetry.readings"], line["telemetry.clock_mhz"], line["spoilt"]) == ("4", "1000.0", "2")
+    assert (without["telemetry.readings"], without["spoilt"]) == ("", "")
+    assert not [name for name in line if "reasons" in name or "power" in name]
 
 
 @pytest.mark.parametrize("text", ["=1+1", "@x", '-2,"3"\n4'])

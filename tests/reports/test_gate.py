@@ -298,6 +298,72 @@ def test_times_that_something_spoilt_are_neither_passed_nor_failed(
     assert _code(judge(unlike, _run(steady, machine=FULL))) == ExitCode.REGRESSION
 
 
+def _in_part(make: SimpleNamespace, rounds: int, spoilt: int, ratio: float, amiss: float, **more: Any) -> Record:
+    """An arm so many times faster than dense, of whose rounds the first few are marked and have another ratio."""
+    baseline = (amiss,) * spoilt + (ratio,) * (rounds - spoilt)
+    marks = tuple(i < spoilt for i in range(rounds))
+    facts = {"baseline_samples_s": baseline, "spoilt": marks, "throttled": True, "prompts": None, **more}
+    return _steady(make, ratio, rounds, **facts)
+
+
+def test_spoilt_samples_have_no_say_and_are_counted(make: SimpleNamespace) -> None:
+    before = _run(_steady(make, 1.3, 20, prompts=None))
+    for ratio, amiss, code in ((1.3, 0.2, ExitCode.PASS), (1.0, 2.6, ExitCode.REGRESSION)):
+        now = _in_part(make, 20, 9, ratio, amiss)
+        assert now.doubt is None
+        verdict = judge(_run(now), before, metrics=choose("speedup", mde="50%"))
+        assert _code(verdict) == code
+        assert (
+            f"speedup {ratio - 0.001:.3f}, was 1.299 (9 samples throttled or disturbed: left out)" in verdict.lines[0]
+        )
+        # unmarked, the same samples would decide otherwise
+        unmarked = judge(_run(replace(now, spoilt=None, throttled=None)), before, metrics=choose("speedup", mde="50%"))
+        assert _code(unmarked) != code
+    one = judge(_run(_in_part(make, 20, 1, 1.3, 0.2)), before)
+    assert "(1 sample throttled or disturbed: left out)" in one.lines[0]
+
+
+def test_where_too_few_sound_samples_stay_the_gate_cannot_tell(make: SimpleNamespace) -> None:
+    before = _run(_steady(make, 1.3, 6, prompts=None))
+    for ratio in (1.3, 1.0):
+        # five would do
+        assert _code(judge(_run(_steady(make, ratio, 5, prompts=None)), before)) != ExitCode.INCONCLUSIVE
+        verdict = judge(_run(_in_part(make, 5, 2, ratio, ratio)), before, metrics=choose("speedup", mde="50%"))
+        assert _code(verdict) == ExitCode.INCONCLUSIVE
+        assert "too few rounds" in verdict.lines[0]
+    # and where half are spoilt, all of them are left out
+    verdict = judge(_run(_in_part(make, 20, 10, 1.0, 1.0)), before, metrics=choose("speedup", mde="50%"))
+    assert _code(verdict) == ExitCode.INCONCLUSIVE
+    assert "this run was throttled" in verdict.lines[0]
+
+
+def test_spoilt_samples_of_dense_times_and_energy_have_no_say_either(make: SimpleNamespace) -> None:
+    facts = {"rounds": 20, "prompts": None}
+    dense = make.dense_arm(**facts, energy_j=(5.0,) * 20)
+    slow = tuple(9.0 * one if i < 9 else one for i, one in enumerate(dense.samples_s))
+    hot = replace(
+        dense, samples_s=slow, energy_j=(50.0,) * 9 + (5.0,) * 11, spoilt=(True,) * 9 + (False,) * 11, throttled=True
+    )
+    verdict = judge(_run(hot, machine=FULL), _run(dense, machine=FULL), metrics=choose("time,energy"))
+    assert _code(verdict) == ExitCode.PASS
+    assert "energy 5 J, was 5 J" in verdict.lines[0]
+    assert verdict.lines[0].count("9 samples throttled or disturbed: left out") == 2
+
+
+def test_dense_times_that_go_on_longer_for_some_arms_are_compared_once(make: SimpleNamespace) -> None:
+    dense = make.dense_arm(rounds=20, prompts=None)
+    samples = dense.samples_s
+    arms = [
+        make.arm(
+            "calibatt", preset=f"p{count}", rounds=count, prompts=None, baseline_samples_s=samples[:count],
+            samples_s=(1.0,) * count,
+        )
+        for count in (10, 15, 20)
+    ]  # fmt: skip
+    run = _run(dense, *arms, machine=FULL)
+    assert ["dense time" in line for line in judge(run, run).lines[:4]] == [True, False, False, False]
+
+
 def test_a_little_that_others_do_spoils_nothing(make: SimpleNamespace) -> None:
     run = _run(_steady(make, 1.3, disturbed=0.05, throttled=False), machine=FULL)
     assert _code(judge(run, run)) == ExitCode.PASS

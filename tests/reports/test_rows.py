@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from calibatt.bench.record import MARKERS, Record
+from calibatt.bench.record import MARKERS, Record, Telemetry
 from calibatt.reports.columns import COLUMNS
 from calibatt.reports.rows import COLOURS, GLYPHS, labels, look, rows, shared_words, short
 
@@ -61,3 +61,28 @@ def test_a_table_says_how_many_samples_there_are_and_whether_they_were_enough(ma
     times = {"samples_s": (1.0,) * 6, "baseline_samples_s": (1.95, 1.99, 2.0, 2.0, 2.01, 2.05)}
     arms = rows([make.arm("radial", **times, interval_target=target) for target in (0.03, 0.01, None)])
     assert [column.read(arm) for arm in arms] == ["6, ±3 %", "6, ±1 % not reached", ""]
+    marked = {"spoilt": (True, False, True, False, False, False), "throttled": True}
+    arms = rows([make.arm("radial", **times, **marked, interval_target=target) for target in (0.01, None)])
+    said = "2 throttled or disturbed"
+    assert [column.read(arm) for arm in arms] == [f"6, ±1 % not reached, {said}", f"6, {said}"]
+
+
+def test_columns_show_what_was_read_while_the_samples_were_taken(make: SimpleNamespace) -> None:
+    read = Telemetry(
+        readings=9, clock_mhz=1755, lowest_clock_mhz=1200, power_w=612.4, temperature_c=71, throttled=True,
+        reasons=("SwPowerCap", "HwSlowdown"), disturbed=0.25, others={"cc1plus": 0.2, "X": 0.05},
+    )  # fmt: skip
+    arms = rows(
+        [
+            make.arm("radial", telemetry=read, disturbed=0.25, throttled=True),
+            # as older files have it
+            make.arm("sparge", clocks_mhz=(1700.0, 1710.0, 1720.0)),
+            make.arm("sta"),
+        ]
+    )
+    shown = {one.title: [one.read(arm) for arm in arms] for one in COLUMNS}
+    assert shown["clock MHz"] == ["1755 (1200)", "1710", ""]
+    assert shown["power W"] == ["612", "", ""]
+    assert shown["heat °C"] == ["71", "", ""]
+    assert shown["held down by"] == ["SwPowerCap, HwSlowdown", "", ""]
+    assert shown["others had"] == ["25.0%, cc1plus 20%, X 5%", "", ""]
