@@ -256,7 +256,7 @@ class Options:
             _whole(_MOST_ROUNDS),
             f"videos per arm, of which an interval needs at least 6; default: {VIDEOS}. In the other suites the most "
             "samples an arm, where that is more than the least (20; 10 of kernels and at large models' sizes); there "
-            "the default is five times the least",
+            "the default is five times the least, as far as two minutes suffice",
         )
     )
     interval: float | None = field(
@@ -270,7 +270,7 @@ class Options:
         metadata=_option(
             _seconds,
             "seconds after which no further round of videos begins; repeating the command goes on from there. In the "
-            "other suites arms have no more than the least samples then",
+            "other suites no arm has more than the least samples then",
         )
     )
     calibration_prompts: int = field(

@@ -31,10 +31,9 @@ class TimeLimit:
         self._last: float | None = None
         self._longest = 0.0
 
-    @property
-    def over(self) -> bool:
-        """Whether the time has passed."""
-        return time.monotonic() >= self._end
+    def left_s(self) -> float:
+        """Seconds until the end; less than none where it has passed."""
+        return self._end - time.monotonic()
 
     def more(self) -> bool:
         """Asked before each round."""

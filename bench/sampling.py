@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -23,10 +24,18 @@ INTERVALS = {"cpu": 0.03, "cuda": 0.01}
 LOOK_EVERY = 5
 # as often as an interval of a given width needs where the noise is 2.2 times as strong: it shrinks by the root
 _MOST_TIMES_LEAST = 5
+# the least rounds of attention in `tox -e bench` take 48 s on two cores (bench/results/cpu/quick.json: five arms, eight
+# calls a turn): with this, the whole stays within ten minutes
+_BUDGET_S = 120.0
 # to see that times do not fall any more takes two rounds; what has not settled after five drifts, and goes on drifting
 _LEAST_WARM_UP, _MOST_WARM_UP = 2, 5
 # a fall that counts, as a share: of a speedup, the gate must find as much (reports/gate_metrics.py)
 _FALL = 0.05
+
+
+def endless() -> float:
+    """Seconds that are left where nobody said how many there are."""
+    return math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +47,16 @@ class Goal:
         most: rounds after which an arm stops, whether its speedup is known or not.
         interval: half the width that the interval of the paired speedup may have, as a share of the speedup; None for
             as many rounds as there may be.
-        spent: whether there is no time for more than the least; asked as often as the interval is looked at.
+        seconds: from the first sample on, after which no arm has more than the least rounds; that they have passed is
+            found out as often as the interval is looked at.
+        left_s: seconds that a run has left, when its first sample is taken; ends the rounds likewise.
     """
 
     least: int
     most: int
     interval: float | None
-    spent: Callable[[], bool] = field(default=lambda: False, compare=False)
+    seconds: float = math.inf
+    left_s: Callable[[], float] = field(default=endless, compare=False)
 
     @classmethod
     def of(
@@ -54,22 +66,23 @@ class Goal:
         most: int | None,
         interval: float | None,
         device: torch.device,
-        spent: Callable[[], bool] = lambda: False,
+        left_s: Callable[[], float] = endless,
     ) -> Goal:
         """What is asked for, and where nothing is, the default.
 
         Args:
             least: rounds of every arm.
-            most: where it is more than the least.
+            most: where it is more than the least; without it, there is a time after which there are no more either.
             interval: see above.
             device: where the arms run: a CPU is the noisier one.
-            spent: see above.
+            left_s: see above.
         """
         return cls(
             least=least,
             most=max(least, _MOST_TIMES_LEAST * least if most is None else most),
             interval=INTERVALS[device.type] if interval is None else interval,
-            spent=spent,
+            seconds=_BUDGET_S if most is None else math.inf,
+            left_s=left_s,
         )
 
     def __str__(self) -> str:
@@ -181,9 +194,10 @@ def take_samples(
         # without another arm that needs it, there is nothing to go on for
         if len(known) == len(others):
             resting.add(partner)
-        if goal.spent():
+        if perf_counter() >= end:
             resting.update(arms)
 
+    end = perf_counter() + min(goal.seconds, goal.left_s())
     with Watch(device) as watch:
         take_turns(
             arms, goal.most, sample, more=lambda round_: not set(arms) <= resting | set(failures), after=look,

@@ -180,7 +180,7 @@ class BenchSession:
         job = Job(
             workload=workload, rounds=self._settings.rounds, artifacts=self._settings.artifacts, console=self._console,
             open=partial(self._open, workload), kept=self._kept(suite, workload),
-            more=partial(self._more, suite, workload), spent=lambda: self._limit.over, most=self._settings.most,
+            more=partial(self._more, suite, workload), left_s=self._limit.left_s, most=self._settings.most,
             interval=self._settings.interval,
         )  # fmt: skip
         for arm, measured in self._suites[suite].measure(job, arms):

@@ -24,7 +24,7 @@ from calibatt.bench.record import Telemetry
 
 # ten a second of a GPU: its driver renews most figures no more often. Two of a CPU, whose system counts in hundredths
 # of a second; what the latter cost is in docs/decisions.md
-_PERIODS_S = {"cuda": 0.1, "cpu": 0.5}
+PERIODS_S = {"cuda": 0.1, "cpu": 0.5}
 
 
 # a sample's seconds, and what was read meanwhile
@@ -62,7 +62,7 @@ class Watch:
 
     def __init__(self, device: torch.device, reader: Reader | None = None) -> None:
         self._reader = reader_of(device) if reader is None else reader
-        self._period = _PERIODS_S[device.type]
+        self._period = PERIODS_S[device.type]
         self._patient = device.type == "cpu"
         self._lock = threading.Lock()
         self._over = threading.Event()

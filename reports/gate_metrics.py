@@ -11,7 +11,7 @@ from enum import IntEnum
 from types import MappingProxyType
 from typing import Any
 
-from calibatt.bench.record import Record
+from calibatt.bench.record import Record, Samples
 from calibatt.bench.statistics import Shift, shift_of_runs
 from calibatt.reports.columns import seconds
 from calibatt.reports.rows import DENSE
@@ -287,7 +287,7 @@ def _speedup(records: Sequence[Record]) -> str:
     return f"{math.exp(_median(records, speedups)):.3f}"
 
 
-def dense_samples(record: Record) -> Sequence[float] | None:
+def dense_samples(record: Record) -> Samples | None:
     """Seconds of dense attention in the arm's rounds."""
     return record.samples_s if record.method == DENSE else record.baseline_samples_s
 

@@ -13,7 +13,7 @@ from calibatt.bench.context import Context
 from calibatt.bench.options import Options
 from calibatt.bench.record import Record
 from calibatt.bench.record import Suite as SuiteName
-from calibatt.bench.sampling import Goal
+from calibatt.bench.sampling import Goal, endless
 from calibatt.bench.video import Round, Rounds
 
 
@@ -24,11 +24,6 @@ def _forget(rounds: Rounds) -> None:
 def _any_time(round_: int) -> bool:
     """There is time for every round."""
     return True
-
-
-def _never() -> bool:
-    """Time does not end."""
-    return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,7 +52,7 @@ class Job:
         open: what the arms of the workload share; opened once for all suites.
         kept: rounds that need not be repeated.
         more: whether there is time for a round, by its number; asked before each.
-        spent: whether the time has passed: then an arm has no more samples of calls than the least.
+        left_s: seconds until the time given is over, whenever it is asked.
     """
 
     workload: Workload
@@ -67,7 +62,7 @@ class Job:
     open: Callable[[], Context]
     kept: Kept = field(default_factory=Kept)
     more: Callable[[int], bool] = _any_time
-    spent: Callable[[], bool] = _never
+    left_s: Callable[[], float] = endless
     most: int | None = None
     interval: float | None = None
 
@@ -77,7 +72,7 @@ class Job:
         Args:
             least: rounds of every arm, which is the suite's to say.
         """
-        return Goal.of(least, most=self.most, interval=self.interval, device=self.workload.device, spent=self.spent)
+        return Goal.of(least, most=self.most, interval=self.interval, device=self.workload.device, left_s=self.left_s)
 
 
 @runtime_checkable

@@ -179,7 +179,8 @@ def site(step: int, layer: int, branch: Any = "cond") -> Site:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The time that the benchmark reads."""
     clock = Clock()
-    monkeypatch.setattr("calibatt.bench.timer.perf_counter", clock)
+    for module in ("timer", "sampling"):
+        monkeypatch.setattr(f"calibatt.bench.{module}.perf_counter", clock)
     # what others do meanwhile is no part of these tests
     for module in ("sampling", "suites.denoise"):
         monkeypatch.setattr(f"calibatt.bench.{module}.Watch", GivenWatch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from calibatt.bench import cpu_load
 from calibatt.bench.cpu_load import CpuReader, Load, children, disturbance, load, usable_cpus
+from calibatt.bench.telemetry import PERIODS_S
 
 BUSY = "import time\nend = time.monotonic() + 60\nwhile time.monotonic() < end: pass"
 
@@ -145,3 +147,13 @@ def test_a_child_that_begins_meanwhile_is_no_other(monkeypatch: pytest.MonkeyPat
         reader.read()
     # where counters stand still, nobody is looked for
     assert len(seen) == 1 or seen[1].own_s - seen[0].own_s >= 0.5
+
+
+def test_readings_take_less_than_a_thousandth_of_a_core() -> None:
+    reader, taken = CpuReader(), []
+    for _ in range(20):
+        start = time.process_time()
+        for _ in range(10):
+            reader.read()
+        taken.append((time.process_time() - start) / 10)
+    assert statistics.median(taken) / PERIODS_S["cpu"] < 0.001

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import count, islice
+from typing import Any
 
 import pytest
 import torch
@@ -73,30 +74,22 @@ def test_what_ends_the_rounds_is_the_interval_of_the_record() -> None:
             assert not shorter.reached
 
 
-def test_once_the_time_has_passed_an_arm_has_no_more_than_the_least() -> None:
-    made = Counter[str]()
+@pytest.mark.parametrize(("seconds", "rounds"), [(0, 10), (29, 10), (31, 15), (44, 15), (46, 20), (1e9, 50)])
+def test_once_the_time_has_passed_no_arm_has_more_than_the_least(clock: Any, seconds: float, rounds: int) -> None:
+    draws = [random.Random(seed) for seed in range(2)]
 
-    def counted(arm: str, seconds: float) -> Callable[[], float]:
-        time = noisy(seconds, 0.5, int(seconds))
+    def turn(arm: str) -> Sample:
+        # a round takes three seconds, whatever its times are
+        clock.now += 2.0 if arm == "dense" else 1.0
+        return Sample(seconds=draws[arm == "dense"].lognormvariate(0, 0.5))
 
-        def take() -> float:
-            made[arm] += 1
-            return time()
-
-        return take
-
-    def limited(after: int) -> list[int]:
-        made.clear()
-        goal = replace(GOAL, spent=lambda: made["a"] >= after)
-        courses = sampled({"dense": counted("dense", 2), "a": counted("a", 1)}, goal)
-        records = [record(course) for course in courses.values()]
-        assert records[1].interval_reached is False
-        assert records[1].speedup is not None
-        return [len(one.samples_s or ()) for one in records]
-
-    # however little there is, and else at the next look
-    assert limited(0) == [GOAL.least] * 2
-    assert limited(GOAL.least + 8) in ([GOAL.least + LOOK_EVERY] * 2, [GOAL.least + 2 * LOOK_EVERY] * 2)
+    # whether it is that of the suite or what the run has left, of which warming up takes some
+    for goal in (replace(GOAL, seconds=seconds), replace(GOAL, left_s=lambda: seconds)):
+        courses = take_samples(["dense", "a"], turn, goal, CPU, partner="dense")
+        dense, a = map(record, courses.values())
+        assert len(dense.samples_s or ()) == len(a.samples_s or ()) == rounds
+        assert a.interval_reached is False
+        assert a.speedup is not None
 
 
 def test_without_what_it_is_paired_with_an_arm_stops_after_the_least_rounds() -> None:
@@ -160,10 +153,12 @@ def test_an_arm_that_fails_while_it_warms_up_has_no_more_turns() -> None:
 
 
 def test_defaults_are_the_devices_and_what_is_given_is_never_below_the_least() -> None:
-    assert Goal.of(20, most=None, interval=None, device=CPU) == Goal(least=20, most=100, interval=0.03)
+    assert Goal.of(20, most=None, interval=None, device=CPU) == Goal(least=20, most=100, interval=0.03, seconds=120)
     assert Goal.of(20, most=None, interval=None, device=torch.device("cuda")).interval == 0.01
     assert Goal.of(20, most=6, interval=0.5, device=CPU) == Goal(least=20, most=20, interval=0.5)
-    assert Goal.of(10, most=32, interval=None, device=CPU).most == 32
+    # who says how many has as many, unless the time ends
+    assert Goal.of(10, most=32, interval=None, device=CPU) == Goal(least=10, most=32, interval=0.03)
+    assert Goal.of(10, most=32, interval=None, device=CPU, left_s=lambda: -1.0).left_s() == -1
 
 
 def test_looking_costs_little_of_the_confidence(monkeypatch: pytest.MonkeyPatch) -> None:
