@@ -99,7 +99,7 @@ class Ear(Svg2):
         order = error_per_key.masked_fill(heaviest, -1).argsort(dim=-1, descending=True, stable=True)
         cost = cost.gather(-1, order)
         chosen = cost.cumsum(-1) - cost < budget
-        return heaviest | torch.zeros_like(heaviest).scatter_(-1, order, chosen)
+        return torch.zeros_like(heaviest).scatter_(-1, order, chosen).logical_or_(heaviest)
 
 
 def errors_of_means(
@@ -110,8 +110,8 @@ def errors_of_means(
 ) -> Float[Tensor, "heads q_clusters k_clusters"]:
     """What a query would get wrong of each cluster of keys, were all its keys and values their means.
 
-    It is the sum of |exp(q·k/√head_dim) v - exp(q·k̄/√head_dim) v̄|² over the cluster's keys (equation 8 of the paper),
-    over the square of the query's largest exponential. Errors of two keys that are opposite do not cancel.
+    It is the sum of |exp(q·k/√head_dim) v - exp(q·k̄/√head_dim) v̄|² over the cluster's keys (`_error_estimation_kernel`
+    of the original), over the square of the query's largest exponential. Opposite errors of two keys do not cancel.
 
     Args:
         q: queries, of which centroids are asked here.
