@@ -183,10 +183,10 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     """Add the cells without times: pytest-benchmark itself leaves them out."""
-    from calibatt.bench import fingerprint
+    from calibatt.bench.launch import command_line
 
     output_json["untimed"] = [record.to_extra_info() for record in config.stash[_SESSION].untimed]
-    output_json["command"] = fingerprint.command(config.invocation_params.args)
+    output_json["command"] = command_line(config.invocation_params.args)
 
 
 @pytest.fixture

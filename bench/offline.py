@@ -72,8 +72,12 @@ def block_of(arm: Arm, block: tuple[int, int]) -> tuple[int, int] | None:
 
 
 def run_settings(arm: Arm) -> Mapping[str, Any]:
-    """Settings of the arm's method that the run asks for: no dense steps of its own where all arms have the same."""
-    return {} if arm.dense_steps is None else METHODS[arm.method].without_dense
+    """Settings of the arm's method that the run asks for.
+
+    No dense steps of its own where all arms have the same; and how many queries what it learns looks at.
+    """
+    dense = {} if arm.dense_steps is None else METHODS[arm.method].without_dense
+    return dense if arm.query_stride == 1 else {**dense, "query_stride": arm.query_stride}
 
 
 def lesson_of(arm: Arm, block: tuple[int, int], *, turned: Collection[str] = (), **settings: float) -> Lesson | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,10 @@ from calibatt.bench.captured import CapturedVideos
 from calibatt.bench.cells import DENSE, Workload
 from calibatt.bench.console import Console
 from calibatt.bench.context import Context, spread, take_probes
+from calibatt.bench.meter import Meter
 from calibatt.bench.observers import Probe
 from calibatt.bench.offline import Lesson, Offline, learn
+from calibatt.bench.parts import components_timed
 from calibatt.bench.preparation import Preparation
 from calibatt.bench.record import PLANTED
 from calibatt.bench.resampled import ResampledVideos
@@ -91,7 +94,7 @@ def open_workload(
     else:
         log("one dense video to take attention inputs from")
         kernel = dense_kernels(workload.device, workload.dtype, workload.entry.head_dim)[0]
-        probes = take_probes(videos, kernel, prompts.rounds[0], shares)
+        probes = take_probes(videos, kernel, prompts.rounds[0], shares, seed=workload.noise)
     first, heads = probes[0], probes[0].site.geometry.heads
     dense = _baseline(first, preparation, log=log)
     learn = partial(_learn, workload, videos, prompts.calibration, dense, console)
@@ -119,7 +122,7 @@ def open_workload(
         # videos of the model whose size is taken would take longer
         preparation_s=(lambda method: None) if workload.resampled else offline.seconds,
         film=film, alignment=workload.entry.alignment, guidance=workload.entry.guidance,
-        facts=_facts(workload, videos), log=log, faithful=not workload.planted,
+        facts=_facts(workload, videos), log=log, seed=workload.noise, faithful=not workload.planted,
     )  # fmt: skip
 
 
@@ -136,7 +139,7 @@ def _baseline(probe: Probe, preparation: Preparation, *, log: Callable[[str], No
 def probes_of(workload: Workload, prompt: str) -> tuple[Probe, ...]:
     """Inputs of some attention calls of one dense video of a workload, which is needed for nothing else."""
     kernel = dense_kernels(workload.device, workload.dtype, workload.entry.head_dim)[0]
-    return take_probes(_videos(workload)[1], kernel, prompt, _PROBES)
+    return take_probes(_videos(workload)[1], kernel, prompt, _PROBES, seed=workload.noise)
 
 
 def _videos(workload: Workload) -> tuple[Film, Videos]:
@@ -155,7 +158,8 @@ def _videos(workload: Workload) -> tuple[Film, Videos]:
             transformer.compile_repeated_blocks(fullgraph=True)
 
     def film(attention: Attention, prompt: str, seed: int) -> Float[Tensor, "3 frames height width"]:
-        with installed(pipe, attention):
+        parts = components_timed(pipe, attention.timer.phase) if isinstance(attention, Meter) else nullcontext()
+        with installed(pipe, attention), parts:
             return generate(own, pipe, prompt=prompt, resolution=resolution, seed=seed, steps=workload.steps)
 
     videos = DenseVideos(own, pipe, resolution=resolution, steps=workload.steps)

@@ -48,11 +48,11 @@ def _one_of(*choices: str) -> Callable[[str], str]:
     return lambda text: look_up({choice: choice for choice in choices}, text, "choice")
 
 
-def _whole(most: float = math.inf) -> Callable[[str], int]:
+def _whole(most: float = math.inf, least: int = 1) -> Callable[[str], int]:
     def read(text: str) -> int:
         # nine digits: longer ones are no number of anything here
-        if not re.fullmatch(r"\d{1,9}", text) or not 1 <= int(text) <= most:
-            raise ValueError(f"give a whole number from 1 {'up' if math.isinf(most) else f'to {most:,.0f}'}")
+        if not re.fullmatch(r"\d{1,9}", text) or not least <= int(text) <= most:
+            raise ValueError(f"give a whole number from {least} {'up' if math.isinf(most) else f'to {most:,.0f}'}")
         return int(text)
 
     return read
@@ -146,6 +146,14 @@ class Options:
     steps: tuple[int, ...] | None = field(
         metadata=_option(_listed(_whole()), "denoising steps; default: the model's at that resolution")
     )
+    seeds: tuple[int, ...] = field(
+        metadata=_option(
+            _listed(_whole(least=0)),
+            "of the noise of the videos that are measured, and of drawn inputs; prompts, masks and what is learnt stay "
+            "the same",
+            default="0",
+        )
+    )
     kernels: tuple[str, ...] = field(
         metadata=_option(
             _listed(lambda name: look_up(KERNELS, name, "kernel").name), "see `calibatt kernels`", default="default"
@@ -187,9 +195,9 @@ class Options:
     weights: Literal["own", "planted"] = field(
         metadata=_option(
             _one_of("own", "planted"),
-            "of the attention, forward and denoise suites: the model's `own` (a forward pass has random ones), or "
-            "`planted`: a full-size model without a download, with attention structure built in; for time and memory, "
-            "never for fidelity",
+            "of the attention, calibration, forward and denoise suites: the model's `own` (a forward pass has random "
+            "ones), or `planted`: a full-size model without a download, attention structure built in; for time and "
+            "memory, never for fidelity",
             default="own",
         )
     )
@@ -205,7 +213,8 @@ class Options:
         metadata=_option(
             _whole(),
             "run the forward suite: one forward pass of a transformer of the model's shape with this many layers and "
-            "random weights, or planted ones, under masks of --densities; default: no forward suite",
+            "random weights, or planted ones, under masks of --densities; whole videos of planted weights have as many "
+            "layers; default: no forward suite, and the model's layers",
         )
     )
     reused_heads: tuple[float, ...] = field(
@@ -235,6 +244,14 @@ class Options:
     )
     calibration_prompts: int = field(
         metadata=_option(_whole(_MOST_ROUNDS), "number of prompts to calibrate on", default="4")
+    )
+    query_strides: tuple[int, ...] = field(
+        metadata=_option(
+            _listed(_whole()),
+            "of the calibration suite: of so many queries, what is learnt looks at one; 1 is all, which the masks of "
+            "others are compared with",
+            default="1",
+        )
     )
     calibration: Path | None = field(
         metadata=_option(_file, "a file of `calibatt calibrate`, to use in place of calibrating")
@@ -298,7 +315,7 @@ class Options:
         return self.dense_steps or 0.0, self.dense_layers or 0.0
 
     def workloads(self) -> list[Workload]:
-        """Every model at every resolution and number of steps.
+        """Every model at every resolution, number of steps and seed.
 
         Raises:
             ValueError: a model has no such resolution, none that inputs can be resampled to or were captured at, or
@@ -322,8 +339,10 @@ class Options:
                     Workload(
                         model=model, resolution=resolution, steps=steps, device=device, resampled=self.resampled,
                         captures=self.captures, planted=self.planted,
+                        layers=self.layers or 0 if self.planted else 0, seed=seed,
                     )
                     for steps in every
+                    for seed in self.seeds
                 ]  # fmt: skip
         return found
 
@@ -333,11 +352,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_options(add: Callable[..., None]) -> None:
+def add_options(add: Callable[..., object]) -> None:
     """Declare every option.
 
     Args:
-        add: a group's `addoption`.
+        add: a group's `addoption`, or a parser's `add_argument`.
     """
     for one in fields(Options):
         default = one.metadata["default"]

@@ -30,7 +30,7 @@ _LONGEST_LINE = 300
 _LONGEST_NAME = 70
 # commands that read result files
 _READERS = ("report", "gate", "compare", "merge")
-# where a package is imported by another name than it is installed by
+# where a package is imported by quite another name than it is installed by
 _DISTRIBUTIONS = {"skimage": "scikit-image", "pynvml": "nvidia-ml-py"}
 
 
@@ -78,7 +78,7 @@ def _failed(command: str, error: Exception) -> int:
 def _extra_with(error: ModuleNotFoundError, command: str) -> str | None:
     """The extra that brings what a command lacks; None where none does."""
     module = (error.name or "").partition(".")[0]
-    wanted = _DISTRIBUTIONS.get(module, module)
+    wanted = _DISTRIBUTIONS.get(module, module.replace("_", "-"))
     # such as: matplotlib>=3.9; extra == "report"
     brought = (re.match(r"""([\w-]+).*; extra == ['"](\w+)""", line) for line in requires("calibatt") or ())
     extras = [one[2] for one in brought if one and one[1] == wanted]
@@ -170,6 +170,28 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("calibration", help="say what a calibration is for, and check all of its file")
     command.add_argument("file", type=Path, metavar="FILE", help="of `calibatt calibrate`")
     command.set_defaults(run=_calibration)
+
+    command = commands.add_parser(
+        "bench",
+        help="measure: pytest on the benchmarks that come with this package, with its options; see `calibatt bench -h`",
+        # all that follows is pytest's, what begins with a dash too
+        add_help=False,
+        prefix_chars="\0",
+    )
+    command.add_argument("arguments", nargs="*")
+    command.set_defaults(run=_bench)
+
+    command = commands.add_parser(
+        "matrix",
+        help="models × resolutions × steps × seeds × methods, each in a process of its own: exit 1 where one failed",
+    )
+    command.add_argument("file", type=Path, metavar="FILE", help="what to measure, in TOML: see docs/matrix.md")
+    command.add_argument(
+        "-o", "--out", type=Path, required=True, metavar="FOLDER",
+        help="for results.json, and the runs' own files; what is there is not measured again",
+    )  # fmt: skip
+    command.add_argument("--retry", action="store_true", help="make runs again that failed")
+    command.set_defaults(run=_matrix)
 
     command = commands.add_parser("report", help="a page, figures and data of files of `pytest bench --benchmark-json`")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="result files")
@@ -645,6 +667,46 @@ def _rank(device: Any) -> tuple[int, int]:
     if world > 1 and device.type == "cuda":
         torch.cuda.set_device(local)
     return rank, world
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from calibatt.bench.launch import bench
+
+    return bench(arguments.arguments)
+
+
+def _matrix(arguments: argparse.Namespace) -> int:
+    from filelock import FileLock
+
+    from calibatt.bench import matrix
+    from calibatt.reports.merge import merge_alike
+
+    planned = matrix.read(arguments.file)
+    runs = matrix.Runs(
+        arguments.out / "runs", planned, command=matrix.bench_command, log=lambda line: print(line, flush=True)
+    )  # fmt: skip
+    if arguments.retry:
+        runs.forget_failures()
+    try:
+        runs.make(matrix.devices(planned))
+    except KeyboardInterrupt:
+        _complain(
+            f"calibatt matrix: stopped with {len(runs.results())} of {len(planned)} runs done, kept in "
+            f"{arguments.out}: run the same command again to go on"
+        )
+        return EXIT_INTERRUPTED
+    results, out = runs.results(), arguments.out / "results.json"
+    if (done := len(results)) < len(planned):
+        print(f"{done} of {len(planned)} runs are done, other processes make the rest: the last to end writes {out}")
+        return 0
+    with FileLock(arguments.out / "merge.lock"):
+        merged = merge_alike(results, out)
+    failures = runs.failures()
+    for line in failures:
+        print(f"failed: {line}")
+    kinds = "" if len(merged) == 1 else ": one for each kind of machine"
+    print(f"wrote {', '.join(str(one.path) for one in merged)}{kinds}")
+    return 1 if failures else 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -141,7 +141,7 @@ class _Model:
         if workload.compiled:
             self.one.pipe.transformer.compile_repeated_blocks(fullgraph=True)
         shape = (1, self.geometry.tokens, self.geometry.heads, self.geometry.head_dim)
-        generator = torch.Generator(workload.device).manual_seed(0)
+        generator = torch.Generator(workload.device).manual_seed(workload.seed)
         # tokens before heads in memory, as models hand them over
         self.q, self.k, self.v = (
             torch.randn(shape, generator=generator, device=workload.device, dtype=workload.dtype).transpose(1, 2)

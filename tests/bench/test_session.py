@@ -217,6 +217,9 @@ def test_a_run_leaves_records_of_what_was_and_of_what_could_not_be_timed(tmp_pat
             assert artifact is not None
             assert artifact.is_file()
     sparse = next(record for record in run.records if record.suite == "denoise" and record.method == "calibatt")
+    # of a whole video, every component has its time, and none is counted twice
+    assert set(sparse.phases_s or {}) >= {"plan", "attend", "transformer", "text", "vae", "scheduler"}
+    assert sum(samples[0] for samples in (sparse.phases_s or {}).values()) <= (sparse.samples_s or ())[0]
     assert sparse.psnr_db is not None
     assert len(sparse.psnr_db) == len(sparse.samples_s or ()) == len(sparse.baseline_samples_s or ()) == 2
     assert sparse.density is not None
