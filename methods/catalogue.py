@@ -17,6 +17,7 @@ from calibatt.methods.calibatt.method import CalibAtt
 from calibatt.methods.compact import Compact
 from calibatt.methods.dense import Dense
 from calibatt.methods.draft import Draft
+from calibatt.methods.ear import Ear
 from calibatt.methods.facts import read_facts
 from calibatt.methods.jenga import Jenga
 from calibatt.methods.learning import Learner, Learnt, settings_of
@@ -60,6 +61,7 @@ METHODS: Catalogue[type[Method]] = Catalogue(
         SlidingTile,
         SparseVideoGen,
         Svg2,
+        Ear,
         Svoo,
         Sparge,
         XAttention,
