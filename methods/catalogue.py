@@ -29,6 +29,7 @@ from calibatt.methods.radial import Radial
 from calibatt.methods.random_mask import RandomMask
 from calibatt.methods.sage import Sage
 from calibatt.methods.scaling import Scaling
+from calibatt.methods.sol import Sol
 from calibatt.methods.sparge import Sparge
 from calibatt.methods.sta import SlidingTile
 from calibatt.methods.svg import SparseVideoGen
@@ -69,6 +70,7 @@ METHODS: Catalogue[type[Method]] = Catalogue(
         Nabla,
         Draft,
         Jenga,
+        Sol,
         Lite,
         Blasst,
         Scaling,
