@@ -16,6 +16,7 @@ from calibatt.methods.budget.method import Budget
 from calibatt.methods.calibatt.method import CalibAtt
 from calibatt.methods.compact import Compact
 from calibatt.methods.dense import Dense
+from calibatt.methods.dfs import Dfs
 from calibatt.methods.draft import Draft
 from calibatt.methods.facts import read_facts
 from calibatt.methods.jenga import Jenga
@@ -70,6 +71,7 @@ METHODS: Catalogue[type[Method]] = Catalogue(
         Nabla,
         Draft,
         Jenga,
+        Dfs,
         Sol,
         Lite,
         Blasst,
