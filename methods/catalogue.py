@@ -26,6 +26,7 @@ from calibatt.methods.looks import look_fault
 from calibatt.methods.losa import Losa
 from calibatt.methods.minference import MInference
 from calibatt.methods.nabla import Nabla
+from calibatt.methods.pisa import Pisa
 from calibatt.methods.radial import Radial
 from calibatt.methods.random_mask import RandomMask
 from calibatt.methods.sage import Sage
@@ -73,6 +74,7 @@ METHODS: Catalogue[type[Method]] = Catalogue(
         Jenga,
         Dfs,
         Sol,
+        Pisa,
         Lite,
         Blasst,
         Scaling,
