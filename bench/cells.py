@@ -185,6 +185,7 @@ class BlockArm:
         mask: what the heads do; None at density 1.
         block: tokens of a query and of a key block; None at density 1, and where rows are reused in place of a mask.
         reused: share of the heads that reuse rows while the others have the mask, in a forward pass.
+        remainder: what stands for the blocks that the mask leaves out.
 
     Raises:
         ValueError: the fields contradict each other.
@@ -195,6 +196,7 @@ class BlockArm:
     mask: Pattern | None
     block: tuple[int, int] | None
     reused: float = 0.0
+    remainder: Remainder = "none"
 
     def __post_init__(self) -> None:
         whole = self.density == 1
@@ -207,13 +209,15 @@ class BlockArm:
             return "all"
         block = "" if self.block is None else f"-{self.block[0]}x{self.block[1]}"
         reused = f"-reused{self.reused:g}" if self.reused else ""
-        return f"{self.mask}-{self.density:g}{block}{reused}"
+        tail = "" if self.remainder == "none" else "+tail"
+        return f"{self.mask}{tail}-{self.density:g}{block}{reused}"
 
     def facts(self) -> dict[str, Any]:
         """The fields of a record that say what the arm is."""
         return {
             "method": "blocks", "kernel": self.kernel, "block": self.block, "mask": self.mask,
             "preset": f"{self.density:g}" + (f" + {self.reused:.0%} rows" if self.reused else ""),
+            "remainder": None if self.remainder == "none" else self.remainder,
         }  # fmt: skip
 
 

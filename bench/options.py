@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -20,6 +20,7 @@ from calibatt.bench.record import Pattern
 from calibatt.bench.resampled import check_resampled
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import look_up
+from calibatt.kernels.plan import Remainder
 from calibatt.methods.catalogue import has_blocks
 from calibatt.models.catalogue import MODELS
 from calibatt.models.device import pick_device
@@ -207,6 +208,13 @@ class Options:
             "of the kernel and forward suites: random, even (random, with equally many blocks in every row), banded; "
             "in the kernel suite also captured (from the embedded model), rows (row reuse, no mask), mixed (both)",
             default="random",
+        )
+    )
+    remainders: tuple[Remainder, ...] = field(
+        metadata=_option(
+            _listed(_one_of(*get_args(Remainder))),
+            "of the kernel suite: what stands for the blocks that a mask leaves out: none, or zeroth for their means",
+            default="none",
         )
     )
     layers: int | None = field(

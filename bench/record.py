@@ -371,7 +371,7 @@ class Record:
         # dense runs on whichever kernel is fastest that day
         kernel = None if self.method == "dense" else self.kernel
         if self.suite in ("kernel", "forward"):
-            return (*self.workload, self.method, self.preset, kernel, self.block, self.mask)
+            return (*self.workload, self.method, self.preset, kernel, self.block, self.mask, self.remainder)
         # elsewhere a preset or a choice fixes the blocks
         wanted = (
             self.mode, self.target_density, self.target_psnr_db, self.dense_steps, self.dense_layers, self.remainder,

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from calibatt.kernels.base import Task, Unsupported, check, check_accepted
 from calibatt.kernels.expand import block_lists, kinds_on
-from calibatt.kernels.mask import BlockMask, block_count
+from calibatt.kernels.mask import BlockMask, Mask, block_count
 from calibatt.kernels.ordered import attend_ordered
 from calibatt.kernels.plan import Plan
 
 # tokens of a block where a plan has none
 _BLOCK = 128
+# tokens that `block_means` loads at a time: 16 KiB of keys and as much of values, as `permute._ROWS`
+_MEAN_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -119,3 +121,20 @@ class FusedKernel(ABC):
         out = torch.empty_like(q)
         self._launch(q, k, v, out, lse, plan)
         return out
+
+
+def means_of_blocks(k: Tensor, v: Tensor, plan: Plan, mask: Mask | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean keys and values of all blocks, where blocks begin, and a mask's bits; where no mean counts, stand-ins."""
+    from calibatt.kernels import triton_code
+
+    if plan.remainder == "none":
+        return k, v, k, v
+    assert mask is not None
+    batch, heads, _, head_dim = k.shape
+    starts = torch.nn.functional.pad(mask.sizes()[1].cumsum(-1, dtype=torch.int32), (1, 0))
+    k_means, v_means = (x.new_empty((batch, heads, mask.k_blocks, head_dim)) for x in (k, v))
+    triton_code.block_means[(mask.k_blocks, heads, batch)](
+        k, v, starts, k_means, v_means, starts.shape[1] if len(starts) > 1 else 0, *k.stride()[:3], *v.stride()[:3],
+        ROWS=_MEAN_ROWS, HEAD_DIM=head_dim,
+    )  # fmt: skip
+    return k_means, v_means, starts, mask.bits.view(torch.int32)

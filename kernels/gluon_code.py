@@ -37,6 +37,8 @@ class Call:
     q: tma.tensor_descriptor
     k: tma.tensor_descriptor
     v: tma.tensor_descriptor
+    k_means: tma.tensor_descriptor
+    v_means: tma.tensor_descriptor
     out: tma.tensor_descriptor
     lse: gl.tensor
     indices: gl.tensor
@@ -45,6 +47,7 @@ class Call:
     computed: gl.tensor
     served: gl.tensor
     work: gl.tensor
+    words: gl.tensor
     parts_mean: gl.tensor
     parts_most: gl.tensor
     parts_total: gl.tensor
@@ -52,6 +55,9 @@ class Call:
     out_pointer: gl.tensor
     scale: gl.tensor
     tokens: gl.tensor
+    bonus: gl.tensor
+    last_bonus: gl.tensor
+    mask_step: gl.tensor
     whole: gl.tensor
     shares: gl.tensor
     tiles: gl.tensor
@@ -76,6 +82,7 @@ class Call:
     WITH_LSE: gl.constexpr
     Q_REGISTERS: gl.constexpr
     SHARED_OUT: gl.constexpr
+    REMAINDER: gl.constexpr
     # layouts of a warpgroup's scores, of its outputs, and of its queries and weights in registers
     SCORES: gl.constexpr
     OUTPUTS: gl.constexpr
@@ -84,12 +91,15 @@ class Call:
 
     @gluon.constexpr_function
     def __init__(
-        self, q, k, v, out, lse, indices, counts, kinds, computed, served, work, parts_mean, parts_most, parts_total,
-        q_pointer, out_pointer, scale, tokens, whole, shares, tiles, served_most, q_blocks, k_blocks, heads,
-        computed_count, q_batch, q_head, q_token, out_batch, out_head, out_token,
-        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, WARPGROUPS, STAGES, REUSE, WITH_LSE, Q_REGISTERS, SHARED_OUT,
+        self, q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, words, parts_mean,
+        parts_most, parts_total, q_pointer, out_pointer, scale, tokens, bonus, last_bonus, mask_step, whole, shares,
+        tiles, served_most, q_blocks, k_blocks, heads, computed_count, q_batch, q_head, q_token, out_batch, out_head,
+        out_token,
+        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, WARPGROUPS, STAGES, REUSE, WITH_LSE, Q_REGISTERS, SHARED_OUT, REMAINDER,
     ):  # fmt: skip
         self.q, self.k, self.v, self.out, self.lse = q, k, v, out, lse
+        self.k_means, self.v_means, self.words, self.mask_step = k_means, v_means, words, mask_step
+        self.bonus, self.last_bonus = bonus, last_bonus
         self.indices, self.counts, self.kinds, self.computed, self.served = indices, counts, kinds, computed, served
         self.work, self.parts_mean, self.parts_most, self.parts_total = work, parts_mean, parts_most, parts_total
         self.q_pointer, self.out_pointer = q_pointer, out_pointer
@@ -103,6 +113,7 @@ class Call:
         self.WARPGROUPS, self.STAGES = gl.constexpr(WARPGROUPS), gl.constexpr(STAGES)
         self.REUSE, self.WITH_LSE = gl.constexpr(REUSE), gl.constexpr(WITH_LSE)
         self.Q_REGISTERS, self.SHARED_OUT = gl.constexpr(Q_REGISTERS), gl.constexpr(SHARED_OUT)
+        self.REMAINDER = gl.constexpr(REMAINDER)
         scores = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 16])
         outputs = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
         self.SCORES, self.OUTPUTS = gl.constexpr(scores), gl.constexpr(outputs)
@@ -112,12 +123,13 @@ class Call:
 
 @gluon.jit
 def attend(
-    q, k, v, out, lse, indices, counts, kinds, computed, served, work, parts_mean, parts_most, parts_total, counter,
-    q_pointer, out_pointer, scale, tokens, whole, shares, items, tiles, served_most, q_blocks, k_blocks, heads,
-    computed_count, q_batch, q_head, q_token, out_batch, out_head, out_token,
+    q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, words, parts_mean, parts_most,
+    parts_total, counter, q_pointer, out_pointer, scale, tokens, bonus, last_bonus, mask_step, whole, shares, items,
+    tiles, served_most, q_blocks, k_blocks, heads, computed_count, q_batch, q_head, q_token, out_batch, out_head,
+    out_token,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, HEAD_DIM: gl.constexpr,
     WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, REUSE: gl.constexpr, WITH_LSE: gl.constexpr,
-    Q_REGISTERS: gl.constexpr, SHARED_OUT: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    Q_REGISTERS: gl.constexpr, SHARED_OUT: gl.constexpr, REMAINDER: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Take one tile of queries after the other until none is left; of the last ones a share of their keys."""
@@ -138,12 +150,14 @@ def attend(
 
     # integers as tensors: Triton makes constants of those that are 1, and workers take none
     c = Call(
-        q, k, v, out, lse, indices, counts, kinds, computed, served, work, parts_mean, parts_most, parts_total,
-        q_pointer, out_pointer, gl.to_tensor(scale), gl.to_tensor(tokens), gl.to_tensor(whole), gl.to_tensor(shares),
-        gl.to_tensor(tiles), gl.to_tensor(served_most), gl.to_tensor(q_blocks), gl.to_tensor(k_blocks),
-        gl.to_tensor(heads), gl.to_tensor(computed_count), gl.to_tensor(q_batch), gl.to_tensor(q_head),
-        gl.to_tensor(q_token), gl.to_tensor(out_batch), gl.to_tensor(out_head), gl.to_tensor(out_token),
-        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, WARPGROUPS, STAGES, REUSE, WITH_LSE, Q_REGISTERS, SHARED_OUT,
+        q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, words, parts_mean,
+        parts_most, parts_total, q_pointer, out_pointer, gl.to_tensor(scale), gl.to_tensor(tokens),
+        gl.to_tensor(bonus), gl.to_tensor(last_bonus), gl.to_tensor(mask_step), gl.to_tensor(whole),
+        gl.to_tensor(shares), gl.to_tensor(tiles), gl.to_tensor(served_most), gl.to_tensor(q_blocks),
+        gl.to_tensor(k_blocks), gl.to_tensor(heads), gl.to_tensor(computed_count), gl.to_tensor(q_batch),
+        gl.to_tensor(q_head), gl.to_tensor(q_token), gl.to_tensor(out_batch), gl.to_tensor(out_head),
+        gl.to_tensor(out_token),
+        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, WARPGROUPS, STAGES, REUSE, WITH_LSE, Q_REGISTERS, SHARED_OUT, REMAINDER,
     )  # fmt: skip
     full = (q_full, k_full, v_full, picked_full)
     empty = (q_empty, k_empty, v_empty, picked_empty)
@@ -196,9 +210,21 @@ def _produce(c, queries, keys, values, picked, full, empty, items, counter):
             _load(c, c.v, [batch, head, start, 0], values, v_full, v_empty, step + i - 1)
             start = coming
             coming = following
+        means = _mean_tiles(c, masked)
+        if c.REMAINDER:
+            if means > 0:
+                _load(c, c.k_means, [batch, head, 0, 0], keys, k_full, k_empty, step + n)
         if n > 0:
             _load(c, c.v, [batch, head, start, 0], values, v_full, v_empty, step + n - 1)
         step += n
+        if c.REMAINDER:
+            for i in range(1, means):
+                _load(c, c.k_means, [batch, head, i * c.TILE_K, 0], keys, k_full, k_empty, step + i)
+                _load(c, c.v_means, [batch, head, (i - 1) * c.TILE_K, 0], values, v_full, v_empty, step + i - 1)
+            if means > 0:
+                last = (means - 1) * c.TILE_K
+                _load(c, c.v_means, [batch, head, last, 0], values, v_full, v_empty, step + means - 1)
+            step += means
         turn += 1
         place = gl.atomic_add(counter, 1)
     _hand_out(-1, turn, picked, picked_full, picked_empty, layout)
@@ -250,14 +276,14 @@ def _consume(c, queries, keys, values, picked, full, empty, outputs, ME: gl.cons
             else:
                 mine = buffer
             most, total, mean = _nothing(c)
-            if n > 0:
+            steps = n + _mean_tiles(c, masked)
+            if steps > 0:
                 stage = step % c.STAGES
                 parity = (step // c.STAGES) & 1
                 mbarrier.wait(k_full.index(stage), parity)
                 s = warpgroup_mma_wait(0, deps=(_scores(c, mine, keys.index(stage)),))
                 mbarrier.arrive(k_empty.index(stage), count=1)
-                # only this tile, the first one, can reach past the last token
-                s = gl.where(_real_keys(c, start)[None, :], s, float("-inf"))
+                s = _first_scores(c, s, start, n, tile, head)
                 most, total, shrink, w = _weigh(s, most, total, c.scale)
                 p = _rounded(c, w)
                 for i in range(1, n):
@@ -280,10 +306,28 @@ def _consume(c, queries, keys, values, picked, full, empty, outputs, ME: gl.cons
                     mbarrier.arrive(v_empty.index(before), count=1)
                     mean = mean * _of_outputs(c, shrink)[:, None]
                     p = _rounded(c, w)
+                if c.REMAINDER:
+                    # the same for means; a few tiles, whose products of two warpgroups need not take turns
+                    for i in range(gl.maximum(n, 1), steps):
+                        before, parity_before = stage, parity
+                        stage = (step + i) % c.STAGES
+                        parity = ((step + i) // c.STAGES) & 1
+                        mbarrier.wait(k_full.index(stage), parity)
+                        s_next = _scores(c, mine, keys.index(stage))
+                        mbarrier.wait(v_full.index(before), parity_before)
+                        mean_next = _add(c, mean, p, values.index(before))
+                        s = warpgroup_mma_wait(1, deps=(s_next,))
+                        mbarrier.arrive(k_empty.index(stage), count=1)
+                        s = _of_left_out(c, s, i - n, tile, head)
+                        most, total, shrink, w = _weigh(s, most, total, c.scale)
+                        mean = warpgroup_mma_wait(0, deps=(mean_next,))
+                        mbarrier.arrive(v_empty.index(before), count=1)
+                        mean = mean * _of_outputs(c, shrink)[:, None]
+                        p = _rounded(c, w)
                 mbarrier.wait(v_full.index(stage), parity)
                 mean = warpgroup_mma_wait(0, deps=(_add(c, mean, p, values.index(stage)),))
                 mbarrier.arrive(v_empty.index(stage), count=1)
-                step += n
+                step += steps
             if not c.Q_REGISTERS:
                 mbarrier.arrive(q_empty.index(0), count=1)
             if not c.SHARED_OUT or handed < c.whole:
@@ -297,11 +341,12 @@ def _consume(c, queries, keys, values, picked, full, empty, outputs, ME: gl.cons
 
 @gluon.jit
 def attend_alone(
-    q, k, v, out, lse, indices, counts, kinds, computed, served, work, q_pointer, out_pointer,
-    scale, tokens, tiles, served_most, q_blocks, k_blocks, heads, computed_count,
+    q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, words, q_pointer, out_pointer,
+    scale, tokens, bonus, last_bonus, mask_step, tiles, served_most, q_blocks, k_blocks, heads, computed_count,
     q_batch, q_head, q_token, out_batch, out_head, out_token,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr, REUSE: gl.constexpr, WITH_LSE: gl.constexpr, Q_REGISTERS: gl.constexpr,
+    REMAINDER: gl.constexpr,
 ):  # fmt: skip
     """One tile of 64 queries."""
     buffer = gl.allocate_shared_memory(q.dtype, [1, 1, _ROWS, HEAD_DIM], q.layout)
@@ -313,24 +358,26 @@ def attend_alone(
     fence_async_shared()
     # nothing is shared out here: the numbers and tensors for that stand for nothing
     c = Call(
-        q, k, v, out, lse, indices, counts, kinds, computed, served, work, work, work, work,
-        q_pointer, out_pointer, gl.to_tensor(scale), gl.to_tensor(tokens), gl.to_tensor(0), gl.to_tensor(1),
-        gl.to_tensor(tiles), gl.to_tensor(served_most), gl.to_tensor(q_blocks), gl.to_tensor(k_blocks),
-        gl.to_tensor(heads), gl.to_tensor(computed_count), gl.to_tensor(q_batch), gl.to_tensor(q_head),
-        gl.to_tensor(q_token), gl.to_tensor(out_batch), gl.to_tensor(out_head), gl.to_tensor(out_token),
-        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, 1, STAGES, REUSE, WITH_LSE, Q_REGISTERS, False,
+        q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, words, work, work, work,
+        q_pointer, out_pointer, gl.to_tensor(scale), gl.to_tensor(tokens), gl.to_tensor(bonus),
+        gl.to_tensor(last_bonus), gl.to_tensor(mask_step), gl.to_tensor(0), gl.to_tensor(1), gl.to_tensor(tiles),
+        gl.to_tensor(served_most), gl.to_tensor(q_blocks), gl.to_tensor(k_blocks), gl.to_tensor(heads),
+        gl.to_tensor(computed_count), gl.to_tensor(q_batch), gl.to_tensor(q_head), gl.to_tensor(q_token),
+        gl.to_tensor(out_batch), gl.to_tensor(out_head), gl.to_tensor(out_token),
+        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, 1, STAGES, REUSE, WITH_LSE, Q_REGISTERS, False, REMAINDER,
     )  # fmt: skip
 
     tile, head, batch, kind, listed, masked, count = _item(c, gl.load(work + gl.program_id(0)))
     n, start = _last_tile(c, listed, count, masked)
+    steps = n + _mean_tiles(c, masked)
     row = tile * _ROWS
     mine = buffer.reshape([_ROWS, HEAD_DIM])
     mbarrier.expect(q_full.index(0), _ROWS * HEAD_DIM * 2, pred=kind != _REUSED)
     _copy_in(q, [batch, head, row, 0], q_full.index(0), buffer, pred=kind != _REUSED)
     for ahead in gl.static_range(STAGES):
         coming = _start(c, listed, n - 1 - ahead, masked)
-        _fill(c, k, [batch, head, coming, 0], keys, k_full, ahead, n)
-        _fill(c, v, [batch, head, coming, 0], values, v_full, ahead, n)
+        _fill(c, k, k_means, batch, head, coming, keys, k_full, ahead, n, steps)
+        _fill(c, v, v_means, batch, head, coming, values, v_full, ahead, n, steps)
     # where the keys of the next step to load start; those of the step before have been loaded, its values not yet
     coming = _start(c, listed, n - 1 - STAGES, masked)
     mbarrier.wait(q_full.index(0), 0, pred=kind != _REUSED)
@@ -340,15 +387,15 @@ def attend_alone(
     if Q_REGISTERS:
         mine = mine.load(c.QUERIES)
     most, total, mean = _nothing(c)
-    if n > 0:
+    if steps > 0:
         mbarrier.wait(k_full.index(0), 0)
         s = warpgroup_mma_wait(0, deps=(_scores(c, mine, keys.index(0)),))
         _meet()
-        _fill(c, k, [batch, head, coming, 0], keys, k_full, STAGES, n)
-        s = gl.where(_real_keys(c, start)[None, :], s, float("-inf"))
+        _fill(c, k, k_means, batch, head, coming, keys, k_full, STAGES, n, steps)
+        s = _first_scores(c, s, start, n, tile, head)
         most, total, shrink, w = _weigh(s, most, total, c.scale)
         p = _rounded(c, w)
-        for i in range(1, n):
+        for i in range(1, steps):
             stage = i % STAGES
             before = (i - 1) % STAGES
             following = _start(c, listed, n - 1 - STAGES - i, masked)
@@ -358,28 +405,36 @@ def attend_alone(
             mean_next = _add(c, mean, p, values.index(before))
             s = warpgroup_mma_wait(1, deps=(s_next,))
             _meet()
-            _fill(c, k, [batch, head, following, 0], keys, k_full, i + STAGES, n)
+            _fill(c, k, k_means, batch, head, following, keys, k_full, i + STAGES, n, steps)
+            if REMAINDER:
+                if i >= n:
+                    s = _of_left_out(c, s, i - n, tile, head)
             most, total, shrink, w = _weigh(s, most, total, c.scale)
             total = _done_before(total)
             mean = warpgroup_mma_wait(0, deps=(mean_next,))
             _meet()
-            _fill(c, v, [batch, head, coming, 0], values, v_full, i - 1 + STAGES, n)
+            _fill(c, v, v_means, batch, head, coming, values, v_full, i - 1 + STAGES, n, steps)
             coming = following
             mean = mean * _of_outputs(c, shrink)[:, None]
             p = _rounded(c, w)
-        mbarrier.wait(v_full.index((n - 1) % STAGES), ((n - 1) // STAGES) & 1)
-        mean = warpgroup_mma_wait(0, deps=(_add(c, mean, p, values.index((n - 1) % STAGES)),))
+        last = (steps - 1) % STAGES
+        mbarrier.wait(v_full.index(last), ((steps - 1) // STAGES) & 1)
+        mean = warpgroup_mma_wait(0, deps=(_add(c, mean, p, values.index(last)),))
     _meet()
     _write(c, mean, most, total, buffer, row, batch, head, kind)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _fill(c, tensor, where, buffers, full, step, steps):
+def _fill(c, tensor, means, batch, head, start, buffers, full, step, n, steps):
     """Copy a tile into the buffer of this step, if there is such a step; what was there has been used."""
     stage = step % c.STAGES
     mbarrier.expect(full.index(stage), c.TILE_K * c.HEAD_DIM * 2, pred=step < steps)
-    _copy_in(tensor, where, full.index(stage), buffers.index(stage), pred=step < steps)
+    _copy_in(tensor, [batch, head, start, 0], full.index(stage), buffers.index(stage), pred=step < n)
+    if c.REMAINDER:
+        start = (step - n) * c.TILE_K
+        behind = (step >= n) & (step < steps)
+        _copy_in(means, [batch, head, start, 0], full.index(stage), buffers.index(stage), pred=behind)
 
 
 @gluon.jit
@@ -454,6 +509,15 @@ def _last_tile(c, listed, count, masked):
 
 
 @gluon.jit
+def _mean_tiles(c, masked):
+    """How many tiles of means follow those of a list: all blocks have one, and a head without a list needs none."""
+    tiles = gl.to_tensor(0)
+    if c.REMAINDER:
+        tiles = gl.where(masked, (c.k_blocks + c.TILE_K - 1) // c.TILE_K, 0)
+    return tiles
+
+
+@gluon.jit
 def _hand_out(item, turn, picked, full, empty, layout: gl.constexpr):
     slot = turn % 2
     mbarrier.wait(empty.index(slot), ((turn // 2) & 1) ^ 1)
@@ -503,8 +567,33 @@ def _add(c, mean, p, values):
 
 
 @gluon.jit
-def _real_keys(c, start):
-    return start + gl.arange(0, c.TILE_K, layout=gl.SliceLayout(0, c.SCORES)) < c.tokens
+def _first_scores(c, s, start, n, tile, head):
+    """Scores of the first tile, the only one that can reach past the last token; of means where a list is empty."""
+    key = gl.arange(0, c.TILE_K, layout=gl.SliceLayout(0, c.SCORES))
+    end = c.tokens
+    if c.REMAINDER:
+        if n == 0:
+            s = _of_left_out(c, s, 0, tile, head)
+            end = start + c.TILE_K
+    return gl.where((start + key < end)[None, :], s, float("-inf"))
+
+
+@gluon.jit
+def _of_left_out(c, s, means, tile, head):
+    """Scores of a tile of means, each as heavy as its block's tokens, and none of those whose blocks are computed."""
+    first = means * c.TILE_K
+    place = gl.arange(0, c.TILE_K, layout=gl.SliceLayout(0, c.SCORES))
+    row = head * c.mask_step * c.q_blocks + tile * (c.WARPGROUPS * _ROWS) // c.BLOCK_Q
+    # bits are padded to whole words; those of all blocks of a tile are the same for all threads
+    row_words = (c.k_blocks + 31) // 32
+    words = c.words + row.to(gl.int64) * row_words
+    word = place
+    for i in gl.static_range(c.TILE_K // 32):
+        own = first // 32 + i
+        word = gl.where(place // 32 == i, gl.load(words + own, mask=own < row_words, other=-1), word)
+    left_out = ((word >> (place % 32)) & 1 == 0) & (first + place < c.k_blocks)
+    bonus = gl.where(first + place == c.k_blocks - 1, c.last_bonus, c.bonus)
+    return gl.where(left_out[None, :], s + bonus[None, :], float("-inf"))
 
 
 @gluon.jit

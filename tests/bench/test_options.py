@@ -62,6 +62,12 @@ def test_arms_are_named_by_method_preset_and_mode() -> None:
     assert Arm.parse("dense", "flex") == DENSE
 
 
+def test_remainders_are_arms_of_their_own_where_a_mask_leaves_blocks_out() -> None:
+    found = cells("kernel", masks="random,rows", remainders="none,zeroth", densities="0.25,1")
+    arms = ("random-0.25-64x64", "random+tail-0.25-64x64", "rows-0.25", "all")
+    assert found == ["shapes-quick-dense-fastest", *(f"shapes-quick-{arm}-default" for arm in arms)]
+
+
 def test_an_arm_without_its_target_is_what_learns_for_it() -> None:
     assert Arm.parse("sparge=0.35", "flex").untuned == Arm.parse("sparge", "flex")
     assert Arm.parse("sparge+tail=0.35", "flex").untuned == Arm.parse("sparge", "flex")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from calibatt.kernels import oracle, tiles, triton_code, triton_sparse
 from calibatt.kernels.base import Task
+from calibatt.kernels.fused import means_of_blocks
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, VariableBlockMask, block_count
 from calibatt.kernels.plan import Plan, RowReuse, TokenOrder
@@ -84,7 +85,7 @@ def test_means_of_blocks_are_those_of_their_own_tokens_in_whatever_strides() -> 
     for plan in (replace(Plan.masked(_mask(32, 16), 3), remainder="zeroth"), replace(_variable(), remainder="zeroth")):
         assert plan.mask is not None
         sizes = plan.mask.sizes()[1]
-        for means, x in zip(triton_sparse._means(k, v, plan, plan.mask), (k, v), strict=False):
+        for means, x in zip(means_of_blocks(k, v, plan, plan.mask), (k, v), strict=False):
             expected = block_means(x.double(), sizes)
             torch.testing.assert_close(means.double(), expected, rtol=torch.finfo(DTYPE).eps, atol=1e-6)
 
