@@ -136,4 +136,4 @@ def _deviations_of_head(
     )
     # where tokens are filled in values are zeros, whatever their centred keys
     moments = (keys - means[among, None]).mT @ values
-    return (moments - moments.mean(0)).flatten(1).norm(dim=-1)
+    return torch.linalg.matrix_norm(moments - moments.mean(0))
