@@ -259,6 +259,7 @@ class Workload:
         compiled: whether the transformer's blocks are compiled there.
         planted: whether weights are planted in the model, in place of its own.
         seed: of the noise of the videos that are measured, and of drawn inputs.
+        guidance: classifier-free guidance scale of its videos; None for the model's.
     """
 
     model: str
@@ -271,6 +272,7 @@ class Workload:
     compiled: bool = False
     planted: bool = False
     seed: int = 0
+    guidance: float | None = None
 
     @property
     def noise(self) -> int:
@@ -279,8 +281,9 @@ class Workload:
 
     @property
     def entry(self) -> ModelEntry:
-        """The model, with as many layers as whole videos are made with."""
+        """The model, with the layers and the guidance that whole videos are made with."""
         own = MODELS[self.model]
+        own = own if self.guidance is None else replace(own, guidance=self.guidance)
         return replace(own, layers=self.layers) if self.layers and self.steps else own
 
     @property
@@ -306,12 +309,13 @@ class Workload:
     def __str__(self) -> str:
         steps = f"-{self.steps}" if self.steps else ""
         layers = f"-{self.layers}layers" if self.layers else ""
+        guidance = "" if self.guidance is None else f"-guidance{self.guidance:g}"
         compiled = "-compiled" if self.compiled else ""
         inputs = (
             "-resampled" if self.resampled else "-captured" if self.captures else "-planted" if self.planted else ""
         )
         seed = f"-seed{self.seed}" if self.seed else ""
-        return f"{self.model}-{self.resolution}{steps}{layers}{compiled}{inputs}{seed}"
+        return f"{self.model}-{self.resolution}{steps}{guidance}{layers}{compiled}{inputs}{seed}"
 
     def facts(self) -> dict[str, Any]:
         """The fields of a record that say what the workload is, as far as they are known without its weights."""

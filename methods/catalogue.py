@@ -18,6 +18,7 @@ from calibatt.methods.compact import Compact
 from calibatt.methods.dense import Dense
 from calibatt.methods.dfs import Dfs
 from calibatt.methods.draft import Draft
+from calibatt.methods.ear import Ear
 from calibatt.methods.facts import read_facts
 from calibatt.methods.jenga import Jenga
 from calibatt.methods.learning import Learner, Learnt, settings_of
@@ -63,6 +64,7 @@ METHODS: Catalogue[type[Method]] = Catalogue(
         SlidingTile,
         SparseVideoGen,
         Svg2,
+        Ear,
         Svoo,
         Sparge,
         XAttention,

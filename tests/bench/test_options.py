@@ -62,6 +62,17 @@ def test_arms_are_named_by_method_preset_and_mode() -> None:
     assert Arm.parse("dense", "flex") == DENSE
 
 
+def test_guidance_is_one_for_all_videos_of_a_run() -> None:
+    options = Options.read(given(guidance="1", methods="dense"))
+    (workload,) = options.workloads()
+    assert workload.entry.guidance == workload.guidance == 1.0
+    assert str(workload) == "shapes-quick-6-guidance1"
+    assert Options.read(given()).workloads()[0].entry.guidance == MODELS["shapes"].guidance
+    for wrong in ("0.5", "nan", "inf", "two"):
+        with pytest.raises(ValueError, match="at least 1"):
+            Options.read(given(guidance=wrong))
+
+
 def test_remainders_are_arms_of_their_own_where_a_mask_leaves_blocks_out() -> None:
     found = cells("kernel", masks="random,rows", remainders="none,zeroth", densities="0.25,1")
     arms = ("random-0.25-64x64", "random+tail-0.25-64x64", "rows-0.25", "all")
