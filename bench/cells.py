@@ -16,6 +16,7 @@ from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import look_up
 from calibatt.kernels.plan import Remainder
 from calibatt.methods.catalogue import METHODS
+from calibatt.methods.remainder import own_remainder
 from calibatt.models.catalogue import MODELS
 from calibatt.models.device import working_dtype
 from calibatt.models.entry import ModelEntry
@@ -25,6 +26,8 @@ Order = Literal["tile", "token-major", "random"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 # `pytest -k SUITE` finds every name that contains the word: a method's name must not
 _SHORT: Mapping[str, str] = {"attention": "attn"}
+# what +tail stands for
+TAIL: Remainder = "zeroth"
 # of two runs' noise: more than there are rounds, and than the seeds of videos that are learnt from or tuned on
 _SEEDS_APART = 100_000
 
@@ -43,7 +46,7 @@ class Arm:
             schedule; None for that one.
         block: tokens of a query and of a key block; `native` for the preset's own, None for the model's.
         kernel: name of the sparse kernel; dense itself runs on whichever is fastest.
-        remainder: what stands for the blocks that the method leaves out.
+        remainder: what stands for the blocks that the method leaves out; none where it is the method's own, if any.
         query_stride: of the calibration suite: of so many queries, what is learnt looks at one.
     """
 
@@ -70,8 +73,8 @@ class Arm:
 
         Raises:
             UnknownName: there is no such method, preset or kernel.
-            ValueError: a preset is missing after /, what follows + is no tail, or is asked of dense, a density or a
-                fidelity is none, or is asked of a method that has no knob.
+            ValueError: a preset is missing after /, what follows + is no tail, or is asked of dense or of a method that
+                has its own, a density or a fidelity is none, or is asked of a method that has no knob.
         """
         name, equal, wanted = text.partition("=")
         name, plus, tail = name.partition("+")
@@ -88,6 +91,8 @@ class Arm:
             raise ValueError(f"{text}: after '+' give 'tail', or leave out '+'")
         if plus and method == DENSE.method:
             raise ValueError(f"{method} leaves no block out: leave out +tail")
+        if plus and found.remainder != "none":
+            raise ValueError(f"{text}: {own_remainder(found.remainder, TAIL)}")
         if equal and found.knob is None:
             raise ValueError(f"{method} has no knob that changes its density: leave out {equal}{wanted}")
         if method == DENSE.method:
@@ -95,7 +100,7 @@ class Arm:
         arm = cls(
             method=method, preset=preset, mode="native" if dense_first is None else "matched", kernel=kernel,
             dense_steps=dense_first and dense_first[0], dense_layers=dense_first and dense_first[1],
-            remainder="zeroth" if plus else "none",
+            remainder=TAIL if plus else "none",
         )  # fmt: skip
         if wanted.endswith("dB"):
             psnr = _number(text, wanted.removesuffix("dB"), most=PSNR_CAP_DB)
@@ -132,6 +137,8 @@ class Arm:
     def facts(self) -> dict[str, Any]:
         """The fields of a record that say what the arm is."""
         method = METHODS[self.method]
+        own = method.remainder != "none"
+        remainder = method.remainder if own else self.remainder
         return {
             "method": self.method,
             "method_label": method.label,
@@ -145,7 +152,8 @@ class Arm:
             "dense_layers": self.dense_layers,
             "block_choice": self.block_choice,
             "kernel": self.kernel,
-            "remainder": None if self.remainder == "none" else self.remainder,
+            "remainder": None if remainder == "none" else remainder,
+            "own_remainder": own or None,
             "query_stride": None if self.query_stride == 1 else self.query_stride,
         }
 

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from calibatt.kernels.plan import Plan
+from calibatt.kernels.plan import Plan, Remainder
 from calibatt.kernels.remainder import block_means
 from calibatt.methods.clusters import Grouped, attention, by_cluster
 from calibatt.methods.selection import top_p
@@ -52,7 +52,7 @@ class Ear(Svg2):
 
     name: ClassVar[str] = "ear"
     label: ClassVar[str] = "SVG-EAR"
-    colour: ClassVar[str] = "#CC79A7"
+    colour: ClassVar[str] = "#56B4E9"
     marker: ClassVar[str] = "D"
     presets: ClassVar[Mapping[str, EarConfig]] = MappingProxyType(
         {
@@ -69,6 +69,7 @@ class Ear(Svg2):
             "blocks-no-warmup": EarConfig(clusters=(300, 1000), dense_steps=0.0, dense_layers=0.0, block=(64, 64)),
         }
     )
+    remainder: ClassVar[Remainder] = "zeroth"
 
     def plan(
         self,
@@ -79,7 +80,7 @@ class Ear(Svg2):
     ) -> Plan:
         """The clusters of this call, with the means of the others, or dense in the first steps and layers."""
         plan = super().plan(q, k, v, site)
-        return plan if plan.mask is None else replace(plan, remainder="zeroth")
+        return plan if plan.mask is None else replace(plan, remainder=self.remainder)
 
     def _keep(
         self,
