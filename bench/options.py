@@ -95,6 +95,16 @@ def _percentage(text: str) -> float:
     return float(match[1]) / 100
 
 
+def _guidance(text: str) -> float:
+    try:
+        scale = float(f"{float(text):g}")
+    except ValueError:
+        scale = math.nan
+    if not 1 <= scale < math.inf:
+        raise ValueError("give a scale of at least 1")
+    return scale
+
+
 _density = _number(True, "a density above 0 and up to 1")
 _share = _number(False, "a share, from 0 to 1")
 
@@ -155,6 +165,13 @@ class Options:
     )
     steps: tuple[int, ...] | None = field(
         metadata=_option(_listed(_whole()), "denoising steps; default: the model's at that resolution")
+    )
+    guidance: float | None = field(
+        metadata=_option(
+            _guidance,
+            "classifier-free guidance scale of the videos; 1 makes them without, as few-step distilled models do; "
+            "default: the model's",
+        )
     )
     seeds: tuple[int, ...] = field(
         metadata=_option(
@@ -370,7 +387,7 @@ class Options:
                     Workload(
                         model=model, resolution=resolution, steps=steps, device=device, resampled=self.resampled,
                         captures=self.captures, planted=self.planted,
-                        layers=self.layers or 0 if self.planted else 0, seed=seed,
+                        layers=self.layers or 0 if self.planted else 0, seed=seed, guidance=self.guidance,
                     )
                     for steps in every
                     for seed in self.seeds

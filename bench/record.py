@@ -147,6 +147,7 @@ class Record:
         ran_on: what the default kernel chose, for the sparse plans where there are any.
         block_choice: how the blocks were chosen: `native`, the preset's own, or a size; absent for the model's.
         remainder: what stands for the blocks that are left out: `zeroth` is the mean of each; absent for nothing.
+        own_remainder: whether the method itself has it; absent where `+tail` gave it one, and without a remainder.
         query_stride: of so many queries, what was learnt looked at one; absent for all.
         mask: where a kernel benchmark's mask comes from; `rows` for row reuse, `mixed` for both in one layer.
         baseline: the dense kernel that times are compared with.
@@ -231,6 +232,7 @@ class Record:
     ran_on: _Name | None = None
     block: tuple[int, int] | None = None
     remainder: Literal["zeroth"] | None = None
+    own_remainder: bool | None = None
     query_stride: int | None = None
     mask: Pattern | None = None
     baseline: _Name | None = None
@@ -286,6 +288,8 @@ class Record:
         marks = self.spoilt
         if marks is not None and {len(self.samples_s or ()), len(self.energy_j or marks)} != {len(marks)}:
             return "not every sample is marked as spoilt or sound"
+        if self.own_remainder and self.remainder is None:
+            return "a method with a remainder of its own has a remainder"
         if self.mode == "equal_fidelity" and self.target_psnr_db is None:
             return "mode equal_fidelity has a target_psnr_db"
         truth = (self.psnr_db, self.ssim, self.alignment, self.method_error)
@@ -414,7 +418,7 @@ class Record:
 
     def _spelt(self, method: str, tail: str, equal_density: str, density: str, fidelity: str) -> str:
         name = method if self.preset in (None, "default") else f"{method}/{self.preset}"
-        if self.remainder is not None:
+        if self.remainder is not None and not self.own_remainder:
             name += tail
         if self.mode == "equal_density":
             name += equal_density if self.target_density is None else density.format(self.target_density)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
@@ -138,3 +139,27 @@ def means_of_blocks(k: Tensor, v: Tensor, plan: Plan, mask: Mask | None) -> tupl
         ROWS=_MEAN_ROWS, HEAD_DIM=head_dim,
     )  # fmt: skip
     return k_means, v_means, starts, mask.bits.view(torch.int32)
+
+
+def bonuses_of_blocks(plan: Plan, scale: float, tile: int) -> Float[Tensor, "mask_heads q_blocks padded_k_blocks"]:
+    """What is added to a mean's score: the logarithm of its block's tokens, and -inf where a mask keeps the block.
+
+    Args:
+        plan: has a mask of blocks of one size.
+        scale: what scores are multiplied by, after that, to be powers of two.
+        tile: rows are padded to multiples of it, with -inf.
+    """
+    from calibatt.kernels import triton_code
+
+    mask = plan.mask
+    assert isinstance(mask, BlockMask)
+    size = mask.block[1]
+    last = plan.tokens - (mask.k_blocks - 1) * size
+    width = block_count(mask.k_blocks, tile) * tile
+    words = mask.bits.view(torch.int32)
+    out = torch.empty((mask.heads, mask.q_blocks, width), dtype=torch.float32, device=words.device)
+    triton_code.bonuses[(mask.heads * mask.q_blocks,)](
+        words, out, mask.k_blocks, words.shape[-1], width, math.log2(size) / scale, math.log2(last) / scale,
+        BLOCKS=1 << (width - 1).bit_length(),
+    )  # fmt: skip
+    return out

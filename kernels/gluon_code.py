@@ -26,6 +26,8 @@ _meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _MASKED = gl.constexpr(0)
 _REUSED = gl.constexpr(2)
 _LN2 = gl.constexpr(0.6931471805599453)
+# below any score that is not -inf, and far enough from the least number for what is added to it
+_LEAST = gl.constexpr(-1e30)
 # queries of a warpgroup: the rows of one wgmma
 _ROWS = gl.constexpr(64)
 
@@ -47,7 +49,7 @@ class Call:
     computed: gl.tensor
     served: gl.tensor
     work: gl.tensor
-    words: gl.tensor
+    bonuses: gl.tensor
     parts_mean: gl.tensor
     parts_most: gl.tensor
     parts_total: gl.tensor
@@ -55,8 +57,6 @@ class Call:
     out_pointer: gl.tensor
     scale: gl.tensor
     tokens: gl.tensor
-    bonus: gl.tensor
-    last_bonus: gl.tensor
     mask_step: gl.tensor
     whole: gl.tensor
     shares: gl.tensor
@@ -91,15 +91,14 @@ class Call:
 
     @gluon.constexpr_function
     def __init__(
-        self, q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, words, parts_mean,
-        parts_most, parts_total, q_pointer, out_pointer, scale, tokens, bonus, last_bonus, mask_step, whole, shares,
-        tiles, served_most, q_blocks, k_blocks, heads, computed_count, q_batch, q_head, q_token, out_batch, out_head,
+        self, q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, bonuses,
+        parts_mean, parts_most, parts_total, q_pointer, out_pointer, scale, tokens, mask_step, whole, shares, tiles,
+        served_most, q_blocks, k_blocks, heads, computed_count, q_batch, q_head, q_token, out_batch, out_head,
         out_token,
         BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, WARPGROUPS, STAGES, REUSE, WITH_LSE, Q_REGISTERS, SHARED_OUT, REMAINDER,
     ):  # fmt: skip
         self.q, self.k, self.v, self.out, self.lse = q, k, v, out, lse
-        self.k_means, self.v_means, self.words, self.mask_step = k_means, v_means, words, mask_step
-        self.bonus, self.last_bonus = bonus, last_bonus
+        self.k_means, self.v_means, self.bonuses, self.mask_step = k_means, v_means, bonuses, mask_step
         self.indices, self.counts, self.kinds, self.computed, self.served = indices, counts, kinds, computed, served
         self.work, self.parts_mean, self.parts_most, self.parts_total = work, parts_mean, parts_most, parts_total
         self.q_pointer, self.out_pointer = q_pointer, out_pointer
@@ -123,8 +122,8 @@ class Call:
 
 @gluon.jit
 def attend(
-    q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, words, parts_mean, parts_most,
-    parts_total, counter, q_pointer, out_pointer, scale, tokens, bonus, last_bonus, mask_step, whole, shares, items,
+    q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, bonuses, parts_mean,
+    parts_most, parts_total, counter, q_pointer, out_pointer, scale, tokens, mask_step, whole, shares, items,
     tiles, served_most, q_blocks, k_blocks, heads, computed_count, q_batch, q_head, q_token, out_batch, out_head,
     out_token,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, HEAD_DIM: gl.constexpr,
@@ -150,9 +149,9 @@ def attend(
 
     # integers as tensors: Triton makes constants of those that are 1, and workers take none
     c = Call(
-        q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, words, parts_mean,
-        parts_most, parts_total, q_pointer, out_pointer, gl.to_tensor(scale), gl.to_tensor(tokens),
-        gl.to_tensor(bonus), gl.to_tensor(last_bonus), gl.to_tensor(mask_step), gl.to_tensor(whole),
+        q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, bonuses,
+        parts_mean, parts_most, parts_total, q_pointer, out_pointer, gl.to_tensor(scale), gl.to_tensor(tokens),
+        gl.to_tensor(mask_step), gl.to_tensor(whole),
         gl.to_tensor(shares), gl.to_tensor(tiles), gl.to_tensor(served_most), gl.to_tensor(q_blocks),
         gl.to_tensor(k_blocks), gl.to_tensor(heads), gl.to_tensor(computed_count), gl.to_tensor(q_batch),
         gl.to_tensor(q_head), gl.to_tensor(q_token), gl.to_tensor(out_batch), gl.to_tensor(out_head),
@@ -200,6 +199,12 @@ def _produce(c, queries, keys, values, picked, full, empty, items, counter):
                 row = (tile * c.WARPGROUPS + i) * _ROWS
                 _copy_in(c.q, [batch, head, row, 0], q_full.index(0), queries.index(i))
 
+        if c.REMAINDER:
+            means = _mean_tiles(c, masked)
+            for i in range(means):
+                _load(c, c.k_means, [batch, head, i * c.TILE_K, 0], keys, k_full, k_empty, step + i)
+                _load(c, c.v_means, [batch, head, i * c.TILE_K, 0], values, v_full, v_empty, step + i)
+            step += means
         # keys of a tile come before the values of the one that precedes it, as they are used; lists are read ahead
         if n > 0:
             _load(c, c.k, [batch, head, start, 0], keys, k_full, k_empty, step)
@@ -210,21 +215,9 @@ def _produce(c, queries, keys, values, picked, full, empty, items, counter):
             _load(c, c.v, [batch, head, start, 0], values, v_full, v_empty, step + i - 1)
             start = coming
             coming = following
-        means = _mean_tiles(c, masked)
-        if c.REMAINDER:
-            if means > 0:
-                _load(c, c.k_means, [batch, head, 0, 0], keys, k_full, k_empty, step + n)
         if n > 0:
             _load(c, c.v, [batch, head, start, 0], values, v_full, v_empty, step + n - 1)
         step += n
-        if c.REMAINDER:
-            for i in range(1, means):
-                _load(c, c.k_means, [batch, head, i * c.TILE_K, 0], keys, k_full, k_empty, step + i)
-                _load(c, c.v_means, [batch, head, (i - 1) * c.TILE_K, 0], values, v_full, v_empty, step + i - 1)
-            if means > 0:
-                last = (means - 1) * c.TILE_K
-                _load(c, c.v_means, [batch, head, last, 0], values, v_full, v_empty, step + means - 1)
-            step += means
         turn += 1
         place = gl.atomic_add(counter, 1)
     _hand_out(-1, turn, picked, picked_full, picked_empty, layout)
@@ -276,15 +269,31 @@ def _consume(c, queries, keys, values, picked, full, empty, outputs, ME: gl.cons
             else:
                 mine = buffer
             most, total, mean = _nothing(c)
-            steps = n + _mean_tiles(c, masked)
-            if steps > 0:
+            if c.REMAINDER:
+                # a few tiles, whose products of two warpgroups need not take turns
+                means = _mean_tiles(c, masked)
+                for i in range(means):
+                    stage = (step + i) % c.STAGES
+                    parity = ((step + i) // c.STAGES) & 1
+                    mbarrier.wait(k_full.index(stage), parity)
+                    s = warpgroup_mma_wait(0, deps=(_scores(c, mine, keys.index(stage)),))
+                    mbarrier.arrive(k_empty.index(stage), count=1)
+                    most, total, mean, p = _weigh_means(c, s, most, total, mean, i, tile, head)
+                    mbarrier.wait(v_full.index(stage), parity)
+                    mean = warpgroup_mma_wait(0, deps=(_add(c, mean, p, values.index(stage)),))
+                    mbarrier.arrive(v_empty.index(stage), count=1)
+                step += means
+            if n > 0:
                 stage = step % c.STAGES
                 parity = (step // c.STAGES) & 1
                 mbarrier.wait(k_full.index(stage), parity)
                 s = warpgroup_mma_wait(0, deps=(_scores(c, mine, keys.index(stage)),))
                 mbarrier.arrive(k_empty.index(stage), count=1)
-                s = _first_scores(c, s, start, n, tile, head)
+                # only this tile, the first one, can reach past the last token
+                s = gl.where(_real_keys(c, start)[None, :], s, float("-inf"))
                 most, total, shrink, w = _weigh(s, most, total, c.scale)
+                if c.REMAINDER:
+                    mean = mean * _of_outputs(c, shrink)[:, None]
                 p = _rounded(c, w)
                 for i in range(1, n):
                     before, parity_before = stage, parity
@@ -306,28 +315,10 @@ def _consume(c, queries, keys, values, picked, full, empty, outputs, ME: gl.cons
                     mbarrier.arrive(v_empty.index(before), count=1)
                     mean = mean * _of_outputs(c, shrink)[:, None]
                     p = _rounded(c, w)
-                if c.REMAINDER:
-                    # the same for means; a few tiles, whose products of two warpgroups need not take turns
-                    for i in range(gl.maximum(n, 1), steps):
-                        before, parity_before = stage, parity
-                        stage = (step + i) % c.STAGES
-                        parity = ((step + i) // c.STAGES) & 1
-                        mbarrier.wait(k_full.index(stage), parity)
-                        s_next = _scores(c, mine, keys.index(stage))
-                        mbarrier.wait(v_full.index(before), parity_before)
-                        mean_next = _add(c, mean, p, values.index(before))
-                        s = warpgroup_mma_wait(1, deps=(s_next,))
-                        mbarrier.arrive(k_empty.index(stage), count=1)
-                        s = _of_left_out(c, s, i - n, tile, head)
-                        most, total, shrink, w = _weigh(s, most, total, c.scale)
-                        mean = warpgroup_mma_wait(0, deps=(mean_next,))
-                        mbarrier.arrive(v_empty.index(before), count=1)
-                        mean = mean * _of_outputs(c, shrink)[:, None]
-                        p = _rounded(c, w)
                 mbarrier.wait(v_full.index(stage), parity)
                 mean = warpgroup_mma_wait(0, deps=(_add(c, mean, p, values.index(stage)),))
                 mbarrier.arrive(v_empty.index(stage), count=1)
-                step += steps
+                step += n
             if not c.Q_REGISTERS:
                 mbarrier.arrive(q_empty.index(0), count=1)
             if not c.SHARED_OUT or handed < c.whole:
@@ -341,8 +332,8 @@ def _consume(c, queries, keys, values, picked, full, empty, outputs, ME: gl.cons
 
 @gluon.jit
 def attend_alone(
-    q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, words, q_pointer, out_pointer,
-    scale, tokens, bonus, last_bonus, mask_step, tiles, served_most, q_blocks, k_blocks, heads, computed_count,
+    q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, bonuses, q_pointer,
+    out_pointer, scale, tokens, mask_step, tiles, served_most, q_blocks, k_blocks, heads, computed_count,
     q_batch, q_head, q_token, out_batch, out_head, out_token,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr, REUSE: gl.constexpr, WITH_LSE: gl.constexpr, Q_REGISTERS: gl.constexpr,
@@ -358,28 +349,27 @@ def attend_alone(
     fence_async_shared()
     # nothing is shared out here: the numbers and tensors for that stand for nothing
     c = Call(
-        q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, words, work, work, work,
-        q_pointer, out_pointer, gl.to_tensor(scale), gl.to_tensor(tokens), gl.to_tensor(bonus),
-        gl.to_tensor(last_bonus), gl.to_tensor(mask_step), gl.to_tensor(0), gl.to_tensor(1), gl.to_tensor(tiles),
-        gl.to_tensor(served_most), gl.to_tensor(q_blocks), gl.to_tensor(k_blocks), gl.to_tensor(heads),
-        gl.to_tensor(computed_count), gl.to_tensor(q_batch), gl.to_tensor(q_head), gl.to_tensor(q_token),
-        gl.to_tensor(out_batch), gl.to_tensor(out_head), gl.to_tensor(out_token),
+        q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, bonuses, work, work,
+        work, q_pointer, out_pointer, gl.to_tensor(scale), gl.to_tensor(tokens), gl.to_tensor(mask_step),
+        gl.to_tensor(0), gl.to_tensor(1), gl.to_tensor(tiles), gl.to_tensor(served_most), gl.to_tensor(q_blocks),
+        gl.to_tensor(k_blocks), gl.to_tensor(heads), gl.to_tensor(computed_count), gl.to_tensor(q_batch),
+        gl.to_tensor(q_head), gl.to_tensor(q_token), gl.to_tensor(out_batch), gl.to_tensor(out_head),
+        gl.to_tensor(out_token),
         BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, 1, STAGES, REUSE, WITH_LSE, Q_REGISTERS, False, REMAINDER,
     )  # fmt: skip
 
     tile, head, batch, kind, listed, masked, count = _item(c, gl.load(work + gl.program_id(0)))
     n, start = _last_tile(c, listed, count, masked)
-    steps = n + _mean_tiles(c, masked)
+    # means come before the tiles of the list
+    means = _mean_tiles(c, masked)
+    steps = means + n
     row = tile * _ROWS
     mine = buffer.reshape([_ROWS, HEAD_DIM])
     mbarrier.expect(q_full.index(0), _ROWS * HEAD_DIM * 2, pred=kind != _REUSED)
     _copy_in(q, [batch, head, row, 0], q_full.index(0), buffer, pred=kind != _REUSED)
     for ahead in gl.static_range(STAGES):
-        coming = _start(c, listed, n - 1 - ahead, masked)
-        _fill(c, k, k_means, batch, head, coming, keys, k_full, ahead, n, steps)
-        _fill(c, v, v_means, batch, head, coming, values, v_full, ahead, n, steps)
-    # where the keys of the next step to load start; those of the step before have been loaded, its values not yet
-    coming = _start(c, listed, n - 1 - STAGES, masked)
+        _fill_either(c, k, k_means, batch, head, listed, masked, keys, k_full, ahead, means, steps)
+        _fill_either(c, v, v_means, batch, head, listed, masked, values, v_full, ahead, means, steps)
     mbarrier.wait(q_full.index(0), 0, pred=kind != _REUSED)
     if REUSE:
         if kind == _REUSED:
@@ -387,33 +377,46 @@ def attend_alone(
     if Q_REGISTERS:
         mine = mine.load(c.QUERIES)
     most, total, mean = _nothing(c)
-    if steps > 0:
-        mbarrier.wait(k_full.index(0), 0)
-        s = warpgroup_mma_wait(0, deps=(_scores(c, mine, keys.index(0)),))
+    if REMAINDER:
+        for i in range(means):
+            stage = i % STAGES
+            mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
+            s = warpgroup_mma_wait(0, deps=(_scores(c, mine, keys.index(stage)),))
+            _meet()
+            _fill_either(c, k, k_means, batch, head, listed, masked, keys, k_full, i + STAGES, means, steps)
+            most, total, mean, p = _weigh_means(c, s, most, total, mean, i, tile, head)
+            mbarrier.wait(v_full.index(stage), (i // STAGES) & 1)
+            mean = warpgroup_mma_wait(0, deps=(_add(c, mean, p, values.index(stage)),))
+            _meet()
+            _fill_either(c, v, v_means, batch, head, listed, masked, values, v_full, i + STAGES, means, steps)
+    # where the keys of the next step to load start; those of the step before have been loaded, its values not yet
+    coming = _start(c, listed, n - 1 - STAGES, masked)
+    if n > 0:
+        mbarrier.wait(k_full.index(means % STAGES), (means // STAGES) & 1)
+        s = warpgroup_mma_wait(0, deps=(_scores(c, mine, keys.index(means % STAGES)),))
         _meet()
-        _fill(c, k, k_means, batch, head, coming, keys, k_full, STAGES, n, steps)
-        s = _first_scores(c, s, start, n, tile, head)
+        _fill(c, k, [batch, head, coming, 0], keys, k_full, means + STAGES, steps)
+        s = gl.where(_real_keys(c, start)[None, :], s, float("-inf"))
         most, total, shrink, w = _weigh(s, most, total, c.scale)
+        if REMAINDER:
+            mean = mean * _of_outputs(c, shrink)[:, None]
         p = _rounded(c, w)
-        for i in range(1, steps):
+        for i in range(means + 1, steps):
             stage = i % STAGES
             before = (i - 1) % STAGES
-            following = _start(c, listed, n - 1 - STAGES - i, masked)
+            following = _start(c, listed, steps - 1 - STAGES - i, masked)
             mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
             s_next = _scores(c, mine, keys.index(stage))
             mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
             mean_next = _add(c, mean, p, values.index(before))
             s = warpgroup_mma_wait(1, deps=(s_next,))
             _meet()
-            _fill(c, k, k_means, batch, head, following, keys, k_full, i + STAGES, n, steps)
-            if REMAINDER:
-                if i >= n:
-                    s = _of_left_out(c, s, i - n, tile, head)
+            _fill(c, k, [batch, head, following, 0], keys, k_full, i + STAGES, steps)
             most, total, shrink, w = _weigh(s, most, total, c.scale)
             total = _done_before(total)
             mean = warpgroup_mma_wait(0, deps=(mean_next,))
             _meet()
-            _fill(c, v, v_means, batch, head, coming, values, v_full, i - 1 + STAGES, n, steps)
+            _fill(c, v, [batch, head, coming, 0], values, v_full, i - 1 + STAGES, steps)
             coming = following
             mean = mean * _of_outputs(c, shrink)[:, None]
             p = _rounded(c, w)
@@ -426,15 +429,27 @@ def attend_alone(
 
 
 @gluon.jit
-def _fill(c, tensor, means, batch, head, start, buffers, full, step, n, steps):
+def _fill(c, tensor, where, buffers, full, step, steps):
     """Copy a tile into the buffer of this step, if there is such a step; what was there has been used."""
     stage = step % c.STAGES
     mbarrier.expect(full.index(stage), c.TILE_K * c.HEAD_DIM * 2, pred=step < steps)
-    _copy_in(tensor, [batch, head, start, 0], full.index(stage), buffers.index(stage), pred=step < n)
+    _copy_in(tensor, where, full.index(stage), buffers.index(stage), pred=step < steps)
+
+
+@gluon.jit
+def _fill_either(c, tensor, of_means, batch, head, listed, masked, buffers, full, step, means, steps):
+    """The same where the step may be one of those of means, which come before the list, last tile first."""
+    real = gl.to_tensor(True)
     if c.REMAINDER:
-        start = (step - n) * c.TILE_K
-        behind = (step >= n) & (step < steps)
-        _copy_in(means, [batch, head, start, 0], full.index(stage), buffers.index(stage), pred=behind)
+        real = step >= means
+        if not real:
+            stage = step % c.STAGES
+            where = [batch, head, step * c.TILE_K, 0]
+            mbarrier.expect(full.index(stage), c.TILE_K * c.HEAD_DIM * 2)
+            _copy_in(of_means, where, full.index(stage), buffers.index(stage))
+    if real:
+        start = _start(c, listed, steps - 1 - step, masked)
+        _fill(c, tensor, [batch, head, start, 0], buffers, full, step, steps)
 
 
 @gluon.jit
@@ -510,7 +525,7 @@ def _last_tile(c, listed, count, masked):
 
 @gluon.jit
 def _mean_tiles(c, masked):
-    """How many tiles of means follow those of a list: all blocks have one, and a head without a list needs none."""
+    """How many tiles of means there are beside a list: all blocks have one, and a head without a list needs none."""
     tiles = gl.to_tensor(0)
     if c.REMAINDER:
         tiles = gl.where(masked, (c.k_blocks + c.TILE_K - 1) // c.TILE_K, 0)
@@ -567,33 +582,8 @@ def _add(c, mean, p, values):
 
 
 @gluon.jit
-def _first_scores(c, s, start, n, tile, head):
-    """Scores of the first tile, the only one that can reach past the last token; of means where a list is empty."""
-    key = gl.arange(0, c.TILE_K, layout=gl.SliceLayout(0, c.SCORES))
-    end = c.tokens
-    if c.REMAINDER:
-        if n == 0:
-            s = _of_left_out(c, s, 0, tile, head)
-            end = start + c.TILE_K
-    return gl.where((start + key < end)[None, :], s, float("-inf"))
-
-
-@gluon.jit
-def _of_left_out(c, s, means, tile, head):
-    """Scores of a tile of means, each as heavy as its block's tokens, and none of those whose blocks are computed."""
-    first = means * c.TILE_K
-    place = gl.arange(0, c.TILE_K, layout=gl.SliceLayout(0, c.SCORES))
-    row = head * c.mask_step * c.q_blocks + tile * (c.WARPGROUPS * _ROWS) // c.BLOCK_Q
-    # bits are padded to whole words; those of all blocks of a tile are the same for all threads
-    row_words = (c.k_blocks + 31) // 32
-    words = c.words + row.to(gl.int64) * row_words
-    word = place
-    for i in gl.static_range(c.TILE_K // 32):
-        own = first // 32 + i
-        word = gl.where(place // 32 == i, gl.load(words + own, mask=own < row_words, other=-1), word)
-    left_out = ((word >> (place % 32)) & 1 == 0) & (first + place < c.k_blocks)
-    bonus = gl.where(first + place == c.k_blocks - 1, c.last_bonus, c.bonus)
-    return gl.where(left_out[None, :], s + bonus[None, :], float("-inf"))
+def _real_keys(c, start):
+    return start + gl.arange(0, c.TILE_K, layout=gl.SliceLayout(0, c.SCORES)) < c.tokens
 
 
 @gluon.jit
@@ -608,6 +598,18 @@ def _weigh(s, most, total, scale):
     shrink = gl.exp2(most * scale - shift)
     total = total * gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout))[:, None] + _sums(weights)
     return new_most, total, shrink, weights
+
+
+@gluon.jit
+def _weigh_means(c, s, most, total, mean, i, tile, head):
+    """The same for a tile of means, each as heavy as its block's tokens, and of no weight where that is computed."""
+    row = head * c.mask_step * c.q_blocks + tile * (c.WARPGROUPS * _ROWS) // c.BLOCK_Q
+    place = i * c.TILE_K + gl.arange(0, c.TILE_K, layout=gl.SliceLayout(0, c.SCORES))
+    bonus = gl.load(c.bonuses + row.to(gl.int64) * (_mean_tiles(c, True) * c.TILE_K) + place)
+    s = s + bonus[None, :]
+    # nothing may have been left out so far: a finite maximum then, below any other, under which all weights are 0
+    most, total, shrink, w = _weigh(s, gl.maximum(most, _LEAST), total, c.scale)
+    return most, total, mean * _of_outputs(c, shrink)[:, None], _rounded(c, w)
 
 
 @gluon.jit

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from calibatt.kernels.base import Task, Unsupported, dtype_name, triton_only, variable_refusal
 from calibatt.kernels.expand import KINDS, kinds_on
-from calibatt.kernels.fused import FusedKernel, Launch, means_of_blocks
+from calibatt.kernels.fused import FusedKernel, Launch, bonuses_of_blocks, means_of_blocks
 from calibatt.kernels.mask import block_count
 from calibatt.kernels.plan import HeadKind, Plan
 from calibatt.kernels.tiles import tensor_map_fits
@@ -103,17 +103,15 @@ class Gluon(FusedKernel):
         reused_tiles = block_count(len(given.computed), tile_q)
         find = partial(_work, plan, given.counts, batch, tiles, given.block_q // tile_q, reused_tiles, only)
         work = _kept(plan, (batch, tiles, only, q.device), batch * tiles * heads, find)
-        k_means, v_means, _, words = means_of_blocks(k, v, plan, plan.mask)
+        scale = math.log2(math.e) / math.sqrt(head_dim)
+        k_means, v_means = means_of_blocks(k, v, plan, plan.mask)[:2]
+        bonuses = bonuses_of_blocks(plan, scale, shape.tile_k) if plan.remainder != "none" else work
         tensors = (
             _descriptor(q, _ROWS), *(_descriptor(x, shape.tile_k) for x in (k, v, k_means, v_means)),
             _descriptor(out, _ROWS), q if lse is None else lse, given.indices, given.counts, given.kinds,
-            given.computed, given.served, work, words,
+            given.computed, given.served, work, bonuses,
         )  # fmt: skip
         reuse, with_lse = plan.reuse is not None, lse is not None
-        scale = math.log2(math.e) / math.sqrt(head_dim)
-        # a mean's score has the logarithm of its block's size added, where scores are not scaled yet
-        last_size = tokens - (given.k_blocks - 1) * given.block_k
-        bonus, last_bonus = (math.log2(size) / scale for size in (given.block_k, last_size))
         mask_step = int(plan.mask is not None and plan.mask.heads > 1)
         sizes = (
             tiles, given.served_most, given.q_blocks, given.k_blocks, heads, len(given.computed),
@@ -125,9 +123,7 @@ class Gluon(FusedKernel):
             "REMAINDER": plan.remainder != "none", "num_warps": _WARPS, "maxnreg": shape.registers,
         }  # fmt: skip
         if shape.alone:
-            gluon_code.attend_alone[(len(work),)](
-                *tensors, q, out, scale, tokens, bonus, last_bonus, mask_step, *sizes, **constants
-            )
+            gluon_code.attend_alone[(len(work),)](*tensors, q, out, scale, tokens, mask_step, *sizes, **constants)
         else:
             places = torch.cuda.get_device_properties(q.device).multi_processor_count * shape.thread_blocks
             counter = torch.zeros(1, dtype=torch.int32, device=q.device)
@@ -138,7 +134,7 @@ class Gluon(FusedKernel):
             mean = q.new_empty((parts * tile_q, head_dim), dtype=torch.float32)
             most, total = q.new_empty((2, parts * tile_q), dtype=torch.float32)
             gluon_code.attend[(min(places, whole + parts),)](
-                *tensors, mean, most, total, counter, q, out, scale, tokens, bonus, last_bonus, mask_step, whole,
+                *tensors, mean, most, total, counter, q, out, scale, tokens, mask_step, whole,
                 shares, whole + parts, *sizes,
                 WARPGROUPS=shape.warpgroups, SHARED_OUT=parts > 0, PRODUCER_REGISTERS=_PRODUCER_REGISTERS,
                 CONSUMER_REGISTERS=_CONSUMER_REGISTERS, **constants,

@@ -153,7 +153,8 @@ def cells(options: Options) -> list[Cell]:
     if options.planted or not options.whole:
         return found
     # the same geometry at another number of steps is the same
-    for workload in dict.fromkeys(replace(workload, steps=0, layers=0) for workload in options.workloads()):
+    bare = [replace(one, steps=0, layers=0, guidance=None) for one in options.workloads()]
+    for workload in dict.fromkeys(bare):
         # a kernel by itself has no blocks of its own
         given = [block for block in options.blocks or () if block != "native"]
         arms: list[AnyArm] = [DENSE, *(PermutationArm(order=order) for order in options.orders or ())]

@@ -208,6 +208,7 @@ def _compile(block: tuple[int, int] | None, head_dim: int, remainder: Remainder)
     calibatt.kernels.fused.block_lists = lambda plan: lists
     entries = [
         (gluon_code, "attend"), (gluon_code, "attend_alone"), (triton_code, "merge"), (triton_code, "block_means"),
+        (triton_code, "bonuses"),
     ]  # fmt: skip
     functions = [getattr(module, name) for module, name in entries]
     for (module, name), function in zip(entries, functions, strict=True):
@@ -215,10 +216,10 @@ def _compile(block: tuple[int, int] | None, head_dim: int, remainder: Remainder)
     Gluon()._launch(q, q, q, torch.empty_like(q), torch.empty(q.shape[:3]), plan)
     for (module, name), function in zip(entries, functions, strict=True):
         setattr(module, name, function)
-    # means are made before, and shares put together behind
-    code = made[int(remainder != "none")]
+    # means and their bonuses are made before, and shares put together behind
+    code = made[2 * (remainder != "none")]
     return {
-        "shared_out": len(made) == 2 + int(remainder != "none"),
+        "shared_out": len(made) == 2 + 2 * (remainder != "none"),
         "shared": code.metadata.shared,
         "warps": code.metadata.num_warps,
         "wgmma": "wgmma" in code.asm["ptx"],
