@@ -97,8 +97,7 @@ class CpuReader:
             others, now = self._others(since), load(self._children)
             share = disturbance(before, now)
         self._before = now
-        frequency = psutil.cpu_freq() if hasattr(psutil, "cpu_freq") else None
-        clock = frequency.current if frequency else None
+        clock = _clock_mhz()
         return Telemetry(
             readings=1, clock_mhz=clock, lowest_clock_mhz=clock, disturbed=share,
             load=None if share is None else _share(now.used_s - before.used_s, before, now),
@@ -123,6 +122,16 @@ class CpuReader:
 
 def _share(seconds: float, before: Load, after: Load) -> float:
     return min(max(seconds / (after.there_s - before.there_s), 0.0), 1.0)
+
+
+def _clock_mhz() -> float | None:
+    """Of the CPUs on average; None where the system does not tell."""
+    try:
+        frequency = psutil.cpu_freq()
+    # psutil has no such function on some systems, and raises where there is no file of frequencies
+    except (AttributeError, NotImplementedError, OSError):
+        return None
+    return float(frequency.current) or None if frequency else None
 
 
 def _own_s(running: Sequence[psutil.Process]) -> float:

@@ -149,6 +149,18 @@ def test_a_child_that_begins_meanwhile_is_no_other(monkeypatch: pytest.MonkeyPat
     assert len(seen) == 1 or seen[1].own_s - seen[0].own_s >= 0.5
 
 
+@pytest.mark.parametrize("error", [NotImplementedError, FileNotFoundError, AttributeError])
+def test_a_system_that_does_not_tell_its_clock_is_read_all_the_same(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses() -> None:
+        raise error
+
+    monkeypatch.setattr(psutil, "cpu_freq", refuses)
+    found = CpuReader().read()
+    assert (found.readings, found.clock_mhz, found.lowest_clock_mhz) == (1, None, None)
+
+
 def test_readings_take_less_than_a_thousandth_of_a_core() -> None:
     reader, taken = CpuReader(), []
     for _ in range(20):
