@@ -15,7 +15,7 @@ from calibatt.bench.record import DISTURBED, Telemetry
 # seconds from one look at all processes to the next: it takes some milliseconds, a reading a tenth of one
 _LOOK_S = 30.0
 # of those that had most of the CPUs
-_NAMED = 3
+NAMED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,7 @@ class CpuReader:
             if pid not in own:
                 taken = (seconds - before.get((pid, name), 0.0)) / (since * len(usable_cpus()))
                 shares[name] = shares.get(name, 0.0) + taken
-        most = sorted(shares, key=shares.__getitem__, reverse=True)[:_NAMED]
+        most = sorted(shares, key=shares.__getitem__, reverse=True)[:NAMED]
         return {name: shares[name] for name in most if shares[name] > 0}
 
 

@@ -83,7 +83,7 @@ class Telemetry:
     """What went on while samples were taken, by readings of the device's state. What could not be read is None.
 
     Args:
-        readings: how many there were; of samples of milliseconds, one stands for many.
+        readings: how many there were, each counted for every sample that it stands for: of milliseconds, for many.
         clock_mhz, lowest_clock_mhz: of a GPU's multiprocessors, or of the CPUs on average: median, and lowest.
         memory_clock_mhz, power_w: of a GPU, median.
         temperature_c, memory_bytes: of a GPU, highest; all memory in use, whoever's.

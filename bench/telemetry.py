@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from calibatt.bench.cpu_load import CpuReader
+from calibatt.bench.cpu_load import NAMED, CpuReader
 from calibatt.bench.nvml import GpuLost, GpuReader
 from calibatt.bench.record import Telemetry
 
@@ -139,6 +139,7 @@ def merged(states: Sequence[Telemetry]) -> Telemetry | None:
     for state in states:
         for name, share in (state.others or {}).items():
             others[name] = max(share, others.get(name, 0.0))
+    most = sorted(others, key=others.__getitem__, reverse=True)[:NAMED]
     reasons = _known(states, "reasons", lambda each: tuple(dict.fromkeys(name for names in each for name in names)))
     return Telemetry(
         readings=sum(state.readings for state in states),
@@ -153,7 +154,7 @@ def merged(states: Sequence[Telemetry]) -> Telemetry | None:
         disturbed=_mean(states, "disturbed"),
         load=_mean(states, "load"),
         steal=_mean(states, "steal"),
-        others=others or None,
+        others={name: others[name] for name in most} or None,
     )
 
 

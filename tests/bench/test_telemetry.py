@@ -161,6 +161,9 @@ def test_several_states_are_one_with_the_worst_and_the_usual_of_each() -> None:
         reasons=("SwPowerCap", "HwSlowdown"), throttled=True, disturbed=pytest.approx(0.2), load=1.0, steal=0.1,
         others={"x": 0.2, "y": 0.3},
     )  # fmt: skip
+    c = Telemetry(readings=1, others={"z": 0.01, "w": 0.15})
+    # the names of most
+    assert (merged([a, b, c]) or c).others == {"y": 0.3, "x": 0.2, "w": 0.15}
     assert merged([a]) == a
     assert merged([]) is None
 
