@@ -26,8 +26,9 @@ _meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _MASKED = gl.constexpr(0)
 _REUSED = gl.constexpr(2)
 _LN2 = gl.constexpr(0.6931471805599453)
-# below any score that is not -inf, and far enough from the least number for what is added to it
-_LEAST = gl.constexpr(-1e30)
+# below any score that is not -inf. A power of two: times the scale it is exact, so that, fused with a subtraction, it
+# leaves nothing over, of which exp2 might make an infinity
+_LEAST = gl.constexpr(-(2.0**100))
 # queries of a warpgroup: the rows of one wgmma
 _ROWS = gl.constexpr(64)
 
