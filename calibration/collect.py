@@ -291,7 +291,7 @@ class Run:
         provenance = Provenance(
             origin=self.origin, geometry=own.geometry, steps=own.steps, layers=own.layers, guidance=own.guidance,
             prompts=self.prompts, seed=self.seed, cost_ratio=units.cost_ratio(), versions=_versions(),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=datetime.now(UTC).isoformat(timespec="seconds"), sigmas=own.sigmas(self.prompts[0]),
         )  # fmt: skip
         merged = units.merged(self.learner)
         first = next(merged)
