@@ -497,9 +497,7 @@ def _transfer(arguments: argparse.Namespace) -> int:
     entry, resolution, device = _model(arguments)
     check_output(arguments.out)
     pipe = entry.load(resolution=resolution, device=device, dtype=working_dtype(device), weights=arguments.weights)
-    videos = DenseVideos(
-        entry, pipe, resolution=resolution, steps=arguments.steps, guidance=source.provenance.guidance
-    )
+    videos = DenseVideos(entry, pipe, resolution=resolution, steps=arguments.steps, guidance=source.provenance.guidance)
     source.transferred(videos, block=entry.block_at(resolution)).save(arguments.out)
     for path in (arguments.file, arguments.out):
         made = Calibration.load(path, verify=True)

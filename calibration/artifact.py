@@ -16,8 +16,8 @@ from torch import Tensor
 
 from calibatt.calibration.card import card
 from calibatt.calibration.files import UnusableCalibration, naming, replacing
+from calibatt.calibration.resized import transfer
 from calibatt.calibration.sections import Index, SectionedTables, label, write_sections
-from calibatt.calibration.transfer import transfer
 from calibatt.calibration.videos import Videos
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.names import look_up

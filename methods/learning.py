@@ -109,6 +109,8 @@ def at_every_site(layout: Layout, name: str) -> tuple[torch.dtype, tuple[int, ..
     return dtype, (*layout[name + ROWS][1][2:], *shape[1:])
 
 
+# what else there is to do about another size or number of steps
+_TRANSFER = ", or `calibatt transfer`"
 # q, k and v of a call, [heads, tokens, head_dim], and where it happened
 Seen = tuple[Tensor, Tensor, Tensor, Site]
 
@@ -307,9 +309,9 @@ class Learnt:
         own = self.provenance
         fitting = replace(geometry, text_tokens=min(geometry.text_tokens, own.geometry.text_tokens))
         if fitting != geometry or replace(geometry, text_tokens=own.geometry.text_tokens) != own.geometry:
-            raise self._mismatch(f"{own.geometry}", f"{geometry}")
+            raise self._mismatch(f"{own.geometry}", f"{geometry}", or_else=_TRANSFER)
         if steps != own.steps:
-            raise self._mismatch(f"{own.steps} steps", f"{steps}")
+            raise self._mismatch(f"{own.steps} steps", f"{steps}", or_else=_TRANSFER)
 
     def check_origin(self, origin: Origin) -> None:
         """Refuse another model, other weights of it, another adapter, or another noise schedule.
@@ -346,7 +348,7 @@ class Learnt:
                 f"{own.model} with weights {own.weights}", f"{origin.model} with weights {origin.weights}"
             )
 
-    def _mismatch(self, own: str, other: str) -> CalibrationMismatch:
+    def _mismatch(self, own: str, other: str, *, or_else: str = "") -> CalibrationMismatch:
         return CalibrationMismatch(
-            f"what {self.method} learnt is for {own}, not for {other}: run `calibatt calibrate` for that"
+            f"what {self.method} learnt is for {own}, not for {other}: run `calibatt calibrate` for that{or_else}"
         )

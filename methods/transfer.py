@@ -38,7 +38,7 @@ class Blocks:
 
 
 def transferred_table(
-    table: UInt8[Tensor, "heads q_blocks k_blocks"], source: Blocks, to: Blocks, *, always: int
+    table: UInt8[Tensor, "heads q_blocks k_blocks"], source: Blocks, to: Blocks, *, always: int, one_a_row: bool = True
 ) -> UInt8[Tensor, "heads other_q_blocks other_k_blocks"]:
     """A table as `video_table` makes it, for other blocks.
 
@@ -46,22 +46,23 @@ def transferred_table(
         table: of the source.
         source, to: what is known, and what is wanted.
         always: as for `transferred`; also what stands where nothing is known.
+        one_a_row: as for `transferred`.
     """
-    part = transferred(video_part(table, source.geometry, source.block), source, to, always=always)
+    part = transferred(video_part(table, source.geometry, source.block), source, to, always=always, one_a_row=one_a_row)
     return video_table(part, to.geometry, to.block, left_over=always)
 
 
 def transferred(
-    values: UInt8[Tensor, "heads rows columns"], source: Blocks, to: Blocks, *, always: int
+    values: UInt8[Tensor, "heads rows columns"], source: Blocks, to: Blocks, *, always: int, one_a_row: bool = True
 ) -> UInt8[Tensor, "heads other_rows other_columns"]:
     """For each block without text, the largest value that at least half of it has.
 
-    A row without any block that is always kept has one, where most of it was: a query without keys would give zeros.
-
     Args:
-        values: of the source's blocks without text; every row has one that is always kept.
+        values: of the source's blocks without text.
         source, to: what is known, and what is wanted.
         always: the value of blocks that are always kept, the largest that there is.
+        one_a_row: whether a row without any such block is given it where most of it was, as every row had one: a query
+            without keys would give zeros.
     """
     (rows, of_rows), (columns, of_columns) = (_overlaps(source, to, axis) for axis in (0, 1))
     # behind the last block stand those with text
@@ -83,7 +84,7 @@ def transferred(
         more = found | 1 << digit
         found = torch.where(_HALF * reaching(more) >= whole, more, found)
     lacking = (found < always).all(-1, keepdim=True)
-    if bool(lacking.any()):
+    if one_a_row and bool(lacking.any()):
         volumes = reaching(always)
         found[lacking & (volumes == volumes.amax(-1, keepdim=True))] = always
     return found

@@ -137,7 +137,8 @@ class CalibAtt(Method):
         """
         part = learnt.parts.part(name, index)
         if name == "levels":
-            return transferred_table(part, source, to, always=MOST_LEVEL)
+            # a row without any has what it needs most (`keep_at`)
+            return transferred_table(part, source, to, always=MOST_LEVEL, one_a_row=False)
         if name != "bits":
             return part
         # of a row that steps share: the mask of one head
