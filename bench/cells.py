@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,6 +25,8 @@ Order = Literal["tile", "token-major", "random"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 # `pytest -k SUITE` finds every name that contains the word: a method's name must not
 _SHORT: Mapping[str, str] = {"attention": "attn"}
+# of two runs' noise: more than there are rounds, and than the seeds of videos that are learnt from or tuned on
+_SEEDS_APART = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +44,7 @@ class Arm:
         block: tokens of a query and of a key block; `native` for the preset's own, None for the model's.
         kernel: name of the sparse kernel; dense itself runs on whichever is fastest.
         remainder: what stands for the blocks that the method leaves out.
+        query_stride: of the calibration suite: of so many queries, what is learnt looks at one.
     """
 
     method: str
@@ -53,6 +57,7 @@ class Arm:
     dense_layers: float | None = None
     block: tuple[int, int] | Literal["native"] | None = None
     remainder: Remainder = "none"
+    query_stride: int = 1
 
     @classmethod
     def parse(cls, text: str, kernel: str, dense_first: tuple[float, float] | None = None) -> Arm:
@@ -110,7 +115,8 @@ class Arm:
         first = "" if self.dense_steps is None else f"-dense{self.dense_steps:g}x{self.dense_layers:g}"
         block = "" if self.block is None else f"-{self.block_choice}"
         tail = "" if self.remainder == "none" else "+tail"
-        return f"{self.method}{preset}{tail}{wanted}{first}{block}"
+        stride = "" if self.query_stride == 1 else f"-stride{self.query_stride}"
+        return f"{self.method}{preset}{tail}{wanted}{first}{block}{stride}"
 
     @property
     def block_choice(self) -> str | None:
@@ -140,6 +146,7 @@ class Arm:
             "block_choice": self.block_choice,
             "kernel": self.kernel,
             "remainder": None if self.remainder == "none" else self.remainder,
+            "query_stride": None if self.query_stride == 1 else self.query_stride,
         }
 
 
@@ -233,9 +240,13 @@ class Workload:
         steps: denoising steps; 0 where kernels are measured by themselves.
         device: where it runs.
         resampled: whether its attention calls have the embedded model's inputs, resampled to this model's size.
-        layers: of a transformer without weights of its own, of which one forward pass is measured; 0 elsewhere.
+        captures: folder of calls that were captured from the model, which are measured in place of its own; None
+            elsewhere.
+        layers: of a transformer without weights of its own, of which one forward pass is measured, or whose weights are
+            planted; 0 for the model's.
         compiled: whether the transformer's blocks are compiled there.
         planted: whether weights are planted in the model, in place of its own.
+        seed: of the noise of the videos that are measured, and of drawn inputs.
     """
 
     model: str
@@ -243,19 +254,37 @@ class Workload:
     steps: int
     device: torch.device
     resampled: bool = False
+    captures: Path | None = None
     layers: int = 0
     compiled: bool = False
     planted: bool = False
+    seed: int = 0
+
+    @property
+    def noise(self) -> int:
+        """Seed of the first round's noise; later rounds have those that follow."""
+        return self.seed * _SEEDS_APART
 
     @property
     def entry(self) -> ModelEntry:
-        """The model."""
-        return MODELS[self.model]
+        """The model, with as many layers as whole videos are made with."""
+        own = MODELS[self.model]
+        return replace(own, layers=self.layers) if self.layers and self.steps else own
 
     @property
     def block(self) -> tuple[int, int]:
         """Tokens of a query and of a key block that the model's masks use at that resolution."""
         return self.entry.block_at(self.resolution)
+
+    @property
+    def filmed(self) -> bool:
+        """Whether there are whole videos of it, and not only attention calls."""
+        return not (self.resampled or self.captures)
+
+    @property
+    def large(self) -> bool:
+        """Whether its calls may be of a large model's size, whoever's they are: fewer of them are looked at."""
+        return self.resampled or self.planted or self.captures is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -266,23 +295,25 @@ class Workload:
         steps = f"-{self.steps}" if self.steps else ""
         layers = f"-{self.layers}layers" if self.layers else ""
         compiled = "-compiled" if self.compiled else ""
-        inputs = "-resampled" if self.resampled else "-planted" if self.planted else ""
-        return f"{self.model}-{self.resolution}{steps}{layers}{compiled}{inputs}"
+        inputs = (
+            "-resampled" if self.resampled else "-captured" if self.captures else "-planted" if self.planted else ""
+        )
+        seed = f"-seed{self.seed}" if self.seed else ""
+        return f"{self.model}-{self.resolution}{steps}{layers}{compiled}{inputs}{seed}"
 
     def facts(self) -> dict[str, Any]:
         """The fields of a record that say what the workload is, as far as they are known without its weights."""
         geometry = self.entry.geometry(self.resolution)
         size = {
             "model": self.model, "resolution": self.resolution, "tokens": geometry.tokens, "heads": geometry.heads,
-            "head_dim": geometry.head_dim, "dtype": dtype_name(self.dtype),
+            "head_dim": geometry.head_dim, "dtype": dtype_name(self.dtype), "seed": self.seed,
         }  # fmt: skip
         weights = PLANTED if self.planted else None
-        if self.layers:
-            return {**size, "weights": weights or "random", "layers": self.layers, "compiled": self.compiled}
+        layers = {"layers": self.layers, "compiled": self.compiled} if self.layers else {}
         if not self.steps:
-            return size
+            return {**size, "weights": weights or "random", **layers} if layers else size
         frames = self.entry.resolution(self.resolution).frames
-        return {**size, "weights": weights, "frames": frames, "steps": self.steps, "compiled": self.compiled}
+        return {**size, "weights": weights, "frames": frames, "steps": self.steps, "compiled": self.compiled, **layers}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,7 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
             check_gate(options.gate, out)
             config.stash[_BASELINE] = [load_run(path) for path in options.gate]
         if out is not None:
-            files = [options.calibration, given.prompts]
+            captured = [] if options.captures is None else sorted(options.captures.iterdir())
+            files = [options.calibration, given.prompts, *captured]
             journal = Journal(partial_of(out), fingerprint.run(deciding(config.invocation_params.args), files))
     except (ValueError, OSError) as error:
         raise pytest.UsageError(str(error)) from None
@@ -182,10 +183,10 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     """Add the cells without times: pytest-benchmark itself leaves them out."""
-    from calibatt.bench import fingerprint
+    from calibatt.bench.launch import command_line
 
     output_json["untimed"] = [record.to_extra_info() for record in config.stash[_SESSION].untimed]
-    output_json["command"] = fingerprint.command(config.invocation_params.args)
+    output_json["command"] = command_line(config.invocation_params.args)
 
 
 @pytest.fixture

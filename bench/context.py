@@ -24,9 +24,6 @@ from calibatt.methods.call import Attention, SparseAttention
 from calibatt.methods.catalogue import build
 from calibatt.models.entry import Alignment
 
-# the seed of round i is this one plus i
-SEED = 0
-
 
 # without slots: cached_property keeps its values in the instance's dictionary
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,6 +46,7 @@ class Context:
         guidance: of the videos.
         facts: the fields of a record that all arms share.
         log: shows a line.
+        seed: of the first round's noise; that of round i is larger by i.
         faithful: whether it says something how near an arm comes to dense attention: not where weights are planted.
     """
 
@@ -67,6 +65,7 @@ class Context:
     guidance: float
     facts: Mapping[str, Any]
     log: Callable[[str], None]
+    seed: int = 0
     faithful: bool = True
 
     @cached_property
@@ -82,11 +81,11 @@ class Context:
 
     def video(self, attention: Attention, round_: int) -> Float[Tensor, "3 frames height width"]:
         """A whole generation; the round fixes prompt and seed."""
-        return self.film(attention, self.prompts[round_], SEED + round_)
+        return self.film(attention, self.prompts[round_], self.seed + round_)
 
 
 def take_probes(
-    videos: Videos, kernel: Kernel, prompt: str, shares: Collection[float], *, seed: int = SEED
+    videos: Videos, kernel: Kernel, prompt: str, shares: Collection[float], *, seed: int
 ) -> tuple[Probe, ...]:
     """Inputs of some attention calls of a dense video, which also warms a pipeline up.
 

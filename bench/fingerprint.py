@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import torch
 
+from calibatt.bench.launch import command_line
 from calibatt.bench.machine import digest_of_flags
 from calibatt.bench.telemetry import nvml_handle, usable_cpus
 
@@ -71,15 +72,15 @@ def run(arguments: Sequence[str], files: Sequence[Path | None]) -> dict[str, Any
     Raises:
         OSError: a file cannot be read.
     """
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files if path is not None]
+    digests = [_digest(path) for path in files if path is not None]
     return {
-        "command": command(arguments), "machine": machine(), "code": _code(), "files": digests, "commit": commit(),
+        "command": command_line(arguments), "machine": machine(), "code": _code(), "files": digests, "commit": commit(),
     }  # fmt: skip
 
 
-def command(arguments: Sequence[str]) -> str:
-    """The command line."""
-    return " ".join(["pytest", *arguments])
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 # it starts processes, for a second

@@ -19,7 +19,7 @@ from calibatt.calibration.artifact import Calibration
 from calibatt.calibration.collect import Run, notes_in
 from calibatt.calibration.files import UnusableCalibration
 from calibatt.calibration.videos import Videos
-from calibatt.kernels.base import Attender
+from calibatt.kernels.base import Attender, Unsupported
 from calibatt.methods.base import Planner
 from calibatt.methods.catalogue import METHODS, learner, learns_from
 from calibatt.methods.learning import Learner, Learnt, settings_of
@@ -72,8 +72,12 @@ def block_of(arm: Arm, block: tuple[int, int]) -> tuple[int, int] | None:
 
 
 def run_settings(arm: Arm) -> Mapping[str, Any]:
-    """Settings of the arm's method that the run asks for: no dense steps of its own where all arms have the same."""
-    return {} if arm.dense_steps is None else METHODS[arm.method].without_dense
+    """Settings of the arm's method that the run asks for.
+
+    No dense steps of its own where all arms have the same; and how many queries what it learns looks at.
+    """
+    dense = {} if arm.dense_steps is None else METHODS[arm.method].without_dense
+    return dense if arm.query_stride == 1 else {**dense, "query_stride": arm.query_stride}
 
 
 def lesson_of(arm: Arm, block: tuple[int, int], *, turned: Collection[str] = (), **settings: float) -> Lesson | None:
@@ -155,7 +159,8 @@ class Offline:
     """Makes what arms learn when it is first asked for, and keeps it.
 
     Args:
-        learn: learns a lesson and says how many seconds it took; notes go into the folder, where there is one.
+        learn: learns a lesson and says how many seconds it took; notes go into the folder, where there is one; None
+            where there are no videos to learn from.
         preparation: what a stopped run has learnt, and keeps what this one does.
         stored: loads what was learnt before and is to be used in place of it, wherever it is the same method's.
         log: says what is being learnt.
@@ -165,7 +170,7 @@ class Offline:
 
     def __init__(
         self,
-        learn: Callable[[Lesson, Path | None], tuple[float, Calibration]],
+        learn: Callable[[Lesson, Path | None], tuple[float, Calibration]] | None,
         *,
         preparation: Preparation,
         stored: Callable[[], Learnt] | None,
@@ -191,6 +196,15 @@ class Offline:
             ValueError: a setting contradicts the preset.
         """
         return lesson_of(arm, self._block, turned=self._turned, **settings)
+
+    def missing(self, arm: Arm) -> Unsupported | None:
+        """Why what an arm needs cannot be learnt; None where it can be, is there, or is not needed."""
+        lesson = None if self._learn is not None else self.lesson(arm)
+        if lesson is None or (self._stored is not None and self._stored.method == lesson.method):
+            return None
+        return Unsupported(
+            f"{lesson.method} learns from whole videos, of which there are none here: give --calibration"
+        )
 
     def prepared(self, arm: Arm, **settings: float) -> Prepared | None:
         """What the arm plans by; None where it needs nothing.
@@ -226,6 +240,7 @@ class Offline:
         return found
 
     def _learnt(self, lesson: Lesson) -> tuple[float, Calibration]:
+        assert self._learn is not None, "an arm that learns has been refused"
         self._log(f"learning what {lesson.method}/{lesson.preset} needs")
         folder = self._preparation.notes(lesson.name)
         try:

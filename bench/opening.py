@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from calibatt.bench.baseline import dense_kernels, fastest_dense
+from calibatt.bench.captured import CapturedVideos
 from calibatt.bench.cells import DENSE, Workload
 from calibatt.bench.console import Console
 from calibatt.bench.context import Context, spread, take_probes
+from calibatt.bench.meter import Meter
 from calibatt.bench.observers import Probe
 from calibatt.bench.offline import Lesson, Offline, learn
+from calibatt.bench.parts import components_timed
 from calibatt.bench.preparation import Preparation
 from calibatt.bench.record import PLANTED
 from calibatt.bench.resampled import ResampledVideos
@@ -84,34 +88,41 @@ def open_workload(
 
     log("loading")
     film, videos = _videos(workload)
-    log("one dense video to take attention inputs from")
-    kernel = dense_kernels(workload.device, workload.dtype, workload.entry.head_dim)[0]
-    large = workload.resampled or workload.planted
-    shares = _FEW_PROBES if large else _PROBES
-    probes = take_probes(videos, kernel, prompts.rounds[0], shares)
+    shares = _FEW_PROBES if workload.large else _PROBES
+    if isinstance(videos, CapturedVideos):
+        probes = videos.probes(workload.device, workload.dtype)
+    else:
+        log("one dense video to take attention inputs from")
+        kernel = dense_kernels(workload.device, workload.dtype, workload.entry.head_dim)[0]
+        probes = take_probes(videos, kernel, prompts.rounds[0], shares, seed=workload.noise)
     first, heads = probes[0], probes[0].site.geometry.heads
     dense = _baseline(first, preparation, log=log)
+    learn = partial(_learn, workload, videos, prompts.calibration, dense, console)
     offline = Offline(
-        partial(_learn, workload, videos, prompts.calibration, dense, console), preparation=preparation,
+        None if workload.captures else learn, preparation=preparation,
         stored=None if stored is None else partial(_stored, stored, videos),
         log=log, block=workload.block, turned=turned,
     )  # fmt: skip
     tuner = Tuner(
         workload, offline=offline, preparation=preparation, probe=probes[-1],
-        tuning_probes=lambda: take_probes(videos, dense, prompts.tuning[0], shares, seed=TUNING_SEED), film=film,
+        # where there are no other calls, those that are measured
+        tuning_probes=lambda: (
+            probes if workload.captures else take_probes(videos, dense, prompts.tuning[0], shares, seed=TUNING_SEED)
+        ),
+        film=film,
         dense=dense, prompts=prompts.tuning,
         # a video of a large model takes minutes
         filmed=filmed and not workload.planted, log=log,
     )  # fmt: skip
     return Context(
         name=str(workload), device=workload.device, prompts=prompts.rounds, probes=probes,
-        checked_heads=spread(heads, _FEW_HEADS if large else heads), dense=dense,
+        checked_heads=spread(heads, _FEW_HEADS if workload.large else heads), dense=dense,
         kernel=lambda arm: dense if arm == DENSE else KERNELS[arm.kernel], method=tuner.method,
         prepared=offline.prepared,
         # videos of the model whose size is taken would take longer
         preparation_s=(lambda method: None) if workload.resampled else offline.seconds,
         film=film, alignment=workload.entry.alignment, guidance=workload.entry.guidance,
-        facts=_facts(workload, videos), log=log, faithful=not workload.planted,
+        facts=_facts(workload, videos), log=log, seed=workload.noise, faithful=not workload.planted,
     )  # fmt: skip
 
 
@@ -128,11 +139,15 @@ def _baseline(probe: Probe, preparation: Preparation, *, log: Callable[[str], No
 def probes_of(workload: Workload, prompt: str) -> tuple[Probe, ...]:
     """Inputs of some attention calls of one dense video of a workload, which is needed for nothing else."""
     kernel = dense_kernels(workload.device, workload.dtype, workload.entry.head_dim)[0]
-    return take_probes(_videos(workload)[1], kernel, prompt, _PROBES)
+    return take_probes(_videos(workload)[1], kernel, prompt, _PROBES, seed=workload.noise)
 
 
 def _videos(workload: Workload) -> tuple[Film, Videos]:
     """What makes the workload's videos, and dense ones whose attention calls can be watched."""
+    if workload.captures is not None:
+        return _unmade, CapturedVideos(
+            workload.captures, resolution=workload.resolution, guidance=workload.entry.guidance
+        )
     own = SHAPES if workload.resampled else workload.entry
     resolution = _RESAMPLED_FROM if workload.resampled else workload.resolution
     load = partial(load_planted, own) if workload.planted else own.load
@@ -143,7 +158,8 @@ def _videos(workload: Workload) -> tuple[Film, Videos]:
             transformer.compile_repeated_blocks(fullgraph=True)
 
     def film(attention: Attention, prompt: str, seed: int) -> Float[Tensor, "3 frames height width"]:
-        with installed(pipe, attention):
+        parts = components_timed(pipe, attention.timer.phase) if isinstance(attention, Meter) else nullcontext()
+        with installed(pipe, attention), parts:
             return generate(own, pipe, prompt=prompt, resolution=resolution, seed=seed, steps=workload.steps)
 
     videos = DenseVideos(own, pipe, resolution=resolution, steps=workload.steps)
@@ -154,6 +170,10 @@ def _videos(workload: Workload) -> tuple[Film, Videos]:
         videos, kernel, model=workload.model, resolution=workload.resolution,
         geometry=workload.entry.geometry(workload.resolution),
     )  # fmt: skip
+
+
+def _unmade(attention: Attention, prompt: str, seed: int) -> Float[Tensor, "3 frames height width"]:
+    raise AssertionError("captured calls are no whole videos, and no suite asks for one")
 
 
 def _learn(
@@ -174,7 +194,7 @@ def _stored(path: Path, videos: Videos) -> Learnt:
 
 def _facts(workload: Workload, videos: Videos) -> dict[str, Any]:
     """The fields of a record that all arms of this workload share."""
-    inputs = videos.inputs if isinstance(videos, ResampledVideos) else None
+    inputs = videos.inputs if isinstance(videos, ResampledVideos | CapturedVideos) else None
     digest = videos.origin().weights
     return {
         **workload.facts(), "weights": f"{PLANTED} {digest}" if workload.planted else digest, "inputs": inputs,

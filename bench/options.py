@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from calibatt.bench.captured import captured_steps
 from calibatt.bench.cells import DENSE, ORDERS, Arm, Cell, Order, Workload
 from calibatt.bench.masks import PATTERNS
 from calibatt.bench.record import Pattern
@@ -47,11 +48,11 @@ def _one_of(*choices: str) -> Callable[[str], str]:
     return lambda text: look_up({choice: choice for choice in choices}, text, "choice")
 
 
-def _whole(most: float = math.inf) -> Callable[[str], int]:
+def _whole(most: float = math.inf, least: int = 1) -> Callable[[str], int]:
     def read(text: str) -> int:
         # nine digits: longer ones are no number of anything here
-        if not re.fullmatch(r"\d{1,9}", text) or not 1 <= int(text) <= most:
-            raise ValueError(f"give a whole number from 1 {'up' if math.isinf(most) else f'to {most:,.0f}'}")
+        if not re.fullmatch(r"\d{1,9}", text) or not least <= int(text) <= most:
+            raise ValueError(f"give a whole number from {least} {'up' if math.isinf(most) else f'to {most:,.0f}'}")
         return int(text)
 
     return read
@@ -97,6 +98,13 @@ def _block(text: str) -> BlockChoice:
     return int(match[1]), int(match[2])
 
 
+def _inputs(text: str) -> Literal["own", "resampled"] | Path:
+    if text.startswith("captures="):
+        return Path(text.removeprefix("captures="))
+    _one_of("own", "resampled", "captures=FOLDER")(text)
+    return "resampled" if text == "resampled" else "own"
+
+
 def _file(text: str) -> Path:
     if not Path(text).is_file():
         raise ValueError("no such file")
@@ -138,6 +146,14 @@ class Options:
     steps: tuple[int, ...] | None = field(
         metadata=_option(_listed(_whole()), "denoising steps; default: the model's at that resolution")
     )
+    seeds: tuple[int, ...] = field(
+        metadata=_option(
+            _listed(_whole(least=0)),
+            "of the noise of the videos that are measured, and of drawn inputs; prompts, masks and what is learnt stay "
+            "the same",
+            default="0",
+        )
+    )
     kernels: tuple[str, ...] = field(
         metadata=_option(
             _listed(lambda name: look_up(KERNELS, name, "kernel").name), "see `calibatt kernels`", default="default"
@@ -167,20 +183,21 @@ class Options:
             "method's own",
         )
     )
-    inputs: Literal["own", "resampled"] = field(
+    inputs: Literal["own", "resampled"] | Path = field(
         metadata=_option(
-            _one_of("own", "resampled"),
-            "inputs of attention calls: the model's `own`, or `resampled`: the embedded model's at this model's size, "
-            "which needs no weights and runs the attention suite alone, without dense steps",
+            _inputs,
+            "inputs of attention calls: the model's `own`; `resampled`: the embedded model's at this model's size, "
+            "without dense steps; or captures=FOLDER: those that `calibatt capture` has written. The last two need no "
+            "weights and run the attention suite alone",
             default="own",
         )
     )
     weights: Literal["own", "planted"] = field(
         metadata=_option(
             _one_of("own", "planted"),
-            "of the attention, forward and denoise suites: the model's `own` (a forward pass has random ones), or "
-            "`planted`: a full-size model without a download, with attention structure built in; for time and memory, "
-            "never for fidelity",
+            "of the attention, calibration, forward and denoise suites: the model's `own` (a forward pass has random "
+            "ones), or `planted`: a full-size model without a download, attention structure built in; for time and "
+            "memory, never for fidelity",
             default="own",
         )
     )
@@ -196,7 +213,8 @@ class Options:
         metadata=_option(
             _whole(),
             "run the forward suite: one forward pass of a transformer of the model's shape with this many layers and "
-            "random weights, or planted ones, under masks of --densities; default: no forward suite",
+            "random weights, or planted ones, under masks of --densities; whole videos of planted weights have as many "
+            "layers; default: no forward suite, and the model's layers",
         )
     )
     reused_heads: tuple[float, ...] = field(
@@ -226,6 +244,14 @@ class Options:
     )
     calibration_prompts: int = field(
         metadata=_option(_whole(_MOST_ROUNDS), "number of prompts to calibrate on", default="4")
+    )
+    query_strides: tuple[int, ...] = field(
+        metadata=_option(
+            _listed(_whole()),
+            "of the calibration suite: of so many queries, what is learnt looks at one; 1 is all, which the masks of "
+            "others are compared with",
+            default="1",
+        )
     )
     calibration: Path | None = field(
         metadata=_option(_file, "a file of `calibatt calibrate`, to use in place of calibrating")
@@ -266,6 +292,16 @@ class Options:
         return self.inputs == "resampled"
 
     @property
+    def captures(self) -> Path | None:
+        """The folder of captured calls that are measured."""
+        return self.inputs if isinstance(self.inputs, Path) else None
+
+    @property
+    def whole(self) -> bool:
+        """Whether there are models to run, and not only inputs of their attention."""
+        return self.inputs == "own"
+
+    @property
     def planted(self) -> bool:
         """Whether models have planted weights."""
         return self.weights == "planted"
@@ -279,13 +315,14 @@ class Options:
         return self.dense_steps or 0.0, self.dense_layers or 0.0
 
     def workloads(self) -> list[Workload]:
-        """Every model at every resolution and number of steps.
+        """Every model at every resolution, number of steps and seed.
 
         Raises:
-            ValueError: a model has no such resolution, none that inputs can be resampled to, or nothing to plant.
+            ValueError: a model has no such resolution, none that inputs can be resampled to or were captured at, or
+                nothing to plant.
         """
-        if self.planted and self.resampled:
-            raise ValueError("--weights planted: resampled inputs are the embedded model's; leave out --inputs")
+        if self.planted and not self.whole:
+            raise ValueError("--weights planted: its inputs are its own; leave out --inputs")
         device = self.device or pick_device(None)
         found = []
         for model in self.models:
@@ -293,14 +330,19 @@ class Options:
             if self.planted:
                 check_plantable(entry)
             for resolution in self.resolutions or list(entry.resolutions)[:1]:
+                every = self.steps or [entry.steps_at(resolution)]
                 if self.resampled:
                     check_resampled(entry.geometry(resolution))
+                if self.captures is not None:
+                    every = [captured_steps(self.captures, entry.geometry(resolution), self.steps)]
                 found += [
                     Workload(
                         model=model, resolution=resolution, steps=steps, device=device, resampled=self.resampled,
-                        planted=self.planted,
+                        captures=self.captures, planted=self.planted,
+                        layers=self.layers or 0 if self.planted else 0, seed=seed,
                     )
-                    for steps in self.steps or [entry.steps_at(resolution)]
+                    for steps in every
+                    for seed in self.seeds
                 ]  # fmt: skip
         return found
 
@@ -310,11 +352,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_options(add: Callable[..., None]) -> None:
+def add_options(add: Callable[..., object]) -> None:
     """Declare every option.
 
     Args:
-        add: a group's `addoption`.
+        add: a group's `addoption`, or a parser's `add_argument`.
     """
     for one in fields(Options):
         default = one.metadata["default"]
@@ -334,7 +376,7 @@ def method_cells(options: Options) -> list[Cell]:
         for method in options.methods
         for arm in _in_blocks(Arm.parse(method, kernel, options.dense_first), options.blocks)
     )
-    workloads = [one for one in options.workloads() if one.resampled or one.planted or one.entry.loader is not None]
+    workloads = [one for one in options.workloads() if one.large or one.entry.loader is not None]
     return [Cell(workload=workload, arm=arm) for workload in workloads for arm in arms]
 
 

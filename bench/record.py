@@ -91,8 +91,10 @@ class Record:
         suite, model, resolution, frames, steps, tokens, heads, head_dim, dtype, compiled: the workload.
         weights: `random`, or a digest of them; before it stands `planted` where attention structure was planted in a
             model without weights of its own, which says nothing about fidelity.
-        layers: of a transformer without weights of its own, of which one forward pass was measured.
+        layers: of a transformer without weights of its own: of which one forward pass was measured, or whose weights
+            are planted and that had others than the model.
         inputs: where attention's inputs come from, if they are not the model's own.
+        seed: of the noise of the videos, and of drawn inputs; files without it have 0.
         guidance: classifier-free guidance scale of a whole generation.
         method_label, method_colour, method_marker: how a report shows the method: its authors' spelling, `#RRGGBB`, and
             one of `MARKERS`.
@@ -105,6 +107,7 @@ class Record:
         ran_on: what the default kernel chose, for the sparse plans where there are any.
         block_choice: how the blocks were chosen: `native`, the preset's own, or a size; absent for the model's.
         remainder: what stands for the blocks that are left out: `zeroth` is the mean of each; absent for nothing.
+        query_stride: of so many queries, what was learnt looked at one; absent for all.
         mask: where a kernel benchmark's mask comes from; `rows` for row reuse, `mixed` for both in one layer.
         baseline: the dense kernel that times are compared with.
         prompts: captions of the samples, in order.
@@ -116,9 +119,10 @@ class Record:
     Time, in seconds:
         samples_s: end to end, one a round.
         baseline_samples_s: the dense arm, same rounds.
-        phases_s: samples of each phase (`plan`, `attend`, …). In the kernel suite on a GPU: `lists`, what it takes to
-            make lists of the mask's bits (a part of each sample, taken again by itself), and `launch`, the host's time
-            until all is queued, which is in no sample (`OUTSIDE_PHASES`).
+        phases_s: samples of each phase (`plan`, `attend`, …), none within another. In the denoise suite also
+            `transformer` (without its self-attention), `text` (encoders), `vae` and `scheduler`. In the kernel suite on
+            a GPU: `lists`, what it takes to make lists of the mask's bits (a part of each sample, taken again by
+            itself), and `launch`, the host's time until all is queued, which is in no sample (`OUTSIDE_PHASES`).
         first_call_s: a kernel's first call under this plan in a kernel benchmark, in which it compiles what this run
             and its cache on disk do not have yet; in no sample.
         tflops: of the blocks kept.
@@ -126,7 +130,8 @@ class Record:
     Cost:
         peak_memory_bytes, plan_memory_bytes, energy_j (samples), clocks_mhz (samples).
         preparation_s: seconds of the arm's offline part, where it was done in this run.
-        calibration_cost_ratio: time of calibration over that of generating the same videos densely.
+        calibration_cost_ratio: time of calibration over that of generating the same videos densely, which older files
+            have from the calibration's own clock.
     Truth, one value a sample where it is a tuple:
         density: kept fraction of the block products over all calls, text and dense steps included.
         recall: attention mass kept, mean.
@@ -141,6 +146,7 @@ class Record:
         psnr_db, ssim: generated video against the same-seed dense one.
         alignment, alignment_dense: how much of the caption can be read back from the video, 0 to 1.
         mask_agreement: overlap (intersection over union) of the masks of different prompts.
+        mask_iou: overlap of the masks with those that are learnt from all queries; absent where these are.
     artifact: file with pictures' data, relative to the JSON file.
 
     Raises:
@@ -160,6 +166,7 @@ class Record:
     resolution: _Name | None = None
     frames: int | None = None
     steps: int | None = None
+    seed: int | None = None
     guidance: float | None = None
     tokens: int | None = None
     heads: int | None = None
@@ -178,6 +185,7 @@ class Record:
     ran_on: _Name | None = None
     block: tuple[int, int] | None = None
     remainder: Literal["zeroth"] | None = None
+    query_stride: int | None = None
     mask: Pattern | None = None
     baseline: _Name | None = None
     prompts: tuple[str, ...] | None = None
@@ -207,6 +215,7 @@ class Record:
     alignment: Samples | None = None
     alignment_dense: Samples | None = None
     mask_agreement: float | None = None
+    mask_iou: float | None = None
     artifact: _Name | None = None
 
     def __post_init__(self) -> None:
@@ -337,14 +346,16 @@ class Record:
             name += f", {self.dense_steps:.0%} of the steps dense"
         if self.dense_layers:
             name += f", {self.dense_layers:.0%} of the layers dense"
-        return name if self.block_choice is None else f"{name}, blocks {self.block_choice}"
+        if self.block_choice is not None:
+            name += f", blocks {self.block_choice}"
+        return name if self.query_stride is None else f"{name}, one query in {self.query_stride}"
 
     @property
     def workload(self) -> tuple[Any, ...]:
         """What the arms that may be compared have in common."""
         return (
             self.suite, self.model, self.planted, self.inputs, self.resolution, self.layers, self.steps, self.dtype,
-            self.compiled,
+            self.compiled, self.seed or 0,
         )  # fmt: skip
 
     @property
@@ -360,6 +371,7 @@ class Record:
         # elsewhere a preset or a choice fixes the blocks
         wanted = (
             self.mode, self.target_density, self.target_psnr_db, self.dense_steps, self.dense_layers, self.remainder,
+            self.query_stride,
         )  # fmt: skip
         return (*self.workload, self.method, self.preset, *wanted, self.block_choice, kernel)
 

@@ -160,6 +160,9 @@ class Tuner:
 
     def method(self, arm: Arm) -> Planner | Unsupported:
         """The arm's method, its knob turned where the mode asks for it; or why it does not apply."""
+        missing = self._offline.missing(arm)
+        if missing is not None:
+            return missing
         knob = METHODS[arm.method].knob if arm.mode in ("equal_density", "equal_fidelity") else None
         if knob is None:
             return self._refusal(arm, None) or self._built(arm)
@@ -246,8 +249,8 @@ class Tuner:
         refusal = method.refusal(probe.site.geometry)
         if refusal is not None or knob is None:
             return refusal
-        if self._workload.resampled and (knob.over_videos or arm.mode == "equal_fidelity"):
-            return Unsupported("this target is measured on whole videos; resampled inputs have none")
+        if not self._workload.filmed and (knob.over_videos or arm.mode == "equal_fidelity"):
+            return Unsupported("this target is measured on whole videos; calls by themselves have none")
         if self._workload.planted and arm.mode == "equal_fidelity":
             return Unsupported("this target is a fidelity; planted weights have none")
         method.reset()

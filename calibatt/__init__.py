@@ -5,6 +5,7 @@ The public names, each loaded when first used (reports can be made where torch i
     sparsify, restore   sparsify(pipe, "radial"): the pipeline's self-attention is a method's, until restored
     attached            the same within a with block
     build               a method by name; METHODS is the catalogue
+    capturing           while it is open, inputs of a pipeline's attention are written to files, to be measured
     calibrate           what a method learns from a pipeline's videos
     Calibration         what was learnt: load, save, from_pretrained, push_to_hub
     generate            one video from a prompt; save_video writes it to a file
@@ -25,6 +26,7 @@ _HOMES = {
     "attached": "models.adapter",
     "build": "methods.catalogue",
     "METHODS": "methods.catalogue",
+    "capturing": "calibration.captures",
     "calibrate": "calibration.collect",
     "Calibration": "calibration.artifact",
     "generate": "models.generate",

@@ -30,7 +30,7 @@ _LONGEST_LINE = 300
 _LONGEST_NAME = 70
 # commands that read result files
 _READERS = ("report", "gate", "compare", "merge")
-# where a package is imported by another name than it is installed by
+# where a package is imported by quite another name than it is installed by
 _DISTRIBUTIONS = {"skimage": "scikit-image", "pynvml": "nvidia-ml-py"}
 
 
@@ -78,7 +78,7 @@ def _failed(command: str, error: Exception) -> int:
 def _extra_with(error: ModuleNotFoundError, command: str) -> str | None:
     """The extra that brings what a command lacks; None where none does."""
     module = (error.name or "").partition(".")[0]
-    wanted = _DISTRIBUTIONS.get(module, module)
+    wanted = _DISTRIBUTIONS.get(module, module.replace("_", "-"))
     # such as: matplotlib>=3.9; extra == "report"
     brought = (re.match(r"""([\w-]+).*; extra == ['"](\w+)""", line) for line in requires("calibatt") or ())
     extras = [one[2] for one in brought if one and one[1] == wanted]
@@ -115,6 +115,14 @@ def _parser() -> argparse.ArgumentParser:
         "--trace", type=Path, metavar="FILE", help="also write a Chrome trace, for chrome://tracing or Perfetto"
     )
     command.set_defaults(run=_profile)
+
+    command = commands.add_parser(
+        "capture", help="write queries, keys and values of some attention calls to files, for `pytest bench --inputs`"
+    )
+    _add_prompt(command)
+    command.add_argument("-o", "--out", type=Path, required=True, metavar="FOLDER", help="new or empty")
+    command.add_argument("--calls", type=int, help="how many, from the first step and layer to the last; default: 4")
+    command.set_defaults(run=_capture)
 
     command = commands.add_parser(
         "calibrate", help="learn offline what a method needs, for one model, resolution and number of steps"
@@ -170,6 +178,28 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the calibration to write")
     _add_model(command)
     command.set_defaults(run=_transfer)
+
+    command = commands.add_parser(
+        "bench",
+        help="measure: pytest on the benchmarks that come with this package, with its options; see `calibatt bench -h`",
+        # all that follows is pytest's, what begins with a dash too
+        add_help=False,
+        prefix_chars="\0",
+    )
+    command.add_argument("arguments", nargs="*")
+    command.set_defaults(run=_bench)
+
+    command = commands.add_parser(
+        "matrix",
+        help="models × resolutions × steps × seeds × methods, each in a process of its own: exit 1 where one failed",
+    )
+    command.add_argument("file", type=Path, metavar="FILE", help="what to measure, in TOML: see docs/matrix.md")
+    command.add_argument(
+        "-o", "--out", type=Path, required=True, metavar="FOLDER",
+        help="for results.json, and the runs' own files; what is there is not measured again",
+    )  # fmt: skip
+    command.add_argument("--retry", action="store_true", help="make runs again that failed")
+    command.set_defaults(run=_matrix)
 
     command = commands.add_parser("report", help="a page, figures and data of files of `pytest bench --benchmark-json`")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="result files")
@@ -242,12 +272,17 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--weights", type=Path, help="folder of other weights, in Diffusers' layout")
 
 
-def _add_video(command: argparse.ArgumentParser) -> None:
-    """What a video is of, and what computes its attention."""
+def _add_prompt(command: argparse.ArgumentParser) -> None:
+    """What a video is of."""
     command.add_argument("prompt", help='e.g. "a red circle moving left and a blue square, still, over stripes"')
     _add_model(command)
     command.add_argument("--seed", type=int, default=0, help="seed of the starting noise; default: %(default)s")
     command.add_argument("--guidance", type=float, help="classifier-free guidance scale; default: the model's")
+
+
+def _add_video(command: argparse.ArgumentParser) -> None:
+    """What a video is of, and what computes its attention."""
+    _add_prompt(command)
     command.add_argument("--method", default="dense", help="see `calibatt methods`; default: %(default)s")
     command.add_argument("--preset", default="default", help="preset of the method; default: %(default)s")
     _add_settings(command)
@@ -369,6 +404,30 @@ def _profile(arguments: argparse.Namespace) -> int:
     if arguments.trace is not None:
         profiler.save(arguments.trace)
         print(f"wrote {arguments.trace}")
+    return 0
+
+
+def _capture(arguments: argparse.Namespace) -> int:
+    from calibatt.calibration.captures import CALLS, capturing
+    from calibatt.models.device import working_dtype
+    from calibatt.models.generate import generate
+
+    calls = _at_least_one(arguments, "calls", CALLS)
+    entry, resolution, device = _model(arguments)
+    entry.checked_loader()
+    entry.check_prompt(arguments.prompt)
+    pipe = entry.load(resolution=resolution, device=device, dtype=working_dtype(device), weights=arguments.weights)
+    with capturing(pipe, arguments.out, calls=calls, name=entry.name) as paths:
+        generate(
+            entry, pipe, prompt=arguments.prompt, resolution=resolution, seed=arguments.seed,
+            steps=arguments.steps or entry.steps_at(resolution), guidance=arguments.guidance, progress=True,
+        )  # fmt: skip
+    size = sum(path.stat().st_size for path in paths) / 1e6
+    print(f"wrote {len(paths)} calls to {arguments.out}, {size:,.0f} MB; measure them with")
+    print(
+        f"pytest bench --models {entry.name} --resolutions {resolution} --inputs captures={arguments.out} "
+        f"--methods dense,sparge,xattention"
+    )
     return 0
 
 
@@ -638,6 +697,46 @@ def _rank(device: Any) -> tuple[int, int]:
     if world > 1 and device.type == "cuda":
         torch.cuda.set_device(local)
     return rank, world
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from calibatt.bench.launch import bench
+
+    return bench(arguments.arguments)
+
+
+def _matrix(arguments: argparse.Namespace) -> int:
+    from filelock import FileLock
+
+    from calibatt.bench import matrix
+    from calibatt.reports.merge import merge_alike
+
+    planned = matrix.read(arguments.file)
+    runs = matrix.Runs(
+        arguments.out / "runs", planned, command=matrix.bench_command, log=lambda line: print(line, flush=True)
+    )  # fmt: skip
+    if arguments.retry:
+        runs.forget_failures()
+    try:
+        runs.make(matrix.devices(planned))
+    except KeyboardInterrupt:
+        _complain(
+            f"calibatt matrix: stopped with {len(runs.results())} of {len(planned)} runs done, kept in "
+            f"{arguments.out}: run the same command again to go on"
+        )
+        return EXIT_INTERRUPTED
+    results, out = runs.results(), arguments.out / "results.json"
+    if (done := len(results)) < len(planned):
+        print(f"{done} of {len(planned)} runs are done, other processes make the rest: the last to end writes {out}")
+        return 0
+    with FileLock(arguments.out / "merge.lock"):
+        merged = merge_alike(results, out)
+    failures = runs.failures()
+    for line in failures:
+        print(f"failed: {line}")
+    kinds = "" if len(merged) == 1 else ": one for each kind of machine"
+    print(f"wrote {', '.join(str(one.path) for one in merged)}{kinds}")
+    return 1 if failures else 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -1,7 +1,11 @@
-"""What every method must do, as checks to run on one's own: check_method("package.module:Class")."""
+"""What every method and every kernel must do, as checks to run on one's own.
+
+check_method("package.module:Class"), and check_kernel("package.module:kernel").
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from calibatt.kernel_cases import BLOCK, CASES, GEOMETRIES, HEADS, SIZES, WIDTHS, Case, sized_cases
 from calibatt.kernels import oracle
-from calibatt.kernels.base import Kernel
-from calibatt.kernels.catalogue import DEFAULT
+from calibatt.kernels.base import Kernel, Task
+from calibatt.kernels.catalogue import DEFAULT, KERNELS
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.names import look_up
@@ -28,20 +33,11 @@ Inputs = tuple[Float[Tensor, "1 heads tokens head_dim"], ...]
 # makes a method anew for a geometry, with what it has to learn
 Make = Callable[[Geometry], Method]
 
-# FlexAttention compiles anew for every shape, so these share one; the length is no multiple of a block
-_HEADS, _HEAD_DIM = 3, 128
-GEOMETRIES: Mapping[str, Geometry] = {
-    "1000": Geometry(grid=(5, 8, 25), heads=_HEADS, head_dim=_HEAD_DIM),
-    "1000-text-first": Geometry(grid=(6, 6, 27), heads=_HEADS, head_dim=_HEAD_DIM, text_tokens=28, text_side="first"),
-    "1000-text-last": Geometry(grid=(6, 6, 27), heads=_HEADS, head_dim=_HEAD_DIM, text_tokens=28, text_side="last"),
-}
 # where no kernel runs, few channels do; and another one with as many tokens
-PLANNED = Geometry(grid=(5, 8, 25), heads=_HEADS, head_dim=16)
-_OTHER = Geometry(grid=(8, 5, 25), heads=_HEADS, head_dim=16)
+PLANNED = Geometry(grid=(5, 8, 25), heads=HEADS, head_dim=16)
+_OTHER = Geometry(grid=(8, 5, 25), heads=HEADS, head_dim=16)
 # with frames and columns enough that wide windows of tiles leave some out
-LONG = Geometry(grid=(8, 6, 25), heads=_HEADS, head_dim=_HEAD_DIM)
-# not square, so that queries taken for keys show
-BLOCK = (32, 16)
+LONG = Geometry(grid=(8, 6, 25), heads=HEADS, head_dim=128)
 # where methods are asked: from the first step to one at which no dense schedule holds any more
 STEPS, LAYERS = (0, 20, 40), (0, 5)
 SITES: Sequence[Mapping[str, int]] = [{"step": step, "layer": layer} for step in STEPS for layer in LAYERS]
@@ -52,7 +48,7 @@ _SECOND: Sequence[_Call] = [(100 + where["step"], where) for where in SITES]
 
 
 class ContractBroken(AssertionError):
-    """A method does not do what every method must; the message is one line that says what."""
+    """A method or a kernel does not do what every one must; the message is one line that says what."""
 
 
 def check_method(method: str, *, block: tuple[int, int] = BLOCK) -> list[str]:
@@ -89,8 +85,51 @@ def check_method(method: str, *, block: tuple[int, int] = BLOCK) -> list[str]:
     return said
 
 
+def check_kernel(kernel: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[str]:
+    """Have a kernel compute plans that kernels have got wrong, against fp64; what it refuses is left out, and said.
+
+    Args:
+        kernel: its name, or `package.module:kernel`.
+        device: where to run it; on a GPU also with blocks of many sizes.
+        dtype: of the inputs.
+
+    Returns:
+        A line for each thing that kernels do: of how many plans it did it, and why not of the others.
+
+    Raises:
+        ContractBroken: an output is not that of fp64 but for rounding, an input was changed, or all plans are refused;
+            says which plan.
+        UnknownName, UnusableEntry: there is no such kernel, or it cannot be loaded.
+    """
+    asked: dict[str, Mapping[str, Case]] = dict(CASES)
+    if torch.device(device).type == "cuda":
+        asked["computes blocks of many sizes"] = {
+            f"{size[0]}x{size[1]} of {width} channels, plan {number}": case
+            for (width, geometry), size in itertools.product(WIDTHS.items(), SIZES)
+            for number, case in enumerate(sized_cases(geometry, size))
+        }
+    found, said, done = look_up(KERNELS, kernel, "kernel"), [], 0
+    with torch.no_grad():
+        for claim, cases in asked.items():
+            refusals = []
+            for name, case in cases.items():
+                try:
+                    check_case(found, case, device=device, dtype=dtype)
+                except DoesNotApply as reason:
+                    refusals.append(str(reason))
+                except ContractBroken as broken:
+                    raise ContractBroken(f"{kernel} {claim}: {name}: {broken}") from None
+            kept = len(cases) - len(refusals)
+            done += kept
+            why = f" (else: {'; '.join(dict.fromkeys(refusals))})" if refusals else ""
+            said.append(f"{kernel} {claim}: {kept} of {len(cases)} plans{why}")
+    if not done:
+        raise ContractBroken(f"{said[0]}: there is nothing to check")
+    return said
+
+
 class DoesNotApply(Exception):
-    """A method refuses the small videos of these checks."""
+    """A method refuses the small videos of these checks, or a kernel the plan of one."""
 
 
 def inputs(geometry: Geometry, *, seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Inputs:
@@ -209,13 +248,35 @@ def attended(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Ten
     return out
 
 
+def check_case(kernel: Kernel, case: Case, *, device: str, dtype: torch.dtype) -> None:
+    """A kernel computes a plan as it is.
+
+    Raises:
+        DoesNotApply: it refuses to.
+        ContractBroken: it does not.
+    """
+    plan = case.plan().to(device)
+    samples = [inputs(case.geometry, seed=seed, device=device, dtype=dtype) for seed in range(case.batch)]
+    q, k, v = (torch.cat(parts) for parts in zip(*samples, strict=True))
+    q = case.scale * q
+    if case.views:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    if (refusal := kernel.refusal(Task.of(q, plan))) is not None:
+        raise DoesNotApply(refusal.reason)
+    out = attended(kernel, q, k, v, plan)
+    require_exact(out, q, k, v, plan)
+    if case.twice:
+        _require(torch.equal(attended(kernel, q, k, v, plan), out), "the same inputs have another output")
+
+
 def require_exact(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
-    """An output is that of fp64, but for rounding."""
+    """An output is that of fp64, but for rounding, and zero where nothing is computed."""
     plan = plan.realised()
     exact = oracle.attend(q, k, v, plan)
     error, budget = (out.double() - exact).abs().max().item(), oracle.error_budget(q, k, v, plan, exact)
     # memory that was not written is NaN, which is not smaller than anything
     _require(error <= budget, f"the output is {error:.3g} off that of fp64, allowed {budget:.3g}")
+    _require(not out[~exact.any(-1)].any(), "queries without a key have an output")
 
 
 def check_output(make: Make, geometry: Geometry) -> None:

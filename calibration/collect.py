@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from calibatt.calibration.artifact import Calibration
 from calibatt.calibration.files import UnusableCalibration, naming
+from calibatt.calibration.in_flight import InFlight
 from calibatt.calibration.sections import Index, label
 from calibatt.calibration.shards import Units, UnitWriter
 from calibatt.calibration.videos import DenseVideos, Videos
@@ -38,9 +40,12 @@ from calibatt.methods.learning import Learner, Origin, Provenance, Seen, Togethe
 from calibatt.methods.site import Site
 from calibatt.models.entry import ModelEntry
 
-# What merging a site holds, in notes of a site: of each unit the notes, where levels are sorted the sorted ones with an
-# index of eight bytes each; votes take 28 (docs/calibration-sizes.json)
-_MERGING_EACH, _MERGING = 10, 32
+# What merging a site holds, in notes of a site: of each unit the notes, which ScalingAttention stacks; fp64 of Budget's
+# bytes takes 20 more, votes 28 (docs/calibration-sizes.json)
+_MERGING_EACH, _MERGING = 2, 32
+# sites whose notes may be under way: more than there are layers between a GPU and a host that is ahead of it, and few
+# enough for pinned memory: of Wan 14B at 720p, 112 MB of levels (40 heads, 591 × 591 blocks, a byte each)
+_UNDER_WAY = 8
 
 
 def calibrate(
@@ -389,9 +394,8 @@ class Run:
                 f"{len(group)} videos side by side take more memory than there is: learn with a smaller `beside` "
                 "(--set beside=2)"
             ) from None
-        total = time.perf_counter() - start
-        watcher.check_complete()
-        unit.finish(total=total, watching=watcher.seconds)
+        watching = watcher.finish()
+        unit.finish(total=time.perf_counter() - start, watching=watching)
 
 
 def learner_for(
@@ -429,29 +433,31 @@ def notes_in(folder: Path | None) -> Iterator[Path]:
 class _Watcher:
     """Has a learner note the conditional calls of some videos that are made side by side, each site once.
 
-    Attributes:
-        seconds: that notes took; a GPU has finished before and after.
+    A GPU goes on while notes are on their way and are written: what is wrong with them is found some calls later.
     """
 
     def __init__(
         self, learner: Learner, videos: Videos, group: range, unit: UnitWriter, check_room: Callable[[Any], None]
     ) -> None:
-        self.seconds = 0.0
         self._check_room = check_room
         self._learner = learner
         self._videos = videos
         self._group = group
         self._unit = unit
         self._seen: set[tuple[int, int]] = set()
-        # of the site at hand
+        # of the site at hand, and whether each output is finite
         self._calls: list[Seen] = []
+        self._finite: list[Tensor] = []
+        self._sent: deque[_Sent] = deque()
+        self._clock = _Clock()
+        self._room_unknown = True
 
     def saw(self, call: Call) -> None:
         """Note the call, or keep it until all videos' are there.
 
         Raises:
             ValueError: it is of another geometry or number of steps or layers than was announced, comes a second time,
-                or is not finite.
+                or it or an earlier one is not finite.
             OSError: the notes cannot be written.
         """
         site = call.site
@@ -464,23 +470,51 @@ class _Watcher:
                 f"attention was called twice at {where} of one video: calibrate with a scheduler that calls the model "
                 "once a step"
             )
-        start = _now(call.q.device)
-        if not bool(call.out.isfinite().all()):
+        self._clock.device = call.q.device
+        with self._clock.running():
+            self._calls.append((call.q[0], call.k[0], call.v[0], site))
+            self._finite.append(call.out.isfinite().all())
+            if len(self._calls) == len(self._group):
+                notes = self._notes()
+                tensors = InFlight([torch.stack(self._finite), *notes.values()])
+                self._sent.append(_Sent(site=site, names=tuple(notes), tensors=tensors, dtype=call.q.dtype))
+                self._seen.add((site.step, site.layer))
+                self._calls.clear()
+                self._finite.clear()
+            while self._sent and (len(self._sent) > _UNDER_WAY or self._sent[0].tensors.arrived):
+                self._write(self._sent.popleft())
+
+    def finish(self) -> float:
+        """Write what is still under way, and refuse videos that lacked a call.
+
+        Returns:
+            Seconds that notes took of the device: a GPU's own, and those in which it had to wait for the host.
+
+        Raises:
+            ValueError: naming the first call that was missing, or is not finite.
+            OSError: the notes cannot be written.
+        """
+        with self._clock.running():
+            while self._sent:
+                self._write(self._sent.popleft())
+        self._check_complete()
+        return self._clock.seconds()
+
+    def _write(self, sent: _Sent) -> None:
+        finite, *received = sent.tensors.received()
+        where = f"step {sent.site.step}, layer {sent.site.layer}"
+        if not bool(finite.all()):
             raise ValueError(
-                f"attention at {where} is not finite: the weights hold NaN or infinity, or overflow in {call.q.dtype}"
+                f"attention at {where} is not finite: the weights hold NaN or infinity, or overflow in {sent.dtype}"
             )
-        self._calls.append((call.q[0], call.k[0], call.v[0], site))
-        if len(self._calls) == len(self._group):
-            notes = self._notes()
-            wrong = [name for name, note in notes.items() if note.is_floating_point() and bool(note.isnan().any())]
-            if wrong:
-                raise ValueError(f"{', '.join(wrong)} at {where} is NaN: nothing can be learnt from this call")
-            if not self._seen:
-                self._check_room(notes)
-            self._unit.put(site.step * site.layers + site.layer, notes)
-            self._seen.add((site.step, site.layer))
-            self._calls.clear()
-        self.seconds += _now(call.q.device) - start
+        notes = dict(zip(sent.names, received, strict=True))
+        wrong = [name for name, note in notes.items() if note.is_floating_point() and bool(note.isnan().any())]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} at {where} is NaN: nothing can be learnt from this call")
+        if self._room_unknown:
+            self._check_room(notes)
+            self._room_unknown = False
+        self._unit.put(sent.site.step * sent.site.layers + sent.site.layer, notes)
 
     def _notes(self) -> Mapping[str, Tensor]:
         if isinstance(self._learner, TogetherLearner):
@@ -488,12 +522,7 @@ class _Watcher:
         ((q, k, v, site),) = self._calls
         return self._learner.note(q, k, v, site, self._group.start)
 
-    def check_complete(self) -> None:
-        """Refuse videos that lacked a call.
-
-        Raises:
-            ValueError: naming the first that was missing.
-        """
+    def _check_complete(self) -> None:
         every = [(step, layer) for step in range(self._videos.steps) for layer in range(self._videos.layers)]
         missing = [site for site in every if site not in self._seen]
         if missing:
@@ -518,6 +547,16 @@ class _Watcher:
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Sent:
+    """Notes of a site on their way, behind whether its outputs are finite."""
+
+    site: Site
+    names: tuple[str, ...]
+    tensors: InFlight
+    dtype: torch.dtype
+
+
 def check_prompts(prompts: Any) -> None:
     """Refuse what is no list of texts.
 
@@ -535,8 +574,35 @@ def _versions() -> Mapping[str, str]:
     return {package: version(package) for package in ("calibatt", "torch", "diffusers")}
 
 
-def _now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was asked to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+class _Clock:
+    """Adds up seconds of a device; a GPU's by events, so that the host need not wait for it.
+
+    Attributes:
+        device: that works.
+    """
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self._marks: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what happens inside, and how long a GPU waits there for the host."""
+        start = self._mark()
+        yield
+        self._marks.append((start, self._mark()))
+
+    def seconds(self) -> float:
+        """So far; waits until a GPU has done all that it was asked to."""
+        if self.device.type != "cuda":
+            return float(sum(end - start for start, end in self._marks))
+        torch.cuda.synchronize(self.device)
+        # events count in milliseconds
+        return float(sum(start.elapsed_time(end) for start, end in self._marks)) / 1e3
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event: Any = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event

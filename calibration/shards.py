@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -111,21 +111,27 @@ class Units:
         Raises:
             UnusableCalibration: another process is at work on one of them.
         """
-        from filelock import FileLock, Timeout
-
         with ExitStack() as locks:
-            for prompt in prompts:
-                try:
-                    locks.enter_context(FileLock(self._lock(prompt), timeout=0))
-                except Timeout:
-                    raise UnusableCalibration(
-                        f"another process is at work on prompt {prompt} in {self.folder}: wait until it has ended"
-                    ) from None
+            self._claim(prompts, locks)
             try:
                 yield
             finally:
                 if prompts and not self.finished():
-                    self.remove()
+                    # others' locks are theirs to keep
+                    with suppress(UnusableCalibration):
+                        self._claim([prompt for prompt in self.groups if prompt not in prompts], locks)
+                        self.remove()
+
+    def _claim(self, prompts: Iterable[int], locks: ExitStack) -> None:
+        from filelock import FileLock, Timeout
+
+        for prompt in prompts:
+            try:
+                locks.enter_context(FileLock(self._lock(prompt), timeout=0))
+            except Timeout:
+                raise UnusableCalibration(
+                    f"another process is at work on prompt {prompt} in {self.folder}: wait until it has ended"
+                ) from None
 
     @contextmanager
     def writing(self, prompt: int) -> Iterator[UnitWriter]:

@@ -10,7 +10,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def group_logsums(
-    q, k, logsums, lse, scale, tokens, groups, q_head, q_token, k_head, k_token,
+    q, k, logsums, lse, scale, queries, tokens, groups, q_head, q_token, k_head, k_token,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr, STEP: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
@@ -23,26 +23,26 @@ def group_logsums(
     if not TMA:
         q += head.to(tl.int64) * q_head
         k += head.to(tl.int64) * k_head
-    queries = _tile(q, head, tile * TILE_Q, 0, tokens, q_token, TILE_Q, STEP, TMA)
-    # groups before tokens: a warp stores queries that lie side by side
-    logsums += head.to(tl.int64) * groups * tokens
+    some = _tile(q, head, tile * TILE_Q, 0, queries, q_token, TILE_Q, STEP, TMA)
+    # groups before queries: a warp stores queries that lie side by side
+    logsums += head.to(tl.int64) * groups * queries
     most = tl.full([TILE_Q], float("-inf"), tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
     whole = tokens // TILE_K
     most, total = _over_tiles(
-        most, total, q, queries, k, logsums, head, tile, row, 0, whole, scale, tokens, groups, q_token, k_token,
+        most, total, q, some, k, logsums, head, tile, row, 0, whole, scale, queries, tokens, groups, q_token, k_token,
         TILE_Q, TILE_K, GROUP, CHANNELS, STEP, TMA, False,
     )  # fmt: skip
     most, total = _over_tiles(
-        most, total, q, queries, k, logsums, head, tile, row, whole, tl.cdiv(tokens, TILE_K), scale, tokens, groups,
-        q_token, k_token, TILE_Q, TILE_K, GROUP, CHANNELS, STEP, TMA, True,
+        most, total, q, some, k, logsums, head, tile, row, whole, tl.cdiv(tokens, TILE_K), scale, queries, tokens,
+        groups, q_token, k_token, TILE_Q, TILE_K, GROUP, CHANNELS, STEP, TMA, True,
     )  # fmt: skip
-    tl.store(lse + head.to(tl.int64) * tokens + row, most * _LN2 + tl.log(total), mask=row < tokens)
+    tl.store(lse + head.to(tl.int64) * queries + row, most * _LN2 + tl.log(total), mask=row < queries)
 
 
 @triton.jit
 def _over_tiles(
-    most, total, q, queries, k, logsums, head, tile, row, first, last, scale, tokens, groups, q_token, k_token,
+    most, total, q, loaded, k, logsums, head, tile, row, first, last, scale, queries, tokens, groups, q_token, k_token,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr, STEP: tl.constexpr,
     TMA: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -52,11 +52,11 @@ def _over_tiles(
     for i in tl.range(first, last, flatten=CHANNELS != STEP):
         if CHANNELS == STEP:
             # what fits is loaded once
-            scores = tl.dot(queries, _tile(k, head, i * TILE_K, 0, tokens, k_token, TILE_K, STEP, TMA).T)
+            scores = tl.dot(loaded, _tile(k, head, i * TILE_K, 0, tokens, k_token, TILE_K, STEP, TMA).T)
         else:
             scores = tl.zeros([TILE_Q, TILE_K], tl.float32)
             for channel in range(0, CHANNELS, STEP):
-                some = _tile(q, head, tile * TILE_Q, channel, tokens, q_token, TILE_Q, STEP, TMA)
+                some = _tile(q, head, tile * TILE_Q, channel, queries, q_token, TILE_Q, STEP, TMA)
                 keys = _tile(k, head, i * TILE_K, channel, tokens, k_token, TILE_K, STEP, TMA)
                 scores = tl.dot(some, keys.T, scores)
         if TAIL:
@@ -68,8 +68,8 @@ def _over_tiles(
         sums = tl.sum(tl.reshape(weights, [TILE_Q, parts, GROUP]), 2)
         group = i * parts + tl.arange(0, parts)
         tl.store(
-            logsums + group[None, :].to(tl.int64) * tokens + row[:, None], here[:, None] + tl.log2(sums),
-            mask=(row[:, None] < tokens) & (group[None, :] < groups),
+            logsums + group[None, :].to(tl.int64) * queries + row[:, None], here[:, None] + tl.log2(sums),
+            mask=(row[:, None] < queries) & (group[None, :] < groups),
         )  # fmt: skip
         # every tile has a key, so the largest is finite from the first on
         new_most = tl.maximum(most, here)
@@ -93,22 +93,22 @@ def _tile(x, head, start, channel, tokens, token_stride, ROWS: tl.constexpr, STE
 
 @triton.jit
 def block_mass(
-    logsums, lse, mass, tokens, groups, q_blocks, k_blocks,
-    BLOCK_Q: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    logsums, lse, starts, mass, queries, groups, q_blocks, k_blocks,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One query block of one head, some key blocks of so many groups: exponentials of their log-sum-exps, summed."""
     block, head = tl.program_id(0), tl.program_id(2).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    behind = tl.load(starts + block + 1)
     sums = tl.zeros([COLUMNS], tl.float32)
-    for start in range(0, BLOCK_Q, ROWS):
-        place = start + tl.arange(0, ROWS)
-        row = block * BLOCK_Q + place
-        real = (place < BLOCK_Q) & (row < tokens)
-        total = tl.load(lse + head * tokens + row, mask=real, other=0.0) / _LN2
+    for start in range(tl.load(starts + block), behind, ROWS):
+        row = start + tl.arange(0, ROWS)
+        real = row < behind
+        total = tl.load(lse + head * queries + row, mask=real, other=0.0) / _LN2
         for part in range(PARTS):
             group = column * PARTS + part
             found = tl.load(
-                logsums + (head * groups + group[:, None]) * tokens + row[None, :],
+                logsums + (head * groups + group[:, None]) * queries + row[None, :],
                 mask=(group < groups)[:, None] & real[None, :], other=float("-inf"),
             )  # fmt: skip
             sums += tl.sum(tl.exp2(found - total[None, :]), 1)
@@ -116,37 +116,122 @@ def block_mass(
 
 
 @triton.jit
-def cosines(
-    q, other, k, found, scale, queries, tokens, q_head, q_token, other_head, other_token, k_head, k_token,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HEAD_DIM: tl.constexpr,
+def logsums_and_cosines(
+    q, k, bands, logsums, lse, cosine, scale, places, rows, columns, tokens, groups, q_head, q_token, k_head, k_token,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """One tile of pairs of queries of one head: the cosine of the attention weights that the two have."""
-    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row = tile * TILE_Q + tl.arange(0, TILE_Q)
-    one = _tile(q + head * q_head, 0, tile * TILE_Q, 0, queries, q_token, TILE_Q, HEAD_DIM, False)
-    two = _tile(other + head * other_head, 0, tile * TILE_Q, 0, queries, other_token, TILE_Q, HEAD_DIM, False)
+    """Queries at some places of an anchor row and of so many other rows: as `group_logsums`, and their cosines.
+
+    Tiles of all rows lie below one another in a product, so that each thread has a place's queries of all of them.
+    """
+    tile, band, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    # a row, or -1 for none; the anchor, and whether it is this program that stores what is its own
+    bands += band * (MEMBERS + 2)
+    anchor, owns = tl.load(bands), tl.load(bands + 1)
+    queries = places * rows
+    q += head * q_head
     k += head * k_head
+    logsums += head * groups * queries
+
+    place = tile * TILE_Q + tl.arange(0, TILE_Q)
+    there = place < tl.where(owns == 1, places, 0)
+    at_anchor = _query(place, anchor, rows, columns)
+    one = _rows(q, at_anchor, place < places, q_token, HEAD_DIM)
+    flat = tl.arange(0, MEMBERS * TILE_Q)
+    member = tl.load(bands + 2 + flat // TILE_Q)
+    place = tile * TILE_Q + flat % TILE_Q
+    real = (place < places) & (member >= 0)
+    row = _query(place, tl.maximum(member, 0), rows, columns)
+    others = _rows(q, row, real, q_token, HEAD_DIM)
+
     most_one = tl.full([TILE_Q], float("-inf"), tl.float32)
-    most_two = tl.full([TILE_Q], float("-inf"), tl.float32)
-    dots = tl.zeros([TILE_Q], tl.float32)
+    total_one = tl.zeros([TILE_Q], tl.float32)
     squares_one = tl.zeros([TILE_Q], tl.float32)
-    squares_two = tl.zeros([TILE_Q], tl.float32)
-    for start in range(0, tokens, TILE_K):
+    most = tl.full([MEMBERS * TILE_Q], float("-inf"), tl.float32)
+    total = tl.zeros([MEMBERS * TILE_Q], tl.float32)
+    squares = tl.zeros([MEMBERS * TILE_Q], tl.float32)
+    dots = tl.zeros([MEMBERS, TILE_Q], tl.float32)
+    whole = tokens // TILE_K * TILE_K
+    most_one, total_one, squares_one, most, total, squares, dots = _over_pairs(
+        most_one, total_one, squares_one, most, total, squares, dots, one, others, k, logsums, at_anchor, there, row,
+        real, 0, whole, scale, queries, tokens, groups, k_token, TILE_Q, TILE_K, GROUP, MEMBERS, HEAD_DIM, False,
+    )  # fmt: skip
+    most_one, total_one, squares_one, most, total, squares, dots = _over_pairs(
+        most_one, total_one, squares_one, most, total, squares, dots, one, others, k, logsums, at_anchor, there, row,
+        real, whole, tokens, scale, queries, tokens, groups, k_token, TILE_Q, TILE_K, GROUP, MEMBERS, HEAD_DIM, True,
+    )  # fmt: skip
+    lengths = tl.sqrt(tl.reshape(squares, [MEMBERS, TILE_Q])) * tl.sqrt(squares_one)[None, :]
+    found = tl.reshape(dots / lengths, [MEMBERS * TILE_Q])
+    tl.store(cosine + head * queries + row, found, mask=real)
+    tl.store(lse + head * queries + row, most * _LN2 + tl.log(total), mask=real)
+    tl.store(lse + head * queries + at_anchor, most_one * _LN2 + tl.log(total_one), mask=there)
+    tl.store(cosine + head * queries + at_anchor, tl.full([TILE_Q], 1.0, tl.float32), mask=there)
+
+
+@triton.jit
+def _over_pairs(
+    most_one, total_one, squares_one, most, total, squares, dots, one, others, k, logsums, at_anchor, there, row, real,
+    first, last, scale, queries, tokens, groups, k_token,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    TAIL: tl.constexpr,
+):  # fmt: skip
+    """Go on with tiles of keys, from the first key to before the last."""
+    for start in range(first, last, TILE_K):
         keys = _tile(k, 0, start, 0, tokens, k_token, TILE_K, HEAD_DIM, False).T
-        real = (start + tl.arange(0, TILE_K) < tokens)[None, :]
-        scores_one = tl.where(real, tl.dot(one, keys) * scale, float("-inf"))
-        scores_two = tl.where(real, tl.dot(two, keys) * scale, float("-inf"))
-        # every tile has a key, so the largest are finite from the first on
-        new_one = tl.maximum(most_one, tl.max(scores_one, 1))
-        new_two = tl.maximum(most_two, tl.max(scores_two, 1))
-        fall_one, fall_two = tl.exp2(most_one - new_one), tl.exp2(most_two - new_two)
-        weights_one = tl.exp2(scores_one - new_one[:, None])
-        weights_two = tl.exp2(scores_two - new_two[:, None])
-        dots = dots * (fall_one * fall_two) + tl.sum(weights_one * weights_two, 1)
-        squares_one = squares_one * (fall_one * fall_one) + tl.sum(weights_one * weights_one, 1)
-        squares_two = squares_two * (fall_two * fall_two) + tl.sum(weights_two * weights_two, 1)
-        most_one, most_two = new_one, new_two
-    tl.store(found + head * queries + row, dots / tl.sqrt(squares_one * squares_two), mask=row < queries)
+        seen = (start + tl.arange(0, TILE_K) < tokens)[None, :]
+        weights_one, here_one = _weights(one, keys, seen, scale, TAIL)
+        weights, here = _weights(others, keys, seen, scale, TAIL)
+        sums_one = _store_logsums(weights_one, here_one, logsums, at_anchor, there, start, queries, groups, GROUP)
+        sums = _store_logsums(weights, here, logsums, row, real, start, queries, groups, GROUP)
+        new_one, new = tl.maximum(most_one, here_one), tl.maximum(most, here)
+        fall_one, fall = tl.exp2(most_one - new_one), tl.exp2(most - new)
+        rise_one, rise = tl.exp2(here_one - new_one), tl.exp2(here - new)
+        total_one = total_one * fall_one + sums_one * rise_one
+        total = total * fall + sums * rise
+        squares_one = squares_one * (fall_one * fall_one) + tl.sum(weights_one * weights_one, 1) * rise_one * rise_one
+        squares = squares * (fall * fall) + tl.sum(weights * weights, 1) * rise * rise
+        both = tl.sum(tl.reshape(weights, [MEMBERS, TILE_Q, TILE_K]) * weights_one[None, :, :], 2)
+        dots = dots * (tl.reshape(fall, [MEMBERS, TILE_Q]) * fall_one[None, :])
+        dots += both * tl.reshape(rise, [MEMBERS, TILE_Q]) * rise_one[None, :]
+        most_one, most = new_one, new
+    return most_one, total_one, squares_one, most, total, squares, dots
+
+
+@triton.jit
+def _query(place, row, rows, columns):
+    """The query at a place, counted over columns of all frames, of a row."""
+    return (place // columns * rows + row) * columns + place % columns
+
+
+@triton.jit
+def _rows(x, row, real, stride, HEAD_DIM: tl.constexpr):
+    """Some tokens of a head, wherever they lie; zeros where they are none."""
+    channel = tl.arange(0, HEAD_DIM)
+    return tl.load(x + row[:, None].to(tl.int64) * stride + channel[None, :], mask=real[:, None], other=0.0)
+
+
+@triton.jit
+def _weights(queries, keys, seen, scale, TAIL: tl.constexpr):
+    """Exponentials of scores, less the largest of each query, and these, in powers of two; the scale is positive."""
+    scores = tl.dot(queries, keys)
+    if TAIL:
+        scores = tl.where(seen, scores, float("-inf"))
+    # every tile has a key, so it is finite
+    here = tl.max(scores, 1) * scale
+    return tl.exp2(scores * scale - here[:, None]), here
+
+
+@triton.jit
+def _store_logsums(weights, here, logsums, row, real, start, queries, groups, GROUP: tl.constexpr):
+    """Log-sum-exps of each group of keys, and the sum of the weights."""
+    parts: tl.constexpr = weights.shape[1] // GROUP
+    sums = tl.sum(tl.reshape(weights, [weights.shape[0], parts, GROUP]), 2)
+    group = start // GROUP + tl.arange(0, parts)
+    tl.store(
+        logsums + group[None, :].to(tl.int64) * queries + row[:, None], here[:, None] + tl.log2(sums),
+        mask=real[:, None] & (group[None, :] < groups),
+    )  # fmt: skip
+    return tl.sum(sums, 1)
 
 
 @triton.jit

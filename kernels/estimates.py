@@ -6,12 +6,14 @@ has the same in torch, for whatever this does not take.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Float, Int, Int32, Int64
 from torch import Tensor
 
 from calibatt.kernels.mask import block_count
@@ -26,6 +28,8 @@ _HEAD_DIMS, _STEP = (64, 128), 64
 # log-sum-exps that one program of `block_mass` sums at a time, and the most queries among them: 16 KiB, of which
 # those of a group lie side by side
 _SUMMED, _MOST_QUERIES = 4096, 128
+# rows whose weights `block_mass_and_cosines` compares with those of an anchor row at a time: of more, registers spill
+_MEMBERS = 2
 # tokens that `cluster_means` and `alike_blocks` load at a time: enough under way for clusters of ten to a hundred
 _MEAN_ROWS = 16
 
@@ -63,8 +67,11 @@ def nearest_shape(capability: tuple[int, int]) -> Shape:
 
 
 def cosine_shape(capability: tuple[int, int]) -> Shape:
-    """Of pairs of queries and keys, by compute capability, for two products at a time; not tuned."""
-    return Shape(rows=64, columns=128 if capability == (9, 0) else 64, warps=4, stages=2)
+    """Of places in a row and keys, by compute capability: all that fits beside two products; not timed."""
+    if capability == (9, 0):
+        return Shape(rows=64, columns=64, warps=4, stages=3)
+    # with 64 columns, registers of sm80 and sm89 spill at 128 channels (the compiler's own figures, tests)
+    return Shape(rows=64, columns=32, warps=4, stages=2)
 
 
 def takes(x: Tensor) -> bool:
@@ -111,13 +118,14 @@ def _has_triton() -> bool:
 
 
 def block_mass(
-    q: Float[Tensor, "heads tokens channels"],
+    q: Float[Tensor, "heads queries channels"],
     k: Float[Tensor, "heads tokens channels"],
     *,
     block: tuple[int, int],
     scale: float,
-    lse: Float[Tensor, "heads tokens"] | None = None,
-) -> tuple[Float[Tensor, "heads q_blocks k_blocks"], Float[Tensor, "heads tokens"]]:
+    lse: Float[Tensor, "heads queries"] | None = None,
+    places: Int[Tensor, "queries"] | None = None,
+) -> tuple[Float[Tensor, "heads q_blocks k_blocks"], Float[Tensor, "heads queries"]]:
     """Attention weights summed over the queries and keys of each block, and the log-sum-exp of each query's scores.
 
     Scores are computed once. Of them stay the log-sum-exps of each query with each group of keys, a block or a part of
@@ -129,71 +137,150 @@ def block_mass(
         block: tokens of a query and of a key block.
         scale: of the products; not negative.
         lse: log-sum-exp to weigh by in place of their own, returned as it is.
+        places: ascending, which tokens the queries are; None for all.
     """
-    import triton
-
     from calibatt.kernels import estimate_code
 
-    heads, tokens, channels = q.shape
+    heads, queries, channels = q.shape
+    tokens = k.shape[1]
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     shape = mass_shape(compute_capability(q.device), channels)
     group = tile_of(block[1], shape.columns)
-    groups, q_blocks, k_blocks = (
-        block_count(tokens, group),
-        block_count(tokens, block[0]),
-        block_count(tokens, block[1]),
-    )
     step = channels if channels in _HEAD_DIMS else _STEP
     tma = has_tma(q, k)
-    sums = q.new_empty(heads, tokens, dtype=torch.float32)
+    sums = q.new_empty(heads, queries, dtype=torch.float32)
     given = sums if lse is None else lse.contiguous()
-    mass = q.new_empty(heads, q_blocks, k_blocks, dtype=torch.float32)
-    at_once = min(heads, max(1, _HELD // (groups * tokens)))
-    logsums = q.new_empty(at_once, groups, tokens, dtype=torch.float32)
-    rows = min(_MOST_QUERIES, triton.next_power_of_2(block[0]))
-    for first in range(0, heads, at_once):
-        some = slice(first, first + at_once)
-        queries, keys = q[some], k[some]
+    blocks = _Blocks(places, tokens, block, group, q.device)
+    mass = q.new_empty(heads, *blocks.counts, dtype=torch.float32)
+    logsums = blocks.logsums(heads, queries)
+    for some in _parts(heads, len(logsums)):
+        some_q, some_k = q[some], k[some]
         if tma:
-            queries, keys = descriptor(queries, shape.rows, step), descriptor(keys, shape.columns, step)
-        estimate_code.group_logsums[(block_count(tokens, shape.rows), len(sums[some]))](
-            queries, keys, logsums, sums[some], scale * math.log2(math.e), tokens, groups, *q.stride()[:2],
-            *k.stride()[:2], TILE_Q=shape.rows, TILE_K=shape.columns, GROUP=group, CHANNELS=channels, STEP=step,
-            TMA=tma, num_warps=shape.warps, num_stages=shape.stages,
+            some_q, some_k = descriptor(some_q, shape.rows, step), descriptor(some_k, shape.columns, step)
+        estimate_code.group_logsums[(block_count(queries, shape.rows), len(sums[some]))](
+            some_q, some_k, logsums, sums[some], scale * math.log2(math.e), queries, tokens, blocks.groups,
+            *q.stride()[:2], *k.stride()[:2], TILE_Q=shape.rows, TILE_K=shape.columns, GROUP=group, CHANNELS=channels,
+            STEP=step, TMA=tma, num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
-        estimate_code.block_mass[(q_blocks, block_count(k_blocks, _SUMMED // rows), len(sums[some]))](
-            logsums, given[some], mass[some], tokens, groups, q_blocks, k_blocks, BLOCK_Q=block[0],
-            PARTS=block[1] // group, ROWS=rows, COLUMNS=_SUMMED // rows,
-        )  # fmt: skip
+        blocks.sum(logsums, given[some], mass[some])
     return mass, sums if lse is None else lse
 
 
-def cosines(
+def block_mass_and_cosines(
     q: Float[Tensor, "heads queries head_dim"],
-    other: Float[Tensor, "heads queries head_dim"],
     k: Float[Tensor, "heads tokens head_dim"],
-) -> Float[Tensor, "heads queries"]:
-    """Cosine similarity of the attention weights of each query and of another one, over all keys.
+    *,
+    grid: tuple[int, int, int],
+    nearest_anchor: Sequence[int],
+    block: tuple[int, int],
+    places: Int[Tensor, "queries"],
+) -> tuple[Float[Tensor, "heads q_blocks k_blocks"], Float[Tensor, "heads queries"]]:
+    """As `block_mass`, and the cosine similarity of each query's attention weights with those in its anchor row.
 
-    Weights are exponentials of scores, and their sums cancel out of a cosine: what is left are three inner products,
-    added up while the keys go by. So nothing is held but the tile at hand.
+    Scores are computed once for both, those of anchor rows once for every few rows that they are compared with. Weights
+    are exponentials of scores, and their sums cancel out of a cosine: what is left are three inner products, added up
+    while the keys go by. So nothing is held but the tile at hand, and what `block_mass` holds.
 
     Args:
-        q, other: the queries and their partners, where `takes` holds.
-        k: the keys.
+        q, k: what attention sees, where `takes` and `takes_mass` hold; queries frame by frame, row by row.
+        grid: frames, rows and columns of the queries.
+        nearest_anchor: of each row the one that it is compared with, at the same frame and column; an anchor row is its
+            own.
+        block, places: as for `block_mass`.
     """
     from calibatt.kernels import estimate_code
 
     heads, queries, head_dim = q.shape
-    q, other, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, other, k))
+    tokens = k.shape[1]
+    frames, rows, columns = grid
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     shape = cosine_shape(compute_capability(q.device))
-    found = torch.empty(heads, queries, dtype=torch.float32, device=q.device)
-    estimate_code.cosines[(block_count(queries, shape.rows), heads)](
-        q, other, k, found, math.log2(math.e) / math.sqrt(head_dim), queries, k.shape[1], *q.stride()[:2],
-        *other.stride()[:2], *k.stride()[:2], TILE_Q=shape.rows, TILE_K=shape.columns, HEAD_DIM=head_dim,
-        num_warps=shape.warps, num_stages=shape.stages,
-    )  # fmt: skip
-    return found
+    group = tile_of(block[1], shape.columns)
+    bands = _bands(tuple(nearest_anchor), q.device)
+    sums, cosine = q.new_empty(2, heads, queries, dtype=torch.float32)
+    blocks = _Blocks(places, tokens, block, group, q.device)
+    mass = q.new_empty(heads, *blocks.counts, dtype=torch.float32)
+    logsums = blocks.logsums(heads, queries)
+    for some in _parts(heads, len(logsums)):
+        launch = (block_count(frames * columns, shape.rows), len(bands), len(sums[some]))
+        estimate_code.logsums_and_cosines[launch](
+            q[some], k[some], bands, logsums, sums[some], cosine[some], math.log2(math.e) / math.sqrt(head_dim),
+            frames * columns, rows, columns, tokens, blocks.groups, *q.stride()[:2], *k.stride()[:2],
+            TILE_Q=shape.rows, TILE_K=shape.columns, GROUP=group, MEMBERS=_MEMBERS, HEAD_DIM=head_dim,
+            num_warps=shape.warps, num_stages=shape.stages,
+        )  # fmt: skip
+        blocks.sum(logsums, sums[some], mass[some])
+    return mass, cosine
+
+
+class _Blocks:
+    """The second pass of `block_mass`: sums over blocks, of log-sum-exps of groups of keys.
+
+    Args:
+        places: ascending, which tokens the queries are; None for all.
+        tokens: of the sequence.
+        block: tokens of a query and of a key block.
+        group: keys of a group.
+        device: of the queries.
+
+    Attributes:
+        counts: of query and of key blocks.
+        groups: of keys.
+    """
+
+    def __init__(
+        self, places: Tensor | None, tokens: int, block: tuple[int, int], group: int, device: torch.device
+    ) -> None:
+        self.counts = (block_count(tokens, block[0]), block_count(tokens, block[1]))
+        self.groups = block_count(tokens, group)
+        self._parts, self._block_q = block[1] // group, block[0]
+        # the first query of each block, and the one behind the last
+        first = torch.arange(self.counts[0] + 1, device=device) * block[0]
+        starts = first.clamp(max=tokens) if places is None else torch.searchsorted(places, first)
+        self._starts: Int32[Tensor, "q_blocks+1"] = starts.to(torch.int32)
+
+    def logsums(self, heads: int, queries: int) -> Float[Tensor, "heads_at_once groups queries"]:
+        """Room for as many heads as may be held."""
+        at_once = min(heads, max(1, _HELD // (self.groups * queries)))
+        return torch.empty(at_once, self.groups, queries, device=self._starts.device)
+
+    def sum(
+        self,
+        logsums: Float[Tensor, "heads_at_once groups queries"],
+        lse: Float[Tensor, "heads queries"],
+        mass: Float[Tensor, "heads q_blocks k_blocks"],
+    ) -> None:
+        """Write the mass of some heads, the first of those whose log-sum-exps there are."""
+        import triton
+
+        from calibatt.kernels import estimate_code
+
+        rows = min(_MOST_QUERIES, triton.next_power_of_2(self._block_q))
+        columns = _SUMMED // rows
+        estimate_code.block_mass[(self.counts[0], block_count(self.counts[1], columns), len(mass))](
+            logsums, lse, self._starts, mass, lse.shape[1], self.groups, *self.counts, PARTS=self._parts, ROWS=rows,
+            COLUMNS=columns,
+        )  # fmt: skip
+
+
+def _parts(heads: int, at_once: int) -> list[slice]:
+    return [slice(first, first + at_once) for first in range(0, heads, at_once)]
+
+
+@functools.lru_cache(maxsize=16)
+def _bands(nearest_anchor: tuple[int, ...], device: torch.device) -> Int32[Tensor, "bands row_count"]:
+    """Of every program an anchor row, whether it is the first with that, and the rows that it compares; -1 for none.
+
+    Kept, since to send them is to wait for the device.
+    """
+    bands = []
+    for anchor in dict.fromkeys(nearest_anchor):
+        members = [row for row, own in enumerate(nearest_anchor) if own == anchor and row != anchor]
+        # an anchor that no other row is near to has a program too
+        for first in range(0, max(1, len(members)), _MEMBERS):
+            some = members[first : first + _MEMBERS]
+            bands.append([anchor, int(first == 0), *some, *[-1] * (_MEMBERS - len(some))])
+    return torch.tensor(bands, dtype=torch.int32, device=device)
 
 
 def nearest(

@@ -109,8 +109,9 @@ class Mask(ABC):
         return self if self.heads == 1 else self.each(lambda part: part[list(heads)])
 
     def to(self: _M, device: torch.device | str) -> _M:
-        """The same mask on another device."""
-        return self.each(lambda part: part.to(device, non_blocking=True))
+        """The same mask on another device; the host waits for what comes to it."""
+        away = torch.device(device).type != "cpu"
+        return self.each(lambda part: part.to(device, non_blocking=away))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -74,6 +74,35 @@ def video_blocks(geometry: Geometry, block: int) -> slice:
     return slice(first, max(first, last))
 
 
+def strided_columns(geometry: Geometry, stride: int, device: torch.device | str = "cpu") -> Int[Tensor, "columns"]:
+    """Of every so many columns of the video one: the middles of equal parts of a row, ascending.
+
+    In every row the same, so that what is looked at of different rows lies at the same places.
+    """
+    columns = geometry.grid[2]
+    count = block_count(columns, stride)
+    return (2 * torch.arange(count, device=device) + 1) * columns // (2 * count)
+
+
+def video_queries(geometry: Geometry, stride: int, device: torch.device | str = "cpu") -> Int[Tensor, "queries"]:
+    """The tokens of the video in `strided_columns`, ascending."""
+    rows = torch.arange(geometry.grid[0] * geometry.grid[1], device=device) * geometry.grid[2]
+    columns = strided_columns(geometry, stride, device)
+    return (geometry.video_start + rows[:, None] + columns).flatten()
+
+
+def check_query_stride(stride: int, block_q: int) -> None:
+    """Refuse a stride of `strided_columns` by which a whole block may have no query.
+
+    Raises:
+        ValueError: one line that says so.
+    """
+    if stride != 1 and not 2 <= stride <= block_q // 2:
+        raise ValueError(
+            f"of every so many queries one is looked at, up to half a block's {block_q}: got query_stride={stride}"
+        )
+
+
 def video_table(
     part: Shaped[Tensor, "heads rows columns"], geometry: Geometry, block: tuple[int, int], *, left_over: float
 ) -> Shaped[Tensor, "heads q_blocks k_blocks"]:

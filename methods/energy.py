@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from calibatt.kernels import estimates
@@ -19,11 +19,12 @@ _SORTED = 2**25
 
 
 def block_energy(
-    q: Float[Tensor, "heads tokens head_dim"],
+    q: Float[Tensor, "heads queries head_dim"],
     k: Float[Tensor, "heads tokens head_dim"],
     *,
     block_q: int,
     block_k: int,
+    places: Int[Tensor, "queries"] | None = None,
 ) -> Float[Tensor, "heads q_blocks k_blocks"]:
     """Softmax mass in each key block, mean over the queries of each query block; every row sums to 1.
 
@@ -32,49 +33,74 @@ def block_energy(
     Args:
         q, k: what attention sees.
         block_q, block_k: tokens of a query block and of a key block.
+        places: as for `block_mass`.
     """
-    mass, _ = block_mass(q, k, block=(block_q, block_k))
-    return mass / block_sizes(q.shape[1], block_q, q.device)[:, None]
+    mass, _ = block_mass(q, k, block=(block_q, block_k), places=places)
+    return mean_mass(mass, k.shape[1], block_q, places)
+
+
+def mean_mass(
+    mass: Float[Tensor, "heads q_blocks k_blocks"],
+    tokens: int,
+    block_q: int,
+    places: Int[Tensor, "queries"] | None,
+) -> Float[Tensor, "heads q_blocks k_blocks"]:
+    """Mass as a mean over the queries of each block; of a block none of whose tokens is one, the same everywhere.
+
+    Args:
+        mass: of `block_mass`.
+        tokens: of the sequence.
+        block_q: tokens of a query block.
+        places: as for `block_mass`.
+    """
+    if places is None:
+        return mass / block_sizes(tokens, block_q, mass.device)[:, None]
+    ends = torch.arange(mass.shape[1] + 1, device=mass.device) * block_q
+    counts = torch.searchsorted(places, ends).diff()[:, None]
+    return torch.where(counts > 0, mass / counts.clamp(min=1), 1 / mass.shape[2])
 
 
 def block_mass(
-    q: Float[Tensor, "heads tokens channels"],
+    q: Float[Tensor, "heads queries channels"],
     k: Float[Tensor, "heads tokens channels"],
     *,
     block: tuple[int, int],
     scale: float | None = None,
-    lse: Float[Tensor, "heads tokens"] | None = None,
-) -> tuple[Float[Tensor, "heads q_blocks k_blocks"], Float[Tensor, "heads tokens"]]:
+    lse: Float[Tensor, "heads queries"] | None = None,
+    places: Int[Tensor, "queries"] | None = None,
+) -> tuple[Float[Tensor, "heads q_blocks k_blocks"], Float[Tensor, "heads queries"]]:
     """Attention weights summed over the queries and keys of each block, and the log-sum-exp of each query's scores.
 
-    Computed in fp32: half precision on a GPU by a kernel of its own, else some query blocks of one head at a time.
+    Computed in fp32: half precision on a GPU by a kernel of its own, else some queries of one head at a time.
 
     Args:
         q, k: what attention sees.
         block: tokens of a query and of a key block.
         scale: of the products, not negative; 1/√channels where None.
         lse: log-sum-exp to weigh by in place of their own, returned as it is.
+        places: ascending, which tokens the queries are, where there are not all; None for all.
     """
-    heads, tokens, channels = q.shape
+    heads, queries, channels = q.shape
+    tokens = k.shape[1]
     scale = 1 / math.sqrt(channels) if scale is None else scale
     if estimates.takes_mass(q, block[1]):
-        return estimates.block_mass(q, k, block=block, scale=scale, lse=lse)
+        return estimates.block_mass(q, k, block=block, scale=scale, lse=lse, places=places)
     block_q, block_k = block
-    sums = q.new_empty(heads, tokens, dtype=torch.float32) if lse is None else lse
-    mass = q.new_empty(heads, block_count(tokens, block_q), block_count(tokens, block_k), dtype=torch.float32)
-    at_once = max(1, CHUNK // (tokens * block_q))
+    sums = q.new_empty(heads, queries, dtype=torch.float32) if lse is None else lse
+    mass = q.new_zeros(heads, block_count(tokens, block_q), block_count(tokens, block_k), dtype=torch.float32)
+    row = (torch.arange(tokens, device=q.device) if places is None else places) // block_q
     for head in range(heads):
-        for first in range(0, mass.shape[1], at_once):
-            rows = slice(first * block_q, (first + at_once) * block_q)
-            scores = products(q[head, rows], k[head]).mul_(scale)
+        for some in torch.arange(queries, device=q.device).split(max(1, CHUNK // tokens)):
+            scores = products(q[head, some], k[head]).mul_(scale)
             # the largest score stands in for a sum that is not known yet, so that no exponential overflows
-            reference = scores.amax(-1) if lse is None else lse[head, rows]
+            reference = scores.amax(-1) if lse is None else lse[head, some]
             weights = block_sums(scores.sub_(reference[:, None]).exp_(), block_k)
             if lse is None:
                 total = weights.sum(-1)
-                sums[head, rows] = reference + total.log()
+                sums[head, some] = reference + total.log()
                 weights /= total[:, None]
-            mass[head, first : first + at_once] = block_sums(weights.T, block_q).T
+            # a product of ones and zeros, which is the same at every repetition, as adding by index on a GPU is not
+            mass[head] += (row[some] == torch.arange(mass.shape[1], device=q.device)[:, None]).float() @ weights
     return mass, sums
 
 

@@ -31,7 +31,7 @@ from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan
 from calibatt.methods.ahead import SitePlans, sent
 from calibatt.methods.base import Knob, Method
-from calibatt.methods.blocks import text_blocks, video_blocks
+from calibatt.methods.blocks import check_query_stride, text_blocks, video_blocks, video_queries
 from calibatt.methods.energy import block_energy
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
@@ -54,9 +54,10 @@ class ScalingConfig:
             alone, all heads of a step and layer (site), or all.
         dense_steps: share of the first steps that stay dense.
         block: tokens of a query and of a key block.
+        query_stride: as in `ScalingLearner`.
 
     Raises:
-        ValueError: the density is outside 0 to 1.
+        ValueError: the density is outside 0 to 1, or the learner refuses the stride.
     """
 
     density: float
@@ -64,10 +65,12 @@ class ScalingConfig:
     dense_steps: float
     # the paper's
     block: tuple[int, int] = (128, 128)
+    query_stride: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.density <= 1:
             raise ValueError(f"density is a share of the blocks, 0 to 1: got {self.density}")
+        check_query_stride(self.query_stride, self.block[0])
 
 
 class Scaling(Method):
@@ -102,7 +105,7 @@ class Scaling(Method):
     @classmethod
     def learner(cls, config: ScalingConfig) -> ScalingLearner:
         """Learns the map."""
-        return ScalingLearner(dense_steps=config.dense_steps, block=config.block)
+        return ScalingLearner(dense_steps=config.dense_steps, block=config.block, query_stride=config.query_stride)
 
     @classmethod
     def transferred_part(cls, learnt: Learnt, name: str, index: tuple[int, ...], source: Blocks, to: Blocks) -> Tensor:
@@ -155,10 +158,18 @@ class ScalingLearner:
     Args:
         dense_steps: share of the first steps that are not looked at.
         block: tokens of a query and of a key block.
+        query_stride: above 1, look at the video's queries in one of so many columns only, which saves time.
+
+    Raises:
+        ValueError: by the stride a block may have no query.
     """
 
     dense_steps: float
     block: tuple[int, int]
+    query_stride: int
+
+    def __post_init__(self) -> None:
+        check_query_stride(self.query_stride, self.block[0])
 
     def note(
         self,
@@ -175,7 +186,9 @@ class ScalingLearner:
             shape = (heads, block_count(tokens, block_q), block_count(tokens, block_k))
             full = torch.full(shape, LEVELS - 1, dtype=torch.uint8, device=q.device)
             return {"map": full, "fidelity": torch.zeros(heads, LEVELS, device=q.device)}
-        energy = block_energy(q, k, block_q=block_q, block_k=block_k)
+        places = None if self.query_stride == 1 else video_queries(site.geometry, self.query_stride, q.device)
+        queries = q if places is None else q[:, places]
+        energy = block_energy(queries, k, block_q=block_q, block_k=block_k, places=places)
         entered = entry_levels(energy).masked_fill(text_blocks(site.geometry, self.block, q.device), 0)
         return {"map": entered, "fidelity": fidelities(energy, entered)}
 

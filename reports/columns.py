@@ -170,5 +170,6 @@ COLUMNS: Sequence[Column] = (
         "calibration cost", "times dense generation", lambda row: _number(row.record.calibration_cost_ratio, "{:.2f}×")
     ),
     Column("mask agreement", "overlap between prompts", lambda row: _percent(row.record.mask_agreement)),
+    Column("mask IoU", "overlap with masks from all queries", lambda row: _percent(row.record.mask_iou)),
     Column("outcome", "and why an arm has no times", outcome, first=True),
 )

@@ -32,7 +32,7 @@ def title(record: Record) -> str:
 
 def parts_of_title(record: Record) -> list[str]:
     """The parts of that name."""
-    return [*_name(record), *(["inputs resampled"] if record.inputs else [])]
+    return [*_name(record), *([f"inputs {record.inputs.split()[0]}"] if record.inputs else [])]
 
 
 def _name(record: Record) -> list[str]:
@@ -40,6 +40,7 @@ def _name(record: Record) -> list[str]:
     parts += [record.layers and f"{record.layers} layers{'' if record.planted else ' with random weights'}"]
     parts += ["planted weights" if record.planted else None]
     parts += ["compiled" if record.compiled else None]
+    parts += [record.seed and f"seed {record.seed}"]
     return [str(part) for part in parts if part]
 
 
@@ -137,6 +138,7 @@ def workload_facts(records: Sequence[Record]) -> list[tuple[str, str]]:
         "steps",
         "guidance",
         "compiled",
+        "seed",
     ):
         found = (getattr(record, name) for record in records)
         values = dict.fromkeys(_YES_NO.get(str(value), str(value)) for value in found if value is not None)

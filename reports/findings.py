@@ -84,6 +84,8 @@ def _preparation(row: Row) -> str:
         said += f", {record.calibration_cost_ratio:.2f} times what the same videos take densely"
     if record.mask_agreement is not None:
         said += f"; the masks of different prompts overlap by {record.mask_agreement:.0%}"
+    if record.mask_iou is not None:
+        said += f"; they overlap by {record.mask_iou:.1%} with masks from all queries"
     return f"{said}."
 
 

@@ -33,6 +33,35 @@ def merge(paths: Sequence[Path], out: Path, *, replace: bool = False) -> Run:
     """
     if len({path.resolve() for path in paths}) < max(2, len(paths)):
         raise ValueError("give two files or more, each once")
+    return _merge(paths, out, replace)
+
+
+def merge_alike(paths: Sequence[Path], out: Path) -> list[Run]:
+    """Write one file for each kind of machine that the files are of, which may be one.
+
+    Args:
+        paths: the files, one or more.
+        out: the file to write; where there are several kinds, files with numbers are. What was there of an earlier call
+            is replaced.
+
+    Raises:
+        UnusableFile, OSError: as `merge`.
+    """
+    kinds: list[list[Run]] = []
+    for run in map(load_run, paths):
+        alike = (kind for kind in kinds if compare(kind[0].machine, run.machine).difference is None)
+        if (found := next(alike, None)) is None:
+            kinds.append([run])
+        else:
+            found.append(run)
+    for old in (out, *out.parent.glob(f"{out.stem}-[0-9]*{out.suffix}")):
+        old.unlink(missing_ok=True)
+        shutil.rmtree(old.with_suffix(".artifacts"), ignore_errors=True)
+    names = [out] if len(kinds) == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(len(kinds))]
+    return [_merge([run.path for run in kind], name, False) for kind, name in zip(kinds, names, strict=True)]
+
+
+def _merge(paths: Sequence[Path], out: Path, replace: bool) -> Run:
     folder = f"{out.stem}.artifacts"
     for path in (out, out.parent / folder):
         if path.exists():

@@ -36,7 +36,7 @@ _MARK = '<meta name="generator" content="calibatt report">'
 # letters of a workload's title in the name of a file: file systems take 255 bytes
 _SLUG = 100
 # what a workload is known by in the table over all arms
-_WORKLOAD = ("suite", "model", "resolution", "steps", "dtype", "compiled", "layers", "inputs", "planted")
+_WORKLOAD = ("suite", "model", "resolution", "steps", "dtype", "compiled", "layers", "inputs", "planted", "seed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

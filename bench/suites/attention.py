@@ -53,9 +53,7 @@ def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]
     context = job.open()
     # the baseline is measured even where nobody asked to see it
     wanted = dict.fromkeys([DENSE, *(arm for arm in arms if isinstance(arm, Arm))])
-    yield from run(
-        context, list(wanted), rounds=_FEW_ROUNDS if job.workload.resampled or job.workload.planted else ROUNDS
-    )
+    yield from run(context, list(wanted), rounds=_FEW_ROUNDS if job.workload.large else ROUNDS)
 
 
 def run(context: Context, arms: Sequence[Arm], *, rounds: int) -> Iterator[tuple[Arm, Record]]:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from itertools import product
 
 from calibatt.bench.arms import facts, failed
 from calibatt.bench.cells import AnyArm, Arm, Cell, Workload
 from calibatt.bench.context import Context
 from calibatt.bench.failure import Failure, guarded
-from calibatt.bench.offline import Lesson, Prepared, lesson_of
+from calibatt.bench.offline import CALIBRATION_SEED, Lesson, Prepared, lesson_of
 from calibatt.bench.options import Options, method_cells
 from calibatt.bench.record import Record, Suite
 from calibatt.bench.suites.suite import Job
+from calibatt.bench.timer import timed
 from calibatt.kernels.base import Unsupported
-from calibatt.methods.base import Foreseen
+from calibatt.methods.base import Foreseen, Planner
+from calibatt.methods.call import SparseAttention
+from calibatt.methods.catalogue import build
+from calibatt.methods.learning import Learnt, settings_of
 
 NAME: Suite = "calibration"
 
@@ -26,41 +32,98 @@ def cells(options: Options) -> list[Cell]:
         ValueError: an option makes no sense.
     """
     found: list[Cell] = []
-    if options.resampled:
+    if not options.whole:
         return found
     known: list[tuple[Workload, Lesson]] = []
     for cell in method_cells(options):
         assert isinstance(cell.arm, Arm)
-        lesson = lesson_of(cell.arm.untuned, cell.workload.block)
-        # what another method learns has its own place
-        if lesson is None or lesson.method != cell.arm.method or (cell.workload, lesson) in known:
-            continue
-        known.append((cell.workload, lesson))
-        found.append(Cell(workload=cell.workload, arm=cell.arm.untuned))
+        for arm in _strided(cell.arm.untuned, cell.workload, options.query_strides):
+            lesson = lesson_of(arm, cell.workload.block)
+            # what another method learns has its own place
+            if lesson is None or lesson.method != arm.method or (cell.workload, lesson) in known:
+                continue
+            known.append((cell.workload, lesson))
+            found.append(Cell(workload=cell.workload, arm=arm))
     return found
+
+
+def _strided(arm: Arm, workload: Workload, strides: Sequence[int]) -> list[Arm]:
+    """The arm at every stride; as it is where nothing that it learns has one."""
+    lesson = lesson_of(arm, workload.block)
+    if lesson is None or "query_stride" not in settings_of(lesson.learner):
+        return [arm]
+    return [replace(arm, query_stride=stride) for stride in strides]
 
 
 def measure(job: Job, arms: Sequence[AnyArm]) -> Iterator[tuple[AnyArm, Record]]:
     """What the presets learn that the other suites of this run use; timed once."""
     context = job.open()
+    dense_s = cache(partial(_dense_s, context))
     for arm in arms:
         assert isinstance(arm, Arm)
-        yield arm, one(context, arm)
+        lesson = lesson_of(arm, job.workload.block)
+        yield arm, one(context, arm, lesson, dense_s)
 
 
-def one(context: Context, arm: Arm) -> Record:
-    """The record of what one arm learns."""
-    prepared = guarded(lambda: context.prepared(arm))
+def one(context: Context, arm: Arm, lesson: Lesson | None, dense_s: Callable[[tuple[str, ...]], float]) -> Record:
+    """The record of what one arm learns.
+
+    Args:
+        context: what the arms of the workload share.
+        arm: what is measured.
+        lesson: what it learns.
+        dense_s: seconds of the plain dense videos of these prompts.
+    """
+    prepared = guarded(lambda: _prepared(context, arm, lesson))
     if isinstance(prepared, Failure):
         return failed(context, NAME, arm, prepared)
     if prepared is None or prepared.seconds is None:
         reason = "it learns nothing" if prepared is None else "--calibration gave a calibration that was made earlier"
         return failed(context, NAME, arm, Failure("unsupported", reason))
-    made = guarded(partial(_measured, context, arm, prepared, prepared.seconds))
+    made = guarded(partial(_measured, context, arm, prepared, prepared.seconds, dense_s))
     return failed(context, NAME, arm, made) if isinstance(made, Failure) else made
 
 
-def _measured(context: Context, arm: Arm, prepared: Prepared, seconds: float) -> Record:
+def _prepared(context: Context, arm: Arm, lesson: Lesson | None) -> Prepared | None:
+    """What the arm learns, once the code that it learns by is compiled, which is no part of its time."""
+    if lesson is not None:
+        probe = context.probes[-1]
+        lesson.learner.note(probe.q[0], probe.k[0], probe.v[0], probe.site, 0)
+    return context.prepared(arm)
+
+
+def _dense_s(context: Context, prompts: tuple[str, ...]) -> float:
+    """Seconds of the videos that calibrating makes, by themselves."""
+    attention = SparseAttention(build("dense"), context.dense)
+
+    def generate() -> None:
+        for number, prompt in enumerate(prompts):
+            context.film(attention, prompt, CALIBRATION_SEED + number)
+
+    seconds, _ = timed(context.device, generate)
+    return seconds
+
+
+def _mask_iou(context: Context, arm: Arm, method: Planner, learnt: Learnt) -> float | None:
+    """Intersection over union with the masks from all queries, over sites and heads that have both; None where none."""
+    exact, own = context.method(replace(arm, query_stride=1)), learnt.provenance
+    assert not isinstance(exact, Unsupported)
+    probe, common, either = context.probes[0], 0, 0
+    for step, layer in product(range(own.steps), range(own.layers)):
+        # of what is learnt offline, plans look at where their inputs lie alone
+        site = replace(probe.site, step=step, layer=layer)
+        one, other = (planner.plan(probe.q[0], probe.k[0], probe.v[0], site) for planner in (method, exact))
+        heads = sorted({*one.heads_of("masked")} & {*other.heads_of("masked")})
+        if heads and one.mask is not None and other.mask is not None:
+            first, second = (mask.of_heads(heads).keep() for mask in (one.mask, other.mask))
+            common += int((first & second).sum())
+            either += int((first | second).sum())
+    return common / either if either else None
+
+
+def _measured(
+    context: Context, arm: Arm, prepared: Prepared, seconds: float, dense_s: Callable[[tuple[str, ...]], float]
+) -> Record:
     learnt, method = prepared.calibration, context.method(arm)
     if isinstance(method, Unsupported):
         return failed(context, NAME, arm, Failure("unsupported", method.reason))
@@ -72,9 +135,10 @@ def _measured(context: Context, arm: Arm, prepared: Prepared, seconds: float) ->
         block=None if block is None else tuple(block),
         prompts=learnt.provenance.prompts,
         samples_s=(seconds,),
-        calibration_cost_ratio=learnt.provenance.cost_ratio,
+        calibration_cost_ratio=seconds / dense_s(learnt.provenance.prompts),
         # of masks, where the method's learner takes a vote on them
         mask_agreement=agreement,
+        mask_iou=None if arm.query_stride == 1 else _mask_iou(context, arm, method, learnt),
         plan_memory_bytes=learnt.nbytes(),
         density=method.mean_density() if isinstance(method, Foreseen) else None,
     )

@@ -23,6 +23,7 @@ from calibatt.bench.failure import Failure, guarded
 from calibatt.bench.meter import Meter
 from calibatt.bench.observers import PlanSummary
 from calibatt.bench.options import Options, method_cells
+from calibatt.bench.parts import without_attention
 from calibatt.bench.record import Record, Suite
 from calibatt.bench.rounds import SHOWN_ROUNDS, take_turns
 from calibatt.bench.suites.suite import Job, Kept
@@ -57,7 +58,7 @@ def cells(options: Options) -> list[Cell]:
     Raises:
         ValueError: an option makes no sense.
     """
-    found = [] if options.resampled else method_cells(options)
+    found = method_cells(options) if options.whole else []
     return [
         replace(cell, workload=replace(cell.workload, compiled=how != "no"))
         for how in options.compile
@@ -196,7 +197,7 @@ def _one_video(context: Context, course: _Course, round_: int) -> Frames:
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     if not video.isfinite().all():
         raise ValueError("the video has NaN or infinite values")
-    phases = meter.timer.collect_s()
+    phases = without_attention(meter.timer.collect_s())
     # to look at the plans is no part of the arm
     made = Video(seconds=seconds - phases.pop("observe", 0.0), phases=phases, peak_memory_bytes=peak)
     if before is not None and after is not None:

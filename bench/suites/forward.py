@@ -53,7 +53,7 @@ def cells(options: Options) -> list[Cell]:
     Raises:
         ValueError: an option makes no sense here.
     """
-    if options.layers is None or options.resampled:
+    if options.layers is None or not options.whole:
         return []
     if unfit := [pattern for pattern in options.masks if pattern not in _PATTERNS]:
         raise ValueError(f"--masks {unfit[0]}: a forward pass (--layers) takes {', '.join(_PATTERNS)}")
@@ -141,7 +141,7 @@ class _Model:
         if workload.compiled:
             self.one.pipe.transformer.compile_repeated_blocks(fullgraph=True)
         shape = (1, self.geometry.tokens, self.geometry.heads, self.geometry.head_dim)
-        generator = torch.Generator(workload.device).manual_seed(0)
+        generator = torch.Generator(workload.device).manual_seed(workload.seed)
         # tokens before heads in memory, as models hand them over
         self.q, self.k, self.v = (
             torch.randn(shape, generator=generator, device=workload.device, dtype=workload.dtype).transpose(1, 2)

@@ -74,7 +74,7 @@ class _Bench:
         self.workload = workload
         self.geometry = workload.entry.geometry(workload.resolution)
         self._console = console
-        generator = torch.Generator(workload.device).manual_seed(0)
+        generator = torch.Generator(workload.device).manual_seed(workload.seed)
         # tokens before heads in memory, as models hand them over
         shape = (1, self.geometry.tokens, self.geometry.heads, self.geometry.head_dim)
         self.q, self.k, self.v = (
@@ -156,10 +156,10 @@ def cells(options: Options) -> list[Cell]:
         ValueError: an option makes no sense.
     """
     found: list[Cell] = []
-    if options.resampled or options.planted:
+    if options.planted or not options.whole:
         return found
     # the same geometry at another number of steps is the same
-    for workload in dict.fromkeys(replace(workload, steps=0) for workload in options.workloads()):
+    for workload in dict.fromkeys(replace(workload, steps=0, layers=0) for workload in options.workloads()):
         # a kernel by itself has no blocks of its own
         given = [block for block in options.blocks or () if block != "native"]
         arms: list[AnyArm] = [DENSE, *(PermutationArm(order=order) for order in options.orders or ())]

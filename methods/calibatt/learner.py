@@ -13,10 +13,10 @@ from torch import Tensor
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, packed
 from calibatt.kernels.plan import anchor_rows
-from calibatt.methods.blocks import text_blocks, video_blocks, video_table
+from calibatt.methods.blocks import check_query_stride, text_blocks, video_blocks, video_queries, video_table
 from calibatt.methods.calibatt.errors import output_errors
 from calibatt.methods.calibatt.levels import MOST_LEVEL, common_levels, loss_levels
-from calibatt.methods.calibatt.repetition import row_similarity
+from calibatt.methods.calibatt.repetition import energy_and_similarity
 from calibatt.methods.calibatt.schedule import Schedule
 from calibatt.methods.calibatt.votes import Votes
 from calibatt.methods.energy import block_energy
@@ -45,6 +45,7 @@ class CalibAttLearner:
             with the masks that it was chosen with.
         anchors: anchor rows of a frame.
         similarity_prompts: measure repetition on this many prompts only, which saves time; None is all of them.
+        query_stride: look at the video's queries in one of so many columns only, which saves time.
         levels: also learn what `CalibAttConfig.loss` needs to be another than 1: a byte a block.
         output_errors: also learn what choosing by outputs needs (`CalibAttConfig.reuse_by`), on the prompts that
             repetition is measured on: two numbers a head, for two more calls of attention at each site.
@@ -61,6 +62,7 @@ class CalibAttLearner:
     gamma: float
     anchors: int
     similarity_prompts: int | None
+    query_stride: int
     levels: bool
     output_errors: bool
     share: float | None
@@ -77,6 +79,7 @@ class CalibAttLearner:
             raise ValueError(f"repetition needs at least one anchor row: got anchors={self.anchors}")
         if self.similarity_prompts is not None and self.similarity_prompts < 1:
             raise ValueError(f"repetition needs at least one prompt: got similarity_prompts={self.similarity_prompts}")
+        check_query_stride(self.query_stride, self.block[0])
         if self.share is not None and not 0 < self.share <= 1:
             raise ValueError(f"steps share masks from an overlap on, above 0 and up to 1: got share={self.share}")
         if self.share is not None and self.levels:
@@ -102,12 +105,13 @@ class CalibAttLearner:
         Raises:
             ValueError: a frame has no more rows than there are anchors.
         """
-        geometry, energy = site.geometry, self._energy(q, k, site.geometry)
+        geometry = site.geometry
+        energy, similarity = self._statistics(q, k, geometry, prompt)
         mass = (self.schedule or Schedule.published(geometry.video_tokens, site.steps)).mass(site.step, site.steps)
         keep = top_p(energy, mass)
         notes = {
             "bits": packed(video_table(keep, geometry, self.block, left_over=True)),
-            "similarity": self._similarity(q, k, geometry, prompt),
+            "similarity": similarity,
         }
         if self.levels:
             levels = loss_levels(1 - mass_before(energy), mass)
@@ -139,7 +143,7 @@ class CalibAttLearner:
         if self.output_errors:
             merged |= {name: mean([note[name] for note in measured]) for name in OUTPUT_ERRORS}
         if self.levels:
-            merged["levels"] = common_levels(torch.stack([note["levels"] for note in notes]), needed)
+            merged["levels"] = common_levels([note["levels"] for note in notes], needed)
         return merged
 
     def _decided(self, note: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -155,29 +159,31 @@ class CalibAttLearner:
             decided["levels"] = loss_levels(withstood, mass)
         return decided
 
-    def _energy(
-        self,
-        q: Float[Tensor, "heads tokens head_dim"],
-        k: Float[Tensor, "heads tokens head_dim"],
-        geometry: Geometry,
-    ) -> Float[Tensor, "heads q_blocks k_blocks"]:
-        """Of the blocks without text; every row has some."""
-        rows, columns = (video_blocks(geometry, size) for size in self.block)
-        energy = block_energy(q, k, block_q=self.block[0], block_k=self.block[1])[:, rows, columns]
-        # a row whose attention all goes to text has no energy here, and so no order
-        return energy.clamp(min=torch.finfo(energy.dtype).tiny) if geometry.text_tokens else energy
-
-    def _similarity(
+    def _statistics(
         self,
         q: Float[Tensor, "heads tokens head_dim"],
         k: Float[Tensor, "heads tokens head_dim"],
         geometry: Geometry,
         prompt: int,
-    ) -> Float[Tensor, "heads"]:
-        """How alike rows are; zeros where it is not measured on this prompt."""
-        if not self._measures(prompt):
-            return q.new_zeros(geometry.heads, dtype=torch.float32)
-        return row_similarity(q, k, geometry, anchor_rows(geometry.grid[1], self.anchors))
+    ) -> tuple[Float[Tensor, "heads q_blocks k_blocks"], Float[Tensor, "heads"]]:
+        """Energy of the blocks without text, of which every row has some; and how alike rows are.
+
+        The similarity is zero where it is not measured on this prompt.
+        """
+        block_q, block_k = self.block
+        if self._measures(prompt):
+            anchors = anchor_rows(geometry.grid[1], self.anchors)
+            energy, similarity = energy_and_similarity(
+                q, k, geometry, anchors, block=self.block, query_stride=self.query_stride
+            )
+        else:
+            places = video_queries(geometry, self.query_stride, q.device)
+            energy = block_energy(q[:, places], k, block_q=block_q, block_k=block_k, places=places)
+            similarity = q.new_zeros(geometry.heads, dtype=torch.float32)
+        rows, columns = (video_blocks(geometry, size) for size in self.block)
+        energy = energy[:, rows, columns]
+        # a row whose attention all goes to text has no energy here, and so no order
+        return energy.clamp(min=torch.finfo(energy.dtype).tiny) if geometry.text_tokens else energy, similarity
 
     def _errors(
         self,
@@ -227,11 +233,12 @@ class MassLearner(CalibAttLearner):
             similarity: as `CalibAttLearner.note`.
             step: the site's, and their number.
         """
-        geometry, energy = site.geometry, self._energy(q, k, site.geometry)
+        geometry = site.geometry
+        energy, similarity = self._statistics(q, k, geometry, prompt)
         withstood = (1 - mass_before(energy)).half()
         return {
             "withstood": video_table(withstood, geometry, self.block, left_over=math.inf),
-            "similarity": self._similarity(q, k, geometry, prompt),
+            "similarity": similarity,
             "step": torch.tensor([site.step, site.steps]),
         }
 

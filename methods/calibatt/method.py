@@ -48,7 +48,8 @@ class CalibAttConfig:
         error_ratio: reuse may move a head's outputs, squared, so many times as far as its masks of the schedule do.
         loss: attention mass that masks may lose, in multiples of what the schedule that was calibrated with leaves out.
             Another than 1 needs a calibration with levels.
-        block, schedule, rho, gamma, anchors, similarity_prompts, levels, output_errors, share: as in `CalibAttLearner`.
+        block, schedule, rho, gamma, anchors, similarity_prompts, query_stride, levels, output_errors, share: as in
+            `CalibAttLearner`.
 
     Raises:
         ValueError: the loss or the ratio is negative, or a setting of the learner is out of range.
@@ -65,6 +66,7 @@ class CalibAttConfig:
     gamma: float = 0.87
     anchors: int = 5
     similarity_prompts: int | None = None
+    query_stride: int = 1
     levels: bool = False
     output_errors: bool = False
     share: float | None = None

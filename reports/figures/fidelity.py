@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
-_Floats: TypeAlias = NDArray[np.floating[Any]]
+# of floating point; beartype reads no more of it under the lowest numpy
+_Floats: TypeAlias = NDArray[Any]
 
 TITLE = "Fidelity against speedup"
 CAPTION = (

@@ -16,11 +16,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLE = "Where the time goes"
-CAPTION = "Where the time goes: choosing blocks (plan), computing them (attend), and what is neither (other). Medians."
+CAPTION = (
+    "Where the time goes: choosing blocks (plan), computing them (attend), the rest of the transformer, what is beside "
+    "it, and what is none of these (other). Medians."
+)
 KEY = "Medians: {samples}, no interval."
 
-# plan, attend, what is left, any other: Okabe and Ito's colours, each with its own hatch
-_LOOKS = {"plan": ("#E69F00", "////"), "attend": ("#56B4E9", ""), "other": ("#DDDDDD", "")}
+# Okabe and Ito's colours, each with its own hatch; what is left, and any other
+_LOOKS = {
+    "plan": ("#E69F00", "////"), "attend": ("#56B4E9", ""), "transformer": ("#009E73", "xx"), "text": ("#F0E442", "++"),
+    "vae": ("#D55E00", "\\\\"), "scheduler": ("#0072B2", "--"), "other": ("#DDDDDD", ""),
+}  # fmt: skip
 _MORE = ("#CC79A7", "....")
 # a phase smaller than this share of the whole cannot be seen in a bar
 _VISIBLE = 0.005

@@ -23,6 +23,7 @@ from calibatt.bench.video import Rounds, in_order
 from calibatt.kernels import oracle
 from calibatt.kernels.mask import BlockMask
 from calibatt.kernels.plan import Plan
+from calibatt.methods.call import SparseAttention
 from calibatt.models.video_metrics import PSNR_CAP_DB, eight_bit, psnr_db
 
 # calls that check an arm, one at the first probe of either layer, then one a probe; and those of a video
@@ -47,6 +48,21 @@ def test_times_and_videos_are_compared_with_dense_ones_of_the_same_round(
     assert record.psnr_db == pytest.approx((psnr_db(a, b),) * 3, abs=0.2)
     assert record.ssim is not None
     assert max(record.ssim) < 1
+
+
+def test_rounds_have_the_noise_of_their_workloads_seed(fakes: Any) -> None:
+    seen: list[int] = []
+
+    def film(attention: object, prompt: str, seed: int) -> torch.Tensor:
+        seen.append(seed)
+        return torch.zeros(3, 1, 8, 8)
+
+    dense = fakes.arm("dense")
+    context, attention = fakes.context(), SparseAttention(fakes.methods[dense], fakes.kernels[dense])
+    context = replace(context, seed=500, film=film)
+    for round_ in range(3):
+        context.video(attention, round_)
+    assert seen == [500, 501, 502]
 
 
 def test_of_planted_weights_there_are_times_and_neither_fidelity_nor_frames(

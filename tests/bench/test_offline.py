@@ -126,3 +126,25 @@ def test_one_dense_schedule_for_all_is_in_what_is_learnt() -> None:
 def test_a_setting_that_contradicts_the_preset_is_refused() -> None:
     with pytest.raises(ValueError, match="has no setting"):
         lesson_of(arm("calibatt"), BLOCK, nonsense=1.0)
+
+
+def test_where_there_are_no_videos_only_what_is_stored_serves() -> None:
+    def without(stored: str | None) -> Offline:
+        load: Callable[[], Learnt] | None = None if stored is None else lambda: learnt(stored)
+        return Offline(
+            None,
+            preparation=Preparation(None, "shapes-quick-2", print),
+            stored=load,
+            log=lambda line: None,
+            block=BLOCK,
+        )
+
+    for text in ("calibatt", "random", "calibatt=0.5"):
+        missing = without(None).missing(arm(text))
+        assert missing is not None
+        assert missing.reason == ("calibatt learns from whole videos, of which there are none here: give --calibration")
+        assert without("calibatt").missing(arm(text)) is None
+    assert without("calibatt").missing(arm("scaling")) is not None
+    assert without(None).missing(arm("sparge=0.5")) is None
+    # where there are videos, all can be learnt
+    assert offline([]).missing(arm("calibatt")) is None

@@ -58,6 +58,9 @@ def test_planted_weights_are_made_without_a_download_and_named_in_every_record(
     assert re.fullmatch("planted [0-9a-f]{16}", _facts(workload, videos)["weights"])
     attention = SparseAttention(build("dense"), KERNELS["sdpa-math"])
     # three channels of latents: two frames of 4 × 6
+    shallow = _videos(replace(workload, layers=1))[1]
+    assert (shallow.layers, videos.layers) == (1, 2)
+    assert shallow.origin().weights != videos.origin().weights
     first, again, other = film(attention, "a cat", 0), film(attention, "a cat", 0), film(attention, "a dog", 0)
     assert first.shape == (3, 2, 4, 6)
     assert torch.equal(first, again)

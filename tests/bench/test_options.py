@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from argparse import Namespace
 from dataclasses import fields, replace
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 
 from calibatt.bench.cells import DENSE, Arm, Cell, PermutationArm, Workload
+from calibatt.bench.offline import CALIBRATION_SEED
 from calibatt.bench.options import Options, add_options, check_gate, check_output, deciding, refuse_pytest_options
 from calibatt.bench.record import SUITES
 from calibatt.bench.session import Settings, prompts_for
 from calibatt.bench.suites.catalogue import SUITES as CATALOGUE
+from calibatt.bench.tuning import TUNING_SEED
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import UnknownName
 from calibatt.methods.catalogue import METHODS
@@ -168,7 +171,7 @@ def test_what_cannot_be_loaded_has_its_place_in_the_kernel_suite_alone(monkeypat
 def test_planted_weights_are_workloads_of_their_own_in_the_suites_that_need_weights() -> None:
     planted = {"models": "wan2.1-14b", "methods": "calibatt", "kernels": "flex", "weights": "planted", "layers": "2"}
     assert [suite for suite in SUITES if cells(suite, **planted)] == ["forward", "calibration", "attention", "denoise"]
-    assert cells("denoise", **planted) == ["wan2.1-14b-480p-50-planted-calibatt-flex"]
+    assert cells("denoise", **planted) == ["wan2.1-14b-480p-50-2layers-planted-calibatt-flex"]
     assert all("-planted-" in name for name in cells("forward", **planted))
 
 
@@ -190,6 +193,27 @@ def test_arms_that_learn_the_same_are_one_cell_of_the_calibration_suite() -> Non
     ]  # fmt: skip
     # another size of blocks is something else to learn
     assert len(cells("calibration", methods="calibatt", blocks="64x64,32x32")) == 2
+
+
+def test_every_stride_of_queries_is_a_cell_of_what_is_learnt_by_one() -> None:
+    own = {"methods": "calibatt,calibatt/masks-only,scaling,budget", "kernels": "flex", "query_strides": "1,4"}
+    assert cells("calibration", **own) == [
+        "shapes-quick-6-calibatt-flex", "shapes-quick-6-calibatt-stride4-flex", "shapes-quick-6-scaling-flex",
+        "shapes-quick-6-scaling-stride4-flex", "shapes-quick-6-budget-flex",
+    ]  # fmt: skip
+    assert not any("stride" in name for name in cells("denoise", **own))
+    with pytest.raises(ValueError, match="half a block's 64"):
+        cells("calibration", methods="calibatt", query_strides="33")
+
+
+def test_whole_videos_of_planted_weights_have_as_many_layers_as_asked() -> None:
+    own = {"models": "wan2.1-14b", "methods": "calibatt", "steps": "4", "layers": "2"}
+    (planted,) = Options.read(given(**own, weights="planted")).workloads()
+    (trained,) = Options.read(given(**own)).workloads()
+    assert (planted.entry.layers, trained.entry.layers) == (2, MODELS["wan2.1-14b"].layers)
+    assert str(planted) == "wan2.1-14b-480p-4-2layers-planted"
+    assert (planted.facts()["layers"], planted.facts()["steps"]) == (2, 4)
+    assert "layers" not in trained.facts()
 
 
 def test_the_name_of_no_cell_has_the_word_for_another_suite() -> None:
@@ -307,3 +331,18 @@ def test_a_gate_needs_a_file_to_judge_that_is_none_of_its_baselines(tmp_path: Pa
             check_gate([before], out)
     with pytest.raises(ValueError, match=r"--gate x\.json: no such file"):
         Options.read(given(gate="x.json"))
+
+
+def test_a_seed_is_another_workload_whose_noise_no_other_one_has() -> None:
+    assert cells("denoise", methods="radial", seeds="0,3") == [
+        "shapes-quick-6-radial-default", "shapes-quick-6-seed3-radial-default",
+    ]  # fmt: skip
+    assert cells("kernel", seeds="3")[0] == "shapes-quick-seed3-dense-fastest"
+    first, other = Options.read(given(seeds="0,1")).workloads()
+    assert (first.facts()["seed"], other.facts()["seed"]) == (0, 1)
+    # videos that are measured, learnt from and tuned on, of as many rounds as there may be
+    starts = sorted([first.noise, other.noise, CALIBRATION_SEED, TUNING_SEED])
+    assert starts[0] == 0
+    assert min(after - before for before, after in itertools.pairwise(starts)) >= 10_000
+    with pytest.raises(ValueError, match="--seeds -1: give a whole number from 0 up"):
+        Options.read(given(seeds="-1"))

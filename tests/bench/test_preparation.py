@@ -240,7 +240,7 @@ def test_learning_goes_on_after_the_last_prompt_and_its_seconds_are_those_of_bot
         return learn(lesson, videos, prompts=PROMPTS, kernel=KERNELS["sdpa-math"], device=CPU, folder=folder)
 
     # each video takes a second by the clock that videos are timed by, and this run's work a tenth by the other
-    monkeypatch.setattr("calibatt.calibration.collect._now", lambda device: 0.0)
+    monkeypatch.setattr("calibatt.calibration.collect._Clock._mark", lambda self: 0.0)
     monkeypatch.setattr("calibatt.calibration.collect.time.perf_counter", iter(range(100)).__next__)
     with pytest.raises(Killed):
         run(Toy(killed_at="c"))

@@ -165,6 +165,26 @@ def test_inputs_resampled_to_another_size_have_densities_but_no_videos(tmp_path:
 
 
 @pytest.mark.slow
+def test_calls_that_were_captured_are_measured_as_they_are(tmp_path: Path, bench: Bench) -> None:
+    folder, path = tmp_path / "calls", tmp_path / "bench.json"
+    prompt = "a red circle moving left over stripes"
+    assert main(["capture", prompt, "--steps", "1", "--calls", "2", "-o", str(folder)]) == 0
+    done = bench(
+        "--inputs", f"captures={folder}", "--methods", "dense,sparge=0.5,calibatt,lite=0.5", f"--benchmark-json={path}"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = load_run(path).records
+    assert {(one.suite, one.inputs, one.steps) for one in records} == {
+        ("attention", "captured from shapes, 2 calls", 1)
+    }
+    found = {one.method: one for one in records}
+    assert found["sparge"].density == pytest.approx(0.5, abs=0.02)
+    assert found["sparge"].method_error is not None
+    assert "give --calibration" in (found["calibatt"].reason or "")
+    assert "measured on whole videos" in (found["lite"].reason or "")
+
+
+@pytest.mark.slow
 def test_a_run_leaves_records_of_what_was_and_of_what_could_not_be_timed(tmp_path: Path, bench: Bench) -> None:
     # in a folder that is not there yet
     path = tmp_path / "out" / "bench.json"
@@ -197,6 +217,9 @@ def test_a_run_leaves_records_of_what_was_and_of_what_could_not_be_timed(tmp_pat
             assert artifact is not None
             assert artifact.is_file()
     sparse = next(record for record in run.records if record.suite == "denoise" and record.method == "calibatt")
+    # of a whole video, every component has its time, and none is counted twice
+    assert set(sparse.phases_s or {}) >= {"plan", "attend", "transformer", "text", "vae", "scheduler"}
+    assert sum(samples[0] for samples in (sparse.phases_s or {}).values()) <= (sparse.samples_s or ())[0]
     assert sparse.psnr_db is not None
     assert len(sparse.psnr_db) == len(sparse.samples_s or ()) == len(sparse.baseline_samples_s or ()) == 2
     assert sparse.density is not None

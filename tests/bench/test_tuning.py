@@ -264,7 +264,7 @@ def test_a_knob_is_found_anew_where_it_could_not_be_kept(
 
 def test_what_is_measured_on_whole_videos_is_refused_without_them(probes: list[Probe]) -> None:
     answer = tuner(probes, unseen, resampled=True).method(Arm.parse("sparge=20dB", "flex"))
-    assert answer == Unsupported("this target is measured on whole videos; resampled inputs have none")
+    assert answer == Unsupported("this target is measured on whole videos; calls by themselves have none")
 
 
 def test_a_preset_that_another_field_sets_has_no_knob_to_turn(probes: list[Probe]) -> None:

@@ -53,8 +53,8 @@ def test_a_calibration_knows_where_it_comes_from(calibration: Calibration, promp
 
 def test_every_site_is_learnt_from_the_conditional_calls_of_all_prompts(hand_made: Made, run: Made) -> None:
     learner = CalibAttLearner(
-        block=(16, 8), schedule=None, rho=0.5, gamma=0.87, anchors=2, similarity_prompts=None, levels=False,
-        output_errors=False, share=None,
+        block=(16, 8), schedule=None, rho=0.5, gamma=0.87, anchors=2, similarity_prompts=None, query_stride=1,
+        levels=False, output_errors=False, share=None,
     )  # fmt: skip
     seen: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Site]]] = {}
 

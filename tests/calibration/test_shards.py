@@ -264,3 +264,17 @@ def test_notes_that_differ_in_shape_between_sites_are_refused(tmp_path: Path) ->
         unit.put(0, {"x": torch.zeros(3)})
         with pytest.raises(ValueError, match="the same at every site"):
             unit.put(1, {"x": torch.zeros(4)})
+
+
+def test_a_process_that_fails_leaves_the_claims_of_others(tmp_path: Path) -> None:
+    def units() -> Units:
+        return Units(tmp_path / "units", {"steps": 1, "layers": 2}, [range(1), range(1, 2)])
+
+    first, second = units(), units()
+    with first.claimed([0]):
+        with pytest.raises(RuntimeError, match="it broke"), second.claimed([1]):
+            raise RuntimeError("it broke")
+        with pytest.raises(UnusableCalibration, match="another process is at work on prompt 0"), units().claimed([0]):
+            pass
+    # the last that ends without a video leaves nothing
+    assert not (tmp_path / "units").exists()

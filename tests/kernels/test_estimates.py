@@ -16,10 +16,10 @@ from torch import Tensor
 
 from calibatt.kernels import estimates, tiles
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import anchor_rows
-from calibatt.methods.blocks import self_similarity
+from calibatt.kernels.plan import RowReuse
+from calibatt.methods.blocks import self_similarity, video_queries
 from calibatt.methods.budget.importance import LEAST_LEFT, eliminated
-from calibatt.methods.calibatt.repetition import row_similarity
+from calibatt.methods.calibatt.repetition import energy_and_similarity
 from calibatt.methods.clusters import Grouped, assign, by_cluster, kmeans
 from calibatt.methods.energy import block_energy, block_mass
 from calibatt.methods.xattention import antidiagonal_energy
@@ -147,32 +147,111 @@ def test_tokens_put_together_are_products_of_many_channels(stride: int, tokens: 
     assert fused == [True, False]
 
 
-# a part of a tile; tails of queries and keys; text before and behind the video
-@pytest.mark.parametrize(
-    ("grid", "head_dim", "text"),
-    [
-        ((1, 5, 7), 64, {}),
-        ((3, 7, 9), 128, {"text_tokens": 11, "text_side": "first"}),
-        ((2, 8, 16), 64, {"text_tokens": 40}),
-    ],
-)
-def test_rows_are_as_alike_as_in_plain_torch(
-    grid: tuple[int, int, int], head_dim: int, text: dict[str, Any], fused: list[bool]
-) -> None:
+@pytest.mark.parametrize("places", [slice(None, None, 3), slice(5, 290, 2), slice(200, 301)])
+def test_the_mass_of_some_queries_is_that_of_these_alone(places: slice, fused: list[bool]) -> None:
+    q, k = (as_models_have_it(noise(2, 301, 64, seed=seed)) for seed in (0, 1))
+    some = torch.arange(301, device=DEVICE)[places].contiguous()
+    mass, lse = block_mass(q[:, some], k, block=(96, 80), places=some)
+    expected, expected_lse = exactly(q[:, some], k, (96, 80), some)
+    torch.testing.assert_close(mass.double(), expected, **CLOSE)
+    torch.testing.assert_close(lse.double(), expected_lse, **CLOSE)
+    energy = block_energy(q[:, some], k, block_q=96, block_k=80, places=some)
+    torch.testing.assert_close(energy.sum(-1), torch.ones_like(energy[..., 0]), **CLOSE)
+    # blocks without any of them count as attending everywhere
+    assert (energy[(mass == 0).all(-1)] == 0.25).all()
+    assert fused == [True, True]
+
+
+def exactly(q: Tensor, k: Tensor, block: tuple[int, int], places: Tensor) -> tuple[Tensor, Tensor]:
+    """Mass of blocks and log-sum-exps of all weights at once, in fp64."""
+    scores = q.double() @ k.double().mT / q.shape[-1] ** 0.5
+    weights, tokens = scores.softmax(-1), k.shape[1]
+    rows, columns = (
+        torch.nn.functional.one_hot(place // size, -(-tokens // size)).double()
+        for place, size in zip((places, torch.arange(tokens, device=q.device)), block, strict=True)
+    )
+    return rows.T @ weights @ columns, scores.logsumexp(-1)
+
+
+# a part of a tile; tails of places and keys; text before and behind the video; one in two, four and eight columns;
+# an anchor without other rows, with one, and with an odd number of them
+GRIDS = [
+    ((1, 5, 7), 64, {}, (1, 3), (16, 16), 1),
+    ((3, 7, 9), 128, {"text_tokens": 11, "text_side": "first"}, (1, 5), (96, 80), 1),
+    ((2, 8, 16), 64, {"text_tokens": 40}, (1, 6), (64, 64), 1),
+    ((2, 8, 16), 64, {"text_tokens": 40}, (1, 6), (64, 64), 2),
+    ((3, 7, 9), 64, {"text_tokens": 11, "text_side": "first"}, (0, 2, 3), (40, 24), 4),
+    ((2, 6, 21), 128, {}, (0, 1, 4), (128, 128), 8),
+]
+
+
+def video(
+    grid: tuple[int, int, int], head_dim: int, text: dict[str, Any], factor: int = 3
+) -> tuple[Geometry, Tensor, Tensor]:
+    """A geometry, queries and keys; scores of some tens make weights that differ by many orders of magnitude."""
     geometry = Geometry(grid=grid, heads=2, head_dim=head_dim, **text)
-    # scores of some tens: weights that differ by many orders of magnitude
-    q, k = (as_models_have_it(3 * noise(2, geometry.tokens, head_dim, seed=seed)) for seed in (0, 1))
-    anchors = anchor_rows(grid[1], 2)
-    expected = row_similarity(q.float(), k.float(), geometry, anchors)
-    torch.testing.assert_close(row_similarity(q, k, geometry, anchors), expected, **CLOSE)
-    assert fused == [False, True]
-    assert (expected > 0).all()
-    assert (expected < 0.9).all()
-    # a copy of itself in every row, and scores that would overflow
-    row = (30 * noise(2, 1, 1, grid[2], head_dim)).expand(-1, *grid, -1).flatten(1, 3)
+    q, k = (as_models_have_it(factor * noise(2, geometry.tokens, head_dim, seed=seed)) for seed in (0, 1))
+    return geometry, q, k
+
+
+@pytest.mark.parametrize(("grid", "head_dim", "text", "anchors", "block", "stride"), GRIDS)
+def test_energy_and_likeness_of_rows_are_those_of_all_weights_in_fp64(
+    grid: tuple[int, int, int],
+    head_dim: int,
+    text: dict[str, Any],
+    anchors: tuple[int, ...],
+    block: tuple[int, int],
+    stride: int,
+    fused: list[bool],
+) -> None:
+    geometry, q, k = video(grid, head_dim, text)
+    energy, similarity = energy_and_similarity(q, k, geometry, anchors, block=block, query_stride=stride)
+    assert fused == [True, True]
+    places = video_queries(geometry, stride, DEVICE)
+    mass, _ = exactly(q[:, places], k, block, places)
+    seen = mass.sum((0, 2)) > 0
+    torch.testing.assert_close(energy[:, seen].double(), (mass / mass.sum(-1, keepdim=True))[:, seen], **CLOSE)
+    weights = (q.double() @ k.double().mT / head_dim**0.5).softmax(-1)
+    reuse = RowReuse.of_anchor_rows(geometry, anchors)
+    cosine = torch.cosine_similarity(weights, weights[:, reuse.computed[reuse.source].to(DEVICE)], dim=-1)
+    rows = cosine[:, places].view(2, *grid[:2], -1).mean(-1)
+    others = rows[:, :, [row for row in range(grid[1]) if row not in anchors]]
+    torch.testing.assert_close(similarity.double(), others.flatten(1).quantile(0.5, dim=-1), **CLOSE)
+    assert (similarity < 0.9).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_device_code_leaves_other_types_to_torch_whose_energy_and_likeness_are_the_same(
+    dtype: torch.dtype, fused: list[bool]
+) -> None:
+    geometry, q, k = video((2, 8, 16), 64, {"text_tokens": 40}, factor=1)
+    sizes: dict[str, Any] = {"block": (64, 64), "query_stride": 2}
+    own = energy_and_similarity(q, k, geometry, (1, 6), **sizes)
+    q, k = (x.to(dtype) for x in (q, k))
+    other = energy_and_similarity(q, k, geometry, (1, 6), **sizes)
+    assert not fused[-1]
+    # bf16 rounds inputs by 2⁻⁹, and scores of a few units by as much
+    close = CLOSE if dtype == torch.float32 else {"rtol": 5e-2, "atol": 1e-3}
+    for one, another in zip(own, other, strict=True):
+        torch.testing.assert_close(one, another, **close)
+
+
+def test_rows_that_are_copies_are_alike_where_scores_would_overflow(fused: list[bool]) -> None:
+    geometry, q, k = video((2, 8, 16), 64, {"text_tokens": 40})
+    row = (30 * noise(2, 1, 1, 16, 64)).expand(-1, *geometry.grid, -1).flatten(1, 3)
     q[:, geometry.video_start : geometry.video_start + geometry.video_tokens] = row
-    similarity = row_similarity(q, k, geometry, anchors)
+    _, similarity = energy_and_similarity(q, k, geometry, (1, 6), block=(64, 64))
     torch.testing.assert_close(similarity, torch.ones_like(similarity), **CLOSE)
+    assert all(fused)
+
+
+def test_heads_that_do_not_fit_together_are_as_alike(fused: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry, q, k = video((2, 8, 16), 64, {})
+    whole = energy_and_similarity(q, k, geometry, (1, 6), block=(64, 64))
+    # groups of 64 keys: 4 of them
+    monkeypatch.setattr(estimates, "_HELD", 4 * 256)
+    for part, expected in zip(energy_and_similarity(q, k, geometry, (1, 6), block=(64, 64)), whole, strict=True):
+        assert torch.equal(part, expected)
 
 
 def whole(*shape: int, seed: int = 0) -> Tensor:
@@ -301,11 +380,16 @@ def _compile_cosines(capability: tuple[int, int], head_dim: int, **change: int) 
     from calibatt.kernels import estimate_code
 
     shape = replace(estimates.cosine_shape(capability), **change)
-    types = dict.fromkeys(("q", "other", "k"), "*bf16") | {"found": "*fp32", "scale": "fp32"}
-    constants = {"TILE_Q": shape.rows, "TILE_K": shape.columns, "HEAD_DIM": head_dim}
-    strides = [f"{name}_{axis}" for name in ("q", "other", "k") for axis in ("head", "token")]
-    aligned = ("q", "other", "k", "found", *strides)
-    return compiled_for(capability, estimate_code.cosines, types, constants, aligned, shape.warps, shape.stages)
+    types = dict.fromkeys(("q", "k"), "*bf16") | {"bands": "*i32", "scale": "fp32"}
+    types |= dict.fromkeys(("logsums", "lse", "cosine"), "*fp32")
+    constants = {
+        "TILE_Q": shape.rows, "TILE_K": shape.columns, "GROUP": shape.columns, "MEMBERS": estimates._MEMBERS,
+        "HEAD_DIM": head_dim,
+    }  # fmt: skip
+    strides = [f"{name}_{axis}" for name in ("q", "k") for axis in ("head", "token")]
+    aligned = ("q", "k", "bands", "logsums", "lse", "cosine", *strides)
+    code = estimate_code.logsums_and_cosines
+    return compiled_for(capability, code, types, constants, aligned, shape.warps, shape.stages)
 
 
 if __name__ == "__main__":

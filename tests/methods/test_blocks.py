@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.methods.blocks import block_ends, block_sums, pooled, text_blocks, video_blocks, with_text
+from calibatt.methods.blocks import (
+    block_ends,
+    block_sums,
+    check_query_stride,
+    pooled,
+    text_blocks,
+    video_blocks,
+    video_queries,
+    with_text,
+)
 
 
 def test_a_block_is_pooled_to_its_mean_and_a_shorter_last_one_over_its_own_tokens() -> None:
@@ -71,3 +80,33 @@ def test_blocks_end_with_their_last_token_and_the_last_with_the_sequence() -> No
 def test_an_order_of_the_video_leaves_text_where_it_is(side: Any, expected: list[int]) -> None:
     geometry = Geometry(grid=(1, 1, 3), heads=1, head_dim=4, text_tokens=2, text_side=side)
     assert with_text(geometry, torch.tensor([2, 1, 0])).tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("columns", "stride", "expected"),
+    [(7, 1, [0, 1, 2, 3, 4, 5, 6]), (8, 4, [2, 6]), (52, 8, [3, 11, 18, 26, 33, 40, 48]), (3, 8, [1])],
+)
+def test_one_in_so_many_columns_is_the_middle_of_an_equal_part_in_every_row(
+    columns: int, stride: int, expected: list[int]
+) -> None:
+    geometry = Geometry(grid=(2, 3, columns), heads=1, head_dim=8, text_tokens=5, text_side="first")
+    rows = [row * columns + column for row in range(6) for column in expected]
+    assert (video_queries(geometry, stride) - 5).tolist() == rows
+
+
+@pytest.mark.parametrize("columns", [3, 5, 52, 80])
+def test_a_block_twice_as_long_as_a_stride_has_a_query_wherever_it_lies(columns: int) -> None:
+    geometry = Geometry(grid=(3, 4, columns), heads=1, head_dim=8)
+    for stride in range(1, 33):
+        places = video_queries(geometry, stride)
+        ends = torch.cat((torch.tensor([-1]), places, torch.tensor([geometry.tokens])))
+        # so many tokens without one
+        assert ends.diff().max() - 1 < max(2 * stride, 2)
+
+
+@pytest.mark.parametrize(("stride", "block"), [(0, 64), (-1, 64), (33, 64), (64, 64), (2, 3)])
+def test_a_stride_by_which_a_block_may_have_no_query_is_refused(stride: int, block: int) -> None:
+    with pytest.raises(ValueError, match=f"half a block's {block}: got query_stride={stride}"):
+        check_query_stride(stride, block)
+    check_query_stride(1, 1)
+    check_query_stride(32, 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 
 from calibatt.bench.record import UnusableFile, load_run
 from calibatt.cli import main
-from calibatt.reports.merge import merge
+from calibatt.reports.facts import title
+from calibatt.reports.merge import merge, merge_alike
 from calibatt.reports.pairs import standings
 from calibatt.reports.rows import rows
 
@@ -152,6 +154,41 @@ def test_of_an_arm_that_two_files_have_the_last_files_replaces_the_others_when_a
     assert list(run.records) == [one[0], two[1], one[2], two[2]]
     # the picture of what was replaced is nobody's
     assert not (tmp_path / "both.artifacts").exists()
+
+
+def test_files_of_several_kinds_of_machine_make_one_file_each(
+    make: SimpleNamespace, write_run: Write, tmp_path: Path
+) -> None:
+    machines = ({"cpu": {**CPU, "family": 25}}, {"cpu": {**CPU, "family": 26}}, {"cpu": {**CPU, "family": 25}})
+    names = ("radial", "sparge", "sta")
+    files = [
+        write_run([make.dense_arm(), make.arm(name)], f"{name}.json", machine)
+        for name, machine in zip(names, machines, strict=True)
+    ]
+    out = tmp_path / "results.json"
+    for chosen, expected in (
+        (files, {"results-1.json": ["dense", "radial", "sta"], "results-2.json": ["dense", "sparge"]}),
+        # of an earlier call nothing is left
+        (files[::2], {"results.json": ["dense", "radial", "sta"]}),
+        (files[:1], {"results.json": ["dense", "radial"]}),
+    ):
+        runs = merge_alike(chosen, out)
+        assert {run.path.name: [record.method for record in run.records] for run in runs} == expected
+        assert sorted(path.name for path in tmp_path.glob("results*")) == sorted(expected)
+
+
+def test_seeds_are_told_apart_and_files_without_one_have_0(
+    make: SimpleNamespace, write_run: Write, tmp_path: Path
+) -> None:
+    old, first, other = (dataclasses.replace(make.arm("radial"), seed=seed) for seed in (None, 0, 7))
+    assert old.key == first.key != other.key
+    files = [write_run([make.dense_arm(), one], f"{i}.json") for i, one in enumerate((first, other))]
+    merged = merge(files, tmp_path / "both.json").records
+    assert [title(record).rpartition(" · ")[2] for record in merged if record.method == "radial"] == [
+        "float32", "seed 7",
+    ]  # fmt: skip
+    with pytest.raises(UnusableFile, match="both have times"):
+        merge([files[0], write_run([old], "old.json")], tmp_path / "more.json")
 
 
 def test_what_cannot_be_one_file_is_refused(make: SimpleNamespace, write_run: Write, tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ def learner() -> Callable[..., CalibAttLearner]:
 
     def made(**other: Any) -> CalibAttLearner:
         settings: dict[str, Any] = {"block": (16, 8), "schedule": SCHEDULE, "rho": 0.5, "gamma": 0.87, "anchors": 2}
-        settings |= {"similarity_prompts": None, "levels": False, "output_errors": False, "share": None}
+        settings |= {"similarity_prompts": None, "query_stride": 1, "levels": False, "output_errors": False}
+        settings["share"] = None
         return CalibAttLearner(**{**settings, **other})
 
     return made

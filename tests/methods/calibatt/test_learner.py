@@ -136,7 +136,11 @@ def test_repetition_is_measured_on_as_many_prompts_as_asked(
     learner: Made, site: Made, inputs: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = iter((0.2, 0.6))
-    monkeypatch.setattr(module, "row_similarity", lambda *_: torch.full((2,), next(measured)))
+    seen = module.energy_and_similarity
+    monkeypatch.setattr(
+        module, "energy_and_similarity",
+        lambda *args, **settings: (seen(*args, **settings)[0], torch.full((2,), next(measured))),
+    )  # fmt: skip
     one = learner(similarity_prompts=2)
     merged = one.merge([one.note(*inputs(seed=prompt), site(), prompt) for prompt in range(3)])
     assert merged["similarity"].tolist() == pytest.approx([0.4, 0.4])
@@ -214,6 +218,8 @@ def test_a_video_smaller_than_a_block_keeps_everything_beside_text(learner: Made
         {"gamma": math.nan},
         {"similarity_prompts": 0},
         {"anchors": 0},
+        {"query_stride": 0},
+        {"query_stride": 17},
     ],
     ids=str,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calibatt.methods.calibatt.levels import MOST_LOSS, common_levels, keep_at, loss_levels
+from calibatt.methods.calibatt.levels import MOST_LEVEL, MOST_LOSS, common_levels, keep_at, loss_levels
 from calibatt.methods.selection import mass_before, top_p
 
 
@@ -40,14 +40,21 @@ def test_a_schedule_that_loses_nothing_keeps_every_block_that_has_any_mass_at_ev
 def test_levels_in_common_are_votes_at_every_loss(needed: int, loss: float) -> None:
     energy, mass = energies(videos=5), 0.95
     votes = sum(top_p(video, 1 - loss * (1 - mass)).long() for video in energy)
-    keep = keep_at(
-        common_levels(torch.stack([loss_levels(1 - mass_before(video), mass) for video in energy]), needed), loss
-    )
+    levels = [loss_levels(1 - mass_before(video), mass) for video in energy]
+    keep = keep_at(common_levels(levels, needed), loss)
     enough = torch.as_tensor(votes >= needed)
     rows = enough.any(-1)
     assert torch.equal(keep[rows], enough[rows])
     # no row is left without keys
     assert keep.any(-1).all()
+
+
+@pytest.mark.parametrize(("videos", "needed"), [(1, 1), (16, 1), (16, 8), (16, 16), (300, 280)])
+def test_levels_in_common_are_the_largest_of_as_many_as_are_needed(videos: int, needed: int) -> None:
+    levels = torch.randint(0, 256, (videos, 2, 5, 7), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    levels[:, 0, 0], levels[:, 0, 1] = 0, MOST_LEVEL
+    expected = levels.sort(dim=0, descending=True).values[needed - 1]
+    assert torch.equal(common_levels(list(levels), needed), expected)
 
 
 @pytest.mark.parametrize("loss", [-0.1, 15.8, float("nan")])
