@@ -169,6 +169,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("calibration", help="say what a calibration is for, and check all of its file")
     command.add_argument("file", type=Path, metavar="FILE", help="of `calibatt calibrate`")
+    command.add_argument(
+        "--against",
+        type=Path,
+        metavar="OTHER",
+        help="also say how far its masks overlap with those of this calibration",
+    )
     command.set_defaults(run=_calibration)
 
     command = commands.add_parser(
@@ -537,10 +543,14 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 def _calibration(arguments: argparse.Namespace) -> int:
     from calibatt.calibration.artifact import Calibration
     from calibatt.calibration.card import about
+    from calibatt.calibration.overlap import overlap
 
     calibration = Calibration.load(arguments.file, verify=True)
     _table(("ABOUT", "WHAT IT SAYS"), about(calibration))
     print(f"{arguments.file} is as it was written")
+    if arguments.against is not None:
+        found = overlap(calibration, Calibration.load(arguments.against, verify=True))
+        print("no head has a mask in both" if found is None else f"intersection over union of the masks: {found:.3f}")
     return 0
 
 
