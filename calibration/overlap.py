@@ -22,10 +22,10 @@ def overlap(one: Calibration, other: Calibration) -> float | None:
     own, others = _what_for(one), _what_for(other)
     if own != others:
         raise ValueError(f"masks for {own} have nothing in common with masks for {others}")
-    planners = [
+    first, second = (
         build(made.method, preset=made.preset, calibration=made, **settings_beside(made)) for made in (one, other)
-    ]
-    return mask_iou(*planners, one.provenance)
+    )
+    return mask_iou(first, second, one.provenance)
 
 
 def _what_for(learnt: Calibration) -> str:
