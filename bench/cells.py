@@ -16,6 +16,7 @@ from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import look_up
 from calibatt.kernels.plan import Remainder
 from calibatt.methods.catalogue import METHODS
+from calibatt.methods.remainder import own_remainder
 from calibatt.models.catalogue import MODELS
 from calibatt.models.device import working_dtype
 from calibatt.models.entry import ModelEntry
@@ -25,6 +26,8 @@ Order = Literal["tile", "token-major", "random"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 # `pytest -k SUITE` finds every name that contains the word: a method's name must not
 _SHORT: Mapping[str, str] = {"attention": "attn"}
+# what +tail stands for
+TAIL: Remainder = "zeroth"
 # of two runs' noise: more than there are rounds, and than the seeds of videos that are learnt from or tuned on
 _SEEDS_APART = 100_000
 
@@ -43,7 +46,7 @@ class Arm:
             schedule; None for that one.
         block: tokens of a query and of a key block; `native` for the preset's own, None for the model's.
         kernel: name of the sparse kernel; dense itself runs on whichever is fastest.
-        remainder: what stands for the blocks that the method leaves out.
+        remainder: what stands for the blocks that the method leaves out; none where it is the method's own, if any.
         query_stride: of the calibration suite: of so many queries, what is learnt looks at one.
     """
 
@@ -70,8 +73,8 @@ class Arm:
 
         Raises:
             UnknownName: there is no such method, preset or kernel.
-            ValueError: a preset is missing after /, what follows + is no tail, or is asked of dense, a density or a
-                fidelity is none, or is asked of a method that has no knob.
+            ValueError: a preset is missing after /, what follows + is no tail, or is asked of dense or of a method that
+                has its own, a density or a fidelity is none, or is asked of a method that has no knob.
         """
         name, equal, wanted = text.partition("=")
         name, plus, tail = name.partition("+")
@@ -88,6 +91,8 @@ class Arm:
             raise ValueError(f"{text}: after '+' give 'tail', or leave out '+'")
         if plus and method == DENSE.method:
             raise ValueError(f"{method} leaves no block out: leave out +tail")
+        if plus and found.remainder != "none":
+            raise ValueError(f"{text}: {own_remainder(found.remainder, TAIL)}")
         if equal and found.knob is None:
             raise ValueError(f"{method} has no knob that changes its density: leave out {equal}{wanted}")
         if method == DENSE.method:
@@ -95,7 +100,7 @@ class Arm:
         arm = cls(
             method=method, preset=preset, mode="native" if dense_first is None else "matched", kernel=kernel,
             dense_steps=dense_first and dense_first[0], dense_layers=dense_first and dense_first[1],
-            remainder="zeroth" if plus else "none",
+            remainder=TAIL if plus else "none",
         )  # fmt: skip
         if wanted.endswith("dB"):
             psnr = _number(text, wanted.removesuffix("dB"), most=PSNR_CAP_DB)
@@ -132,6 +137,8 @@ class Arm:
     def facts(self) -> dict[str, Any]:
         """The fields of a record that say what the arm is."""
         method = METHODS[self.method]
+        own = method.remainder != "none"
+        remainder = method.remainder if own else self.remainder
         return {
             "method": self.method,
             "method_label": method.label,
@@ -145,7 +152,8 @@ class Arm:
             "dense_layers": self.dense_layers,
             "block_choice": self.block_choice,
             "kernel": self.kernel,
-            "remainder": None if self.remainder == "none" else self.remainder,
+            "remainder": None if remainder == "none" else remainder,
+            "own_remainder": own or None,
             "query_stride": None if self.query_stride == 1 else self.query_stride,
         }
 
@@ -177,6 +185,7 @@ class BlockArm:
         mask: what the heads do; None at density 1.
         block: tokens of a query and of a key block; None at density 1, and where rows are reused in place of a mask.
         reused: share of the heads that reuse rows while the others have the mask, in a forward pass.
+        remainder: what stands for the blocks that the mask leaves out.
 
     Raises:
         ValueError: the fields contradict each other.
@@ -187,6 +196,7 @@ class BlockArm:
     mask: Pattern | None
     block: tuple[int, int] | None
     reused: float = 0.0
+    remainder: Remainder = "none"
 
     def __post_init__(self) -> None:
         whole = self.density == 1
@@ -199,13 +209,15 @@ class BlockArm:
             return "all"
         block = "" if self.block is None else f"-{self.block[0]}x{self.block[1]}"
         reused = f"-reused{self.reused:g}" if self.reused else ""
-        return f"{self.mask}-{self.density:g}{block}{reused}"
+        tail = "" if self.remainder == "none" else "+tail"
+        return f"{self.mask}{tail}-{self.density:g}{block}{reused}"
 
     def facts(self) -> dict[str, Any]:
         """The fields of a record that say what the arm is."""
         return {
             "method": "blocks", "kernel": self.kernel, "block": self.block, "mask": self.mask,
             "preset": f"{self.density:g}" + (f" + {self.reused:.0%} rows" if self.reused else ""),
+            "remainder": None if self.remainder == "none" else self.remainder,
         }  # fmt: skip
 
 
@@ -247,6 +259,7 @@ class Workload:
         compiled: whether the transformer's blocks are compiled there.
         planted: whether weights are planted in the model, in place of its own.
         seed: of the noise of the videos that are measured, and of drawn inputs.
+        guidance: classifier-free guidance scale of its videos; None for the model's.
     """
 
     model: str
@@ -259,6 +272,7 @@ class Workload:
     compiled: bool = False
     planted: bool = False
     seed: int = 0
+    guidance: float | None = None
 
     @property
     def noise(self) -> int:
@@ -267,8 +281,9 @@ class Workload:
 
     @property
     def entry(self) -> ModelEntry:
-        """The model, with as many layers as whole videos are made with."""
+        """The model, with the layers and the guidance that whole videos are made with."""
         own = MODELS[self.model]
+        own = own if self.guidance is None else replace(own, guidance=self.guidance)
         return replace(own, layers=self.layers) if self.layers and self.steps else own
 
     @property
@@ -294,12 +309,13 @@ class Workload:
     def __str__(self) -> str:
         steps = f"-{self.steps}" if self.steps else ""
         layers = f"-{self.layers}layers" if self.layers else ""
+        guidance = "" if self.guidance is None else f"-guidance{self.guidance:g}"
         compiled = "-compiled" if self.compiled else ""
         inputs = (
             "-resampled" if self.resampled else "-captured" if self.captures else "-planted" if self.planted else ""
         )
         seed = f"-seed{self.seed}" if self.seed else ""
-        return f"{self.model}-{self.resolution}{steps}{layers}{compiled}{inputs}{seed}"
+        return f"{self.model}-{self.resolution}{steps}{guidance}{layers}{compiled}{inputs}{seed}"
 
     def facts(self) -> dict[str, Any]:
         """The fields of a record that say what the workload is, as far as they are known without its weights."""

@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -20,6 +20,7 @@ from calibatt.bench.record import Pattern
 from calibatt.bench.resampled import check_resampled
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import look_up
+from calibatt.kernels.plan import Remainder
 from calibatt.methods.catalogue import has_blocks
 from calibatt.models.catalogue import MODELS
 from calibatt.models.device import pick_device
@@ -85,6 +86,16 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _guidance(text: str) -> float:
+    try:
+        scale = float(f"{float(text):g}")
+    except ValueError:
+        scale = math.nan
+    if not 1 <= scale < math.inf:
+        raise ValueError("give a scale of at least 1")
+    return scale
+
+
 _density = _number(True, "a density above 0 and up to 1")
 _share = _number(False, "a share, from 0 to 1")
 
@@ -145,6 +156,13 @@ class Options:
     )
     steps: tuple[int, ...] | None = field(
         metadata=_option(_listed(_whole()), "denoising steps; default: the model's at that resolution")
+    )
+    guidance: float | None = field(
+        metadata=_option(
+            _guidance,
+            "classifier-free guidance scale of the videos; 1 makes them without, as few-step distilled models do; "
+            "default: the model's",
+        )
     )
     seeds: tuple[int, ...] = field(
         metadata=_option(
@@ -207,6 +225,13 @@ class Options:
             "of the kernel and forward suites: random, even (random, with equally many blocks in every row), banded; "
             "in the kernel suite also captured (from the embedded model), rows (row reuse, no mask), mixed (both)",
             default="random",
+        )
+    )
+    remainders: tuple[Remainder, ...] = field(
+        metadata=_option(
+            _listed(_one_of(*get_args(Remainder))),
+            "of the kernel suite: what stands for the blocks that a mask leaves out: none, or zeroth for their means",
+            default="none",
         )
     )
     layers: int | None = field(
@@ -339,7 +364,7 @@ class Options:
                     Workload(
                         model=model, resolution=resolution, steps=steps, device=device, resampled=self.resampled,
                         captures=self.captures, planted=self.planted,
-                        layers=self.layers or 0 if self.planted else 0, seed=seed,
+                        layers=self.layers or 0 if self.planted else 0, seed=seed, guidance=self.guidance,
                     )
                     for steps in every
                     for seed in self.seeds

@@ -107,6 +107,7 @@ class Record:
         ran_on: what the default kernel chose, for the sparse plans where there are any.
         block_choice: how the blocks were chosen: `native`, the preset's own, or a size; absent for the model's.
         remainder: what stands for the blocks that are left out: `zeroth` is the mean of each; absent for nothing.
+        own_remainder: whether the method itself has it; absent where `+tail` gave it one, and without a remainder.
         query_stride: of so many queries, what was learnt looked at one; absent for all.
         mask: where a kernel benchmark's mask comes from; `rows` for row reuse, `mixed` for both in one layer.
         baseline: the dense kernel that times are compared with.
@@ -185,6 +186,7 @@ class Record:
     ran_on: _Name | None = None
     block: tuple[int, int] | None = None
     remainder: Literal["zeroth"] | None = None
+    own_remainder: bool | None = None
     query_stride: int | None = None
     mask: Pattern | None = None
     baseline: _Name | None = None
@@ -234,6 +236,8 @@ class Record:
             return "an outcome other than 'ok' has a reason, and 'ok' has none"
         if self.baseline_samples_s is not None and len(self.baseline_samples_s) != len(self.samples_s or ()):
             return "samples and baseline samples are not pairs"
+        if self.own_remainder and self.remainder is None:
+            return "a method with a remainder of its own has a remainder"
         if self.mode == "equal_fidelity" and self.target_psnr_db is None:
             return "mode equal_fidelity has a target_psnr_db"
         truth = (self.psnr_db, self.ssim, self.alignment, self.method_error)
@@ -336,7 +340,7 @@ class Record:
 
     def _spelt(self, method: str, tail: str, equal_density: str, density: str, fidelity: str) -> str:
         name = method if self.preset in (None, "default") else f"{method}/{self.preset}"
-        if self.remainder is not None:
+        if self.remainder is not None and not self.own_remainder:
             name += tail
         if self.mode == "equal_density":
             name += equal_density if self.target_density is None else density.format(self.target_density)
@@ -367,7 +371,7 @@ class Record:
         # dense runs on whichever kernel is fastest that day
         kernel = None if self.method == "dense" else self.kernel
         if self.suite in ("kernel", "forward"):
-            return (*self.workload, self.method, self.preset, kernel, self.block, self.mask)
+            return (*self.workload, self.method, self.preset, kernel, self.block, self.mask, self.remainder)
         # elsewhere a preset or a choice fixes the blocks
         wanted = (
             self.mode, self.target_density, self.target_psnr_db, self.dense_steps, self.dense_layers, self.remainder,

@@ -310,6 +310,11 @@ def check_site(make: Make, geometry: Geometry) -> None:
         (plan.tokens, len(plan.kinds)) == (geometry.tokens, geometry.heads),
         f"the plan is for {plan.tokens} tokens and {len(plan.kinds)} heads, not {geometry.tokens} and {geometry.heads}",
     )
+    own = "none" if plan.mask is None else method.remainder
+    _require(
+        plan.remainder == own,
+        f"the plan has the remainder {plan.remainder!r}, not {own!r}: say so in the class attribute `remainder`",
+    )
     _require(all(map(torch.equal, (q, k, v), before)), "the inputs were changed")
     _require(
         torch.equal(torch.get_rng_state(), state),

@@ -81,7 +81,9 @@ def variable_refusal(name: str) -> Unsupported:
 
 def remainder_refusal(name: str) -> Unsupported:
     """What kernels say that drop the blocks they do not compute."""
-    return Unsupported(f"{name} drops what it does not compute: the Triton kernel and FlexAttention approximate it")
+    return Unsupported(
+        f"{name} drops what it does not compute: the Gluon and Triton kernels and FlexAttention approximate it"
+    )
 
 
 @runtime_checkable

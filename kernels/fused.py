@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from calibatt.kernels.base import Task, Unsupported, check, check_accepted
 from calibatt.kernels.expand import block_lists, kinds_on
-from calibatt.kernels.mask import BlockMask, block_count
+from calibatt.kernels.mask import BlockMask, Mask, block_count
 from calibatt.kernels.ordered import attend_ordered
 from calibatt.kernels.plan import Plan
 
 # tokens of a block where a plan has none
 _BLOCK = 128
+# tokens that `block_means` loads at a time: 16 KiB of keys and as much of values, as `permute._ROWS`
+_MEAN_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -119,3 +122,44 @@ class FusedKernel(ABC):
         out = torch.empty_like(q)
         self._launch(q, k, v, out, lse, plan)
         return out
+
+
+def means_of_blocks(k: Tensor, v: Tensor, plan: Plan, mask: Mask | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean keys and values of all blocks, where blocks begin, and a mask's bits; where no mean counts, stand-ins."""
+    from calibatt.kernels import triton_code
+
+    if plan.remainder == "none":
+        return k, v, k, v
+    assert mask is not None
+    batch, heads, _, head_dim = k.shape
+    starts = torch.nn.functional.pad(mask.sizes()[1].cumsum(-1, dtype=torch.int32), (1, 0))
+    k_means, v_means = (x.new_empty((batch, heads, mask.k_blocks, head_dim)) for x in (k, v))
+    triton_code.block_means[(mask.k_blocks, heads, batch)](
+        k, v, starts, k_means, v_means, starts.shape[1] if len(starts) > 1 else 0, *k.stride()[:3], *v.stride()[:3],
+        ROWS=_MEAN_ROWS, HEAD_DIM=head_dim,
+    )  # fmt: skip
+    return k_means, v_means, starts, mask.bits.view(torch.int32)
+
+
+def bonuses_of_blocks(plan: Plan, scale: float, tile: int) -> Float[Tensor, "mask_heads q_blocks padded_k_blocks"]:
+    """What is added to a mean's score: the logarithm of its block's tokens, and -inf where a mask keeps the block.
+
+    Args:
+        plan: has a mask of blocks of one size.
+        scale: what scores are multiplied by, after that, to be powers of two.
+        tile: rows are padded to multiples of it, with -inf.
+    """
+    from calibatt.kernels import triton_code
+
+    mask = plan.mask
+    assert isinstance(mask, BlockMask)
+    size = mask.block[1]
+    last = plan.tokens - (mask.k_blocks - 1) * size
+    width = block_count(mask.k_blocks, tile) * tile
+    words = mask.bits.view(torch.int32)
+    out = torch.empty((mask.heads, mask.q_blocks, width), dtype=torch.float32, device=words.device)
+    triton_code.bonuses[(mask.heads * mask.q_blocks,)](
+        words, out, mask.k_blocks, words.shape[-1], width, math.log2(size) / scale, math.log2(last) / scale,
+        BLOCKS=1 << (width - 1).bit_length(),
+    )  # fmt: skip
+    return out

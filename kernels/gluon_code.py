@@ -26,6 +26,9 @@ _meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _MASKED = gl.constexpr(0)
 _REUSED = gl.constexpr(2)
 _LN2 = gl.constexpr(0.6931471805599453)
+# below any score that is not -inf. A power of two: times the scale it is exact, so that, fused with a subtraction, it
+# leaves nothing over, of which exp2 might make an infinity
+_LEAST = gl.constexpr(-(2.0**100))
 # queries of a warpgroup: the rows of one wgmma
 _ROWS = gl.constexpr(64)
 
@@ -37,6 +40,8 @@ class Call:
     q: tma.tensor_descriptor
     k: tma.tensor_descriptor
     v: tma.tensor_descriptor
+    k_means: tma.tensor_descriptor
+    v_means: tma.tensor_descriptor
     out: tma.tensor_descriptor
     lse: gl.tensor
     indices: gl.tensor
@@ -45,6 +50,7 @@ class Call:
     computed: gl.tensor
     served: gl.tensor
     work: gl.tensor
+    bonuses: gl.tensor
     parts_mean: gl.tensor
     parts_most: gl.tensor
     parts_total: gl.tensor
@@ -52,6 +58,7 @@ class Call:
     out_pointer: gl.tensor
     scale: gl.tensor
     tokens: gl.tensor
+    mask_step: gl.tensor
     whole: gl.tensor
     shares: gl.tensor
     tiles: gl.tensor
@@ -76,6 +83,7 @@ class Call:
     WITH_LSE: gl.constexpr
     Q_REGISTERS: gl.constexpr
     SHARED_OUT: gl.constexpr
+    REMAINDER: gl.constexpr
     # layouts of a warpgroup's scores, of its outputs, and of its queries and weights in registers
     SCORES: gl.constexpr
     OUTPUTS: gl.constexpr
@@ -84,12 +92,14 @@ class Call:
 
     @gluon.constexpr_function
     def __init__(
-        self, q, k, v, out, lse, indices, counts, kinds, computed, served, work, parts_mean, parts_most, parts_total,
-        q_pointer, out_pointer, scale, tokens, whole, shares, tiles, served_most, q_blocks, k_blocks, heads,
-        computed_count, q_batch, q_head, q_token, out_batch, out_head, out_token,
-        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, WARPGROUPS, STAGES, REUSE, WITH_LSE, Q_REGISTERS, SHARED_OUT,
+        self, q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, bonuses,
+        parts_mean, parts_most, parts_total, q_pointer, out_pointer, scale, tokens, mask_step, whole, shares, tiles,
+        served_most, q_blocks, k_blocks, heads, computed_count, q_batch, q_head, q_token, out_batch, out_head,
+        out_token,
+        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, WARPGROUPS, STAGES, REUSE, WITH_LSE, Q_REGISTERS, SHARED_OUT, REMAINDER,
     ):  # fmt: skip
         self.q, self.k, self.v, self.out, self.lse = q, k, v, out, lse
+        self.k_means, self.v_means, self.bonuses, self.mask_step = k_means, v_means, bonuses, mask_step
         self.indices, self.counts, self.kinds, self.computed, self.served = indices, counts, kinds, computed, served
         self.work, self.parts_mean, self.parts_most, self.parts_total = work, parts_mean, parts_most, parts_total
         self.q_pointer, self.out_pointer = q_pointer, out_pointer
@@ -103,6 +113,7 @@ class Call:
         self.WARPGROUPS, self.STAGES = gl.constexpr(WARPGROUPS), gl.constexpr(STAGES)
         self.REUSE, self.WITH_LSE = gl.constexpr(REUSE), gl.constexpr(WITH_LSE)
         self.Q_REGISTERS, self.SHARED_OUT = gl.constexpr(Q_REGISTERS), gl.constexpr(SHARED_OUT)
+        self.REMAINDER = gl.constexpr(REMAINDER)
         scores = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 16])
         outputs = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
         self.SCORES, self.OUTPUTS = gl.constexpr(scores), gl.constexpr(outputs)
@@ -112,12 +123,13 @@ class Call:
 
 @gluon.jit
 def attend(
-    q, k, v, out, lse, indices, counts, kinds, computed, served, work, parts_mean, parts_most, parts_total, counter,
-    q_pointer, out_pointer, scale, tokens, whole, shares, items, tiles, served_most, q_blocks, k_blocks, heads,
-    computed_count, q_batch, q_head, q_token, out_batch, out_head, out_token,
+    q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, bonuses, parts_mean,
+    parts_most, parts_total, counter, q_pointer, out_pointer, scale, tokens, mask_step, whole, shares, items,
+    tiles, served_most, q_blocks, k_blocks, heads, computed_count, q_batch, q_head, q_token, out_batch, out_head,
+    out_token,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, HEAD_DIM: gl.constexpr,
     WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, REUSE: gl.constexpr, WITH_LSE: gl.constexpr,
-    Q_REGISTERS: gl.constexpr, SHARED_OUT: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    Q_REGISTERS: gl.constexpr, SHARED_OUT: gl.constexpr, REMAINDER: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Take one tile of queries after the other until none is left; of the last ones a share of their keys."""
@@ -138,12 +150,14 @@ def attend(
 
     # integers as tensors: Triton makes constants of those that are 1, and workers take none
     c = Call(
-        q, k, v, out, lse, indices, counts, kinds, computed, served, work, parts_mean, parts_most, parts_total,
-        q_pointer, out_pointer, gl.to_tensor(scale), gl.to_tensor(tokens), gl.to_tensor(whole), gl.to_tensor(shares),
-        gl.to_tensor(tiles), gl.to_tensor(served_most), gl.to_tensor(q_blocks), gl.to_tensor(k_blocks),
-        gl.to_tensor(heads), gl.to_tensor(computed_count), gl.to_tensor(q_batch), gl.to_tensor(q_head),
-        gl.to_tensor(q_token), gl.to_tensor(out_batch), gl.to_tensor(out_head), gl.to_tensor(out_token),
-        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, WARPGROUPS, STAGES, REUSE, WITH_LSE, Q_REGISTERS, SHARED_OUT,
+        q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, bonuses,
+        parts_mean, parts_most, parts_total, q_pointer, out_pointer, gl.to_tensor(scale), gl.to_tensor(tokens),
+        gl.to_tensor(mask_step), gl.to_tensor(whole),
+        gl.to_tensor(shares), gl.to_tensor(tiles), gl.to_tensor(served_most), gl.to_tensor(q_blocks),
+        gl.to_tensor(k_blocks), gl.to_tensor(heads), gl.to_tensor(computed_count), gl.to_tensor(q_batch),
+        gl.to_tensor(q_head), gl.to_tensor(q_token), gl.to_tensor(out_batch), gl.to_tensor(out_head),
+        gl.to_tensor(out_token),
+        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, WARPGROUPS, STAGES, REUSE, WITH_LSE, Q_REGISTERS, SHARED_OUT, REMAINDER,
     )  # fmt: skip
     full = (q_full, k_full, v_full, picked_full)
     empty = (q_empty, k_empty, v_empty, picked_empty)
@@ -186,6 +200,12 @@ def _produce(c, queries, keys, values, picked, full, empty, items, counter):
                 row = (tile * c.WARPGROUPS + i) * _ROWS
                 _copy_in(c.q, [batch, head, row, 0], q_full.index(0), queries.index(i))
 
+        if c.REMAINDER:
+            means = _mean_tiles(c, masked)
+            for i in range(means):
+                _load(c, c.k_means, [batch, head, i * c.TILE_K, 0], keys, k_full, k_empty, step + i)
+                _load(c, c.v_means, [batch, head, i * c.TILE_K, 0], values, v_full, v_empty, step + i)
+            step += means
         # keys of a tile come before the values of the one that precedes it, as they are used; lists are read ahead
         if n > 0:
             _load(c, c.k, [batch, head, start, 0], keys, k_full, k_empty, step)
@@ -250,6 +270,20 @@ def _consume(c, queries, keys, values, picked, full, empty, outputs, ME: gl.cons
             else:
                 mine = buffer
             most, total, mean = _nothing(c)
+            if c.REMAINDER:
+                # a few tiles, whose products of two warpgroups need not take turns
+                means = _mean_tiles(c, masked)
+                for i in range(means):
+                    stage = (step + i) % c.STAGES
+                    parity = ((step + i) // c.STAGES) & 1
+                    mbarrier.wait(k_full.index(stage), parity)
+                    s = warpgroup_mma_wait(0, deps=(_scores(c, mine, keys.index(stage)),))
+                    mbarrier.arrive(k_empty.index(stage), count=1)
+                    most, total, mean, p = _weigh_means(c, s, most, total, mean, i, tile, head)
+                    mbarrier.wait(v_full.index(stage), parity)
+                    mean = warpgroup_mma_wait(0, deps=(_add(c, mean, p, values.index(stage)),))
+                    mbarrier.arrive(v_empty.index(stage), count=1)
+                step += means
             if n > 0:
                 stage = step % c.STAGES
                 parity = (step // c.STAGES) & 1
@@ -259,6 +293,8 @@ def _consume(c, queries, keys, values, picked, full, empty, outputs, ME: gl.cons
                 # only this tile, the first one, can reach past the last token
                 s = gl.where(_real_keys(c, start)[None, :], s, float("-inf"))
                 most, total, shrink, w = _weigh(s, most, total, c.scale)
+                if c.REMAINDER:
+                    mean = mean * _of_outputs(c, shrink)[:, None]
                 p = _rounded(c, w)
                 for i in range(1, n):
                     before, parity_before = stage, parity
@@ -297,11 +333,12 @@ def _consume(c, queries, keys, values, picked, full, empty, outputs, ME: gl.cons
 
 @gluon.jit
 def attend_alone(
-    q, k, v, out, lse, indices, counts, kinds, computed, served, work, q_pointer, out_pointer,
-    scale, tokens, tiles, served_most, q_blocks, k_blocks, heads, computed_count,
+    q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, bonuses, q_pointer,
+    out_pointer, scale, tokens, mask_step, tiles, served_most, q_blocks, k_blocks, heads, computed_count,
     q_batch, q_head, q_token, out_batch, out_head, out_token,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr, REUSE: gl.constexpr, WITH_LSE: gl.constexpr, Q_REGISTERS: gl.constexpr,
+    REMAINDER: gl.constexpr,
 ):  # fmt: skip
     """One tile of 64 queries."""
     buffer = gl.allocate_shared_memory(q.dtype, [1, 1, _ROWS, HEAD_DIM], q.layout)
@@ -313,26 +350,27 @@ def attend_alone(
     fence_async_shared()
     # nothing is shared out here: the numbers and tensors for that stand for nothing
     c = Call(
-        q, k, v, out, lse, indices, counts, kinds, computed, served, work, work, work, work,
-        q_pointer, out_pointer, gl.to_tensor(scale), gl.to_tensor(tokens), gl.to_tensor(0), gl.to_tensor(1),
-        gl.to_tensor(tiles), gl.to_tensor(served_most), gl.to_tensor(q_blocks), gl.to_tensor(k_blocks),
-        gl.to_tensor(heads), gl.to_tensor(computed_count), gl.to_tensor(q_batch), gl.to_tensor(q_head),
-        gl.to_tensor(q_token), gl.to_tensor(out_batch), gl.to_tensor(out_head), gl.to_tensor(out_token),
-        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, 1, STAGES, REUSE, WITH_LSE, Q_REGISTERS, False,
+        q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, bonuses, work, work,
+        work, q_pointer, out_pointer, gl.to_tensor(scale), gl.to_tensor(tokens), gl.to_tensor(mask_step),
+        gl.to_tensor(0), gl.to_tensor(1), gl.to_tensor(tiles), gl.to_tensor(served_most), gl.to_tensor(q_blocks),
+        gl.to_tensor(k_blocks), gl.to_tensor(heads), gl.to_tensor(computed_count), gl.to_tensor(q_batch),
+        gl.to_tensor(q_head), gl.to_tensor(q_token), gl.to_tensor(out_batch), gl.to_tensor(out_head),
+        gl.to_tensor(out_token),
+        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, 1, STAGES, REUSE, WITH_LSE, Q_REGISTERS, False, REMAINDER,
     )  # fmt: skip
 
     tile, head, batch, kind, listed, masked, count = _item(c, gl.load(work + gl.program_id(0)))
     n, start = _last_tile(c, listed, count, masked)
+    # means come before the tiles of the list
+    means = _mean_tiles(c, masked)
+    steps = means + n
     row = tile * _ROWS
     mine = buffer.reshape([_ROWS, HEAD_DIM])
     mbarrier.expect(q_full.index(0), _ROWS * HEAD_DIM * 2, pred=kind != _REUSED)
     _copy_in(q, [batch, head, row, 0], q_full.index(0), buffer, pred=kind != _REUSED)
     for ahead in gl.static_range(STAGES):
-        coming = _start(c, listed, n - 1 - ahead, masked)
-        _fill(c, k, [batch, head, coming, 0], keys, k_full, ahead, n)
-        _fill(c, v, [batch, head, coming, 0], values, v_full, ahead, n)
-    # where the keys of the next step to load start; those of the step before have been loaded, its values not yet
-    coming = _start(c, listed, n - 1 - STAGES, masked)
+        _fill_either(c, k, k_means, batch, head, listed, masked, keys, k_full, ahead, means, steps)
+        _fill_either(c, v, v_means, batch, head, listed, masked, values, v_full, ahead, means, steps)
     mbarrier.wait(q_full.index(0), 0, pred=kind != _REUSED)
     if REUSE:
         if kind == _REUSED:
@@ -340,35 +378,52 @@ def attend_alone(
     if Q_REGISTERS:
         mine = mine.load(c.QUERIES)
     most, total, mean = _nothing(c)
+    if REMAINDER:
+        for i in range(means):
+            stage = i % STAGES
+            mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
+            s = warpgroup_mma_wait(0, deps=(_scores(c, mine, keys.index(stage)),))
+            _meet()
+            _fill_either(c, k, k_means, batch, head, listed, masked, keys, k_full, i + STAGES, means, steps)
+            most, total, mean, p = _weigh_means(c, s, most, total, mean, i, tile, head)
+            mbarrier.wait(v_full.index(stage), (i // STAGES) & 1)
+            mean = warpgroup_mma_wait(0, deps=(_add(c, mean, p, values.index(stage)),))
+            _meet()
+            _fill_either(c, v, v_means, batch, head, listed, masked, values, v_full, i + STAGES, means, steps)
+    # where the keys of the next step to load start; those of the step before have been loaded, its values not yet
+    coming = _start(c, listed, n - 1 - STAGES, masked)
     if n > 0:
-        mbarrier.wait(k_full.index(0), 0)
-        s = warpgroup_mma_wait(0, deps=(_scores(c, mine, keys.index(0)),))
+        mbarrier.wait(k_full.index(means % STAGES), (means // STAGES) & 1)
+        s = warpgroup_mma_wait(0, deps=(_scores(c, mine, keys.index(means % STAGES)),))
         _meet()
-        _fill(c, k, [batch, head, coming, 0], keys, k_full, STAGES, n)
+        _fill(c, k, [batch, head, coming, 0], keys, k_full, means + STAGES, steps)
         s = gl.where(_real_keys(c, start)[None, :], s, float("-inf"))
         most, total, shrink, w = _weigh(s, most, total, c.scale)
+        if REMAINDER:
+            mean = mean * _of_outputs(c, shrink)[:, None]
         p = _rounded(c, w)
-        for i in range(1, n):
+        for i in range(means + 1, steps):
             stage = i % STAGES
             before = (i - 1) % STAGES
-            following = _start(c, listed, n - 1 - STAGES - i, masked)
+            following = _start(c, listed, steps - 1 - STAGES - i, masked)
             mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
             s_next = _scores(c, mine, keys.index(stage))
             mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
             mean_next = _add(c, mean, p, values.index(before))
             s = warpgroup_mma_wait(1, deps=(s_next,))
             _meet()
-            _fill(c, k, [batch, head, following, 0], keys, k_full, i + STAGES, n)
+            _fill(c, k, [batch, head, following, 0], keys, k_full, i + STAGES, steps)
             most, total, shrink, w = _weigh(s, most, total, c.scale)
             total = _done_before(total)
             mean = warpgroup_mma_wait(0, deps=(mean_next,))
             _meet()
-            _fill(c, v, [batch, head, coming, 0], values, v_full, i - 1 + STAGES, n)
+            _fill(c, v, [batch, head, coming, 0], values, v_full, i - 1 + STAGES, steps)
             coming = following
             mean = mean * _of_outputs(c, shrink)[:, None]
             p = _rounded(c, w)
-        mbarrier.wait(v_full.index((n - 1) % STAGES), ((n - 1) // STAGES) & 1)
-        mean = warpgroup_mma_wait(0, deps=(_add(c, mean, p, values.index((n - 1) % STAGES)),))
+        last = (steps - 1) % STAGES
+        mbarrier.wait(v_full.index(last), ((steps - 1) // STAGES) & 1)
+        mean = warpgroup_mma_wait(0, deps=(_add(c, mean, p, values.index(last)),))
     _meet()
     _write(c, mean, most, total, buffer, row, batch, head, kind)
     tma.store_wait(0)
@@ -380,6 +435,22 @@ def _fill(c, tensor, where, buffers, full, step, steps):
     stage = step % c.STAGES
     mbarrier.expect(full.index(stage), c.TILE_K * c.HEAD_DIM * 2, pred=step < steps)
     _copy_in(tensor, where, full.index(stage), buffers.index(stage), pred=step < steps)
+
+
+@gluon.jit
+def _fill_either(c, tensor, of_means, batch, head, listed, masked, buffers, full, step, means, steps):
+    """The same where the step may be one of those of means, which come before the list, last tile first."""
+    real = gl.to_tensor(True)
+    if c.REMAINDER:
+        real = step >= means
+        if not real:
+            stage = step % c.STAGES
+            where = [batch, head, step * c.TILE_K, 0]
+            mbarrier.expect(full.index(stage), c.TILE_K * c.HEAD_DIM * 2)
+            _copy_in(of_means, where, full.index(stage), buffers.index(stage))
+    if real:
+        start = _start(c, listed, steps - 1 - step, masked)
+        _fill(c, tensor, [batch, head, start, 0], buffers, full, step, steps)
 
 
 @gluon.jit
@@ -454,6 +525,15 @@ def _last_tile(c, listed, count, masked):
 
 
 @gluon.jit
+def _mean_tiles(c, masked):
+    """How many tiles of means there are beside a list: all blocks have one, and a head without a list needs none."""
+    tiles = gl.to_tensor(0)
+    if c.REMAINDER:
+        tiles = gl.where(masked, (c.k_blocks + c.TILE_K - 1) // c.TILE_K, 0)
+    return tiles
+
+
+@gluon.jit
 def _hand_out(item, turn, picked, full, empty, layout: gl.constexpr):
     slot = turn % 2
     mbarrier.wait(empty.index(slot), ((turn // 2) & 1) ^ 1)
@@ -519,6 +599,18 @@ def _weigh(s, most, total, scale):
     shrink = gl.exp2(most * scale - shift)
     total = total * gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout))[:, None] + _sums(weights)
     return new_most, total, shrink, weights
+
+
+@gluon.jit
+def _weigh_means(c, s, most, total, mean, i, tile, head):
+    """The same for a tile of means, each as heavy as its block's tokens, and of no weight where that is computed."""
+    row = head * c.mask_step * c.q_blocks + tile * (c.WARPGROUPS * _ROWS) // c.BLOCK_Q
+    place = i * c.TILE_K + gl.arange(0, c.TILE_K, layout=gl.SliceLayout(0, c.SCORES))
+    bonus = gl.load(c.bonuses + row.to(gl.int64) * (_mean_tiles(c, True) * c.TILE_K) + place)
+    s = s + bonus[None, :]
+    # nothing may have been left out so far: a finite maximum then, below any other, under which all weights are 0
+    most, total, shrink, w = _weigh(s, gl.maximum(most, _LEAST), total, c.scale)
+    return most, total, mean * _of_outputs(c, shrink)[:, None], _rounded(c, w)
 
 
 @gluon.jit

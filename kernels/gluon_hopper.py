@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Int, Int32
 from torch import Tensor
 
-from calibatt.kernels.base import Task, Unsupported, dtype_name, remainder_refusal, triton_only, variable_refusal
+from calibatt.kernels.base import Task, Unsupported, dtype_name, triton_only, variable_refusal
 from calibatt.kernels.expand import KINDS, kinds_on
-from calibatt.kernels.fused import FusedKernel, Launch
+from calibatt.kernels.fused import FusedKernel, Launch, bonuses_of_blocks, means_of_blocks
 from calibatt.kernels.mask import block_count
 from calibatt.kernels.plan import HeadKind, Plan
 from calibatt.kernels.tiles import tensor_map_fits
@@ -43,7 +43,11 @@ _PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 24, 240
 
 
 class Gluon(FusedKernel):
-    """For Hopper: tiles of queries are computed head by head, those with the longest lists of a head first."""
+    """For Hopper: tiles of queries are computed head by head, those with the longest lists of a head first.
+
+    Where a plan has a remainder, means of key blocks are made in a launch before, and walked like keys after the kept
+    ones.
+    """
 
     name = "gluon"
 
@@ -65,8 +69,6 @@ class Gluon(FusedKernel):
             return Unsupported(f"the Gluon kernel needs blocks that are multiples of {_ROWS}: got {task.block}")
         if task.variable:
             return variable_refusal("the Gluon kernel")
-        if task.approximates:
-            return remainder_refusal("the Gluon kernel")
         return triton_only("the Gluon kernel", task)
 
     def add_reused(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, out: Tensor) -> None:
@@ -101,12 +103,16 @@ class Gluon(FusedKernel):
         reused_tiles = block_count(len(given.computed), tile_q)
         find = partial(_work, plan, given.counts, batch, tiles, given.block_q // tile_q, reused_tiles, only)
         work = _kept(plan, (batch, tiles, only, q.device), batch * tiles * heads, find)
+        scale = math.log2(math.e) / math.sqrt(head_dim)
+        k_means, v_means = means_of_blocks(k, v, plan, plan.mask)[:2]
+        bonuses = bonuses_of_blocks(plan, scale, shape.tile_k) if plan.remainder != "none" else work
         tensors = (
-            _descriptor(q, _ROWS), _descriptor(k, shape.tile_k), _descriptor(v, shape.tile_k), _descriptor(out, _ROWS),
-            q if lse is None else lse, given.indices, given.counts, given.kinds, given.computed, given.served, work,
+            _descriptor(q, _ROWS), *(_descriptor(x, shape.tile_k) for x in (k, v, k_means, v_means)),
+            _descriptor(out, _ROWS), q if lse is None else lse, given.indices, given.counts, given.kinds,
+            given.computed, given.served, work, bonuses,
         )  # fmt: skip
         reuse, with_lse = plan.reuse is not None, lse is not None
-        scale = math.log2(math.e) / math.sqrt(head_dim)
+        mask_step = int(plan.mask is not None and plan.mask.heads > 1)
         sizes = (
             tiles, given.served_most, given.q_blocks, given.k_blocks, heads, len(given.computed),
             *q.stride()[:3], *out.stride()[:3],
@@ -114,10 +120,10 @@ class Gluon(FusedKernel):
         constants = {
             "BLOCK_Q": given.block_q, "BLOCK_K": given.block_k, "TILE_K": shape.tile_k, "HEAD_DIM": head_dim,
             "STAGES": shape.stages, "Q_REGISTERS": shape.q_registers, "REUSE": reuse, "WITH_LSE": with_lse,
-            "num_warps": _WARPS, "maxnreg": shape.registers,
+            "REMAINDER": plan.remainder != "none", "num_warps": _WARPS, "maxnreg": shape.registers,
         }  # fmt: skip
         if shape.alone:
-            gluon_code.attend_alone[(len(work),)](*tensors, q, out, scale, tokens, *sizes, **constants)
+            gluon_code.attend_alone[(len(work),)](*tensors, q, out, scale, tokens, mask_step, *sizes, **constants)
         else:
             places = torch.cuda.get_device_properties(q.device).multi_processor_count * shape.thread_blocks
             counter = torch.zeros(1, dtype=torch.int32, device=q.device)
@@ -128,7 +134,8 @@ class Gluon(FusedKernel):
             mean = q.new_empty((parts * tile_q, head_dim), dtype=torch.float32)
             most, total = q.new_empty((2, parts * tile_q), dtype=torch.float32)
             gluon_code.attend[(min(places, whole + parts),)](
-                *tensors, mean, most, total, counter, q, out, scale, tokens, whole, shares, whole + parts, *sizes,
+                *tensors, mean, most, total, counter, q, out, scale, tokens, mask_step, whole,
+                shares, whole + parts, *sizes,
                 WARPGROUPS=shape.warpgroups, SHARED_OUT=parts > 0, PRODUCER_REGISTERS=_PRODUCER_REGISTERS,
                 CONSUMER_REGISTERS=_CONSUMER_REGISTERS, **constants,
             )  # fmt: skip

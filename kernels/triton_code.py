@@ -161,6 +161,16 @@ def block_means(
 
 
 @triton.jit
+def bonuses(words, out, k_blocks, row_words, width, whole, last, BLOCKS: tl.constexpr):
+    """One row of a mask: what its bits add to the scores of means, of whole blocks and of the last one."""
+    row, block = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCKS)
+    there = block < k_blocks
+    bit = (tl.load(words + row * row_words + block // 32, mask=there, other=0) >> (block % 32)) & 1
+    bonus = tl.where(block == k_blocks - 1, last, whole)
+    tl.store(out + row * width + block, tl.where(there & (bit == 0), bonus, float("-inf")), mask=block < width)
+
+
+@triton.jit
 def attend(
     q, k, v, q_scales, k_scales, out, lse, indices, counts, kinds, computed, served, low, thresholds, k_means, v_means,
     starts, words, mask_step, scale, tokens, computed_count, served_most, q_blocks, k_blocks, heads,

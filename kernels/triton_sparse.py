@@ -10,9 +10,9 @@ from torch import Tensor
 
 from calibatt.kernels.base import Task, Unsupported, dtype_name
 from calibatt.kernels.expand import floats_on, key_tiles, query_tiles
-from calibatt.kernels.fused import FusedKernel, Launch
+from calibatt.kernels.fused import FusedKernel, Launch, means_of_blocks
 from calibatt.kernels.int8 import key_mean
-from calibatt.kernels.mask import Mask, VariableBlockMask, block_count
+from calibatt.kernels.mask import VariableBlockMask, block_count
 from calibatt.kernels.plan import Plan
 from calibatt.kernels.tiles import compute_capability, descriptor, has_tma, interpreted, tile_of
 
@@ -23,8 +23,6 @@ _MOST_SKIPPED = 128
 # Blocks that differ in size are cut into tiles as if they were of this one. k-means leaves 250 queries and 76 keys in a
 # cluster of Wan's 75,600 tokens: two tiles of queries a cluster, and a tile of keys that most ranges of clusters fill
 _VARIABLE = (128, 64)
-# tokens that `block_means` loads at a time: 16 KiB of keys and as much of values, as `permute._ROWS`
-_MEAN_ROWS = 64
 # tl.dot multiplies tiles of at least 16 × 16
 _LEAST_TILE = 16
 
@@ -97,7 +95,7 @@ class Triton(FusedKernel):
             # a block is left out as a whole; one of 128 × 128 needs the registers of eight warps
             tile_q, tile_k = block
             warps = 8 if tile_q * tile_k == _MOST_SKIPPED**2 else warps
-        means = _means(k, v, plan, plan.mask)
+        means = means_of_blocks(k, v, plan, plan.mask)
         keys, values = (descriptor(x, tile_k, head_dim) for x in (k, v)) if tma else (k, v)
         triton_code.attend[(block_count(tokens, tile_q), heads, batch)](
             q, keys, values, q_scales, k_scales, out, q if lse is None else lse, given.indices, given.counts,
@@ -123,7 +121,7 @@ def _launch_variable(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
     tma = has_tma(k, v)
     tile_q, tile_k, warps, stages = launch_shape(compute_capability(q.device), _VARIABLE, head_dim, tma=tma)
     queries, (listed, counts) = query_tiles(mask, tile_q), key_tiles(mask, tile_k)
-    means = _means(k, v, plan, mask)
+    means = means_of_blocks(k, v, plan, mask)
     keys, values = (descriptor(x, tile_k, head_dim) for x in (k, v)) if tma else (k, v)
     triton_code.attend_variable[(queries.shape[1], heads, batch)](
         q, keys, values, out, q if lse is None else lse, queries, listed, counts, *means,
@@ -133,23 +131,6 @@ def _launch_variable(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
         TILE_Q=tile_q, TILE_K=tile_k, HEAD_DIM=head_dim, WITH_LSE=lse is not None, TMA=tma,
         REMAINDER=plan.remainder != "none", num_warps=warps, num_stages=stages,
     )  # fmt: skip
-
-
-def _means(k: Tensor, v: Tensor, plan: Plan, mask: Mask | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean keys and values of all blocks, where blocks begin, and a mask's bits; where no mean counts, stand-ins."""
-    from calibatt.kernels import triton_code
-
-    if plan.remainder == "none":
-        return k, v, k, v
-    assert mask is not None
-    batch, heads, _, head_dim = k.shape
-    starts = torch.nn.functional.pad(mask.sizes()[1].cumsum(-1, dtype=torch.int32), (1, 0))
-    k_means, v_means = (x.new_empty((batch, heads, mask.k_blocks, head_dim)) for x in (k, v))
-    triton_code.block_means[(mask.k_blocks, heads, batch)](
-        k, v, starts, k_means, v_means, starts.shape[1] if len(starts) > 1 else 0, *k.stride()[:3], *v.stride()[:3],
-        ROWS=_MEAN_ROWS, HEAD_DIM=head_dim,
-    )  # fmt: skip
-    return k_means, v_means, starts, mask.bits.view(torch.int32)
 
 
 def launch_shape(

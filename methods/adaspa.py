@@ -21,7 +21,7 @@ from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.blocks import text_blocks
 from calibatt.methods.energy import block_mass
-from calibatt.methods.kept import Keeper
+from calibatt.methods.kept import Keeper, check_searches, outdated, searches_so_far
 from calibatt.methods.site import Site
 
 
@@ -51,9 +51,7 @@ class AdaSpaConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity <= 1:
             raise ValueError(f"sparsity is a share of the blocks, 0 to 1: got {self.sparsity}")
-        steps = self.search_steps
-        if list(steps) != sorted(set(steps)) or not all(0 <= share <= 1 for share in steps):
-            raise ValueError(f"search steps are ascending shares of the schedule, 0 to 1: got {steps}")
+        check_searches(self.search_steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -100,15 +98,12 @@ class AdaSpa(Method):
         v: Float[Tensor, "heads tokens head_dim"],
         site: Site,
     ) -> Plan:
-        """Dense before the first search, then the last mask; of this call's queries and keys where a search is due.
-
-        A search is due at its step, and later where that step was not asked for, as when a schedule is entered midway.
-        """
-        due = [step for share in self.config.search_steps if (step := round(share * site.steps)) <= site.step]
+        """Dense before the first search, then the last mask; of this call's queries and keys where a search is due."""
+        due = searches_so_far(self.config.search_steps, site)
         if not due:
             return Plan.dense(site.geometry)
         last = self._searches.last(site, q.device)
-        if last is None or last.step < due[-1] or site.step == due[-1]:
+        if last is None or outdated(last, due[-1], site):
             search = self._search(q, k, site, None if last is None else last.made)
             self._searches.keep(search, site, q.device)
         else:

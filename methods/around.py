@@ -9,7 +9,7 @@ from torch import Tensor
 
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import Plan
+from calibatt.kernels.plan import Plan, Remainder
 from calibatt.methods.base import Method
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
@@ -29,6 +29,11 @@ class Around(ABC):
     def learnt(self) -> Learnt | None:
         """The method's own."""
         return self._inner.learnt
+
+    @property
+    def remainder(self) -> Remainder:
+        """The method's own."""
+        return self._inner.remainder
 
     def refusal(self, geometry: Geometry) -> Unsupported | None:
         """The method's own."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from calibatt.kernels.base import Unsupported
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import Plan
+from calibatt.kernels.plan import Plan, Remainder
 from calibatt.methods.learning import Learner, Learnt, Tables
 from calibatt.methods.site import Site
 from calibatt.methods.transfer import Blocks
@@ -112,6 +112,7 @@ class Method(ABC):
         presets: named configs, each with its source; "default" is always one of them.
         knob: what to turn for a given density; None where there is nothing to turn.
         without_dense: settings with which the method itself keeps no step and no layer dense.
+        remainder: what its plans themselves have stand for the blocks that they leave out.
 
     Attributes:
         learnt: what it was built with; None where it needs nothing learnt.
@@ -124,6 +125,7 @@ class Method(ABC):
     presets: ClassVar[Mapping[str, Any]]
     knob: ClassVar[Knob | None] = None
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    remainder: ClassVar[Remainder] = "none"
     learnt: Learnt | None = None
 
     def __init__(self, config: Any, learnt: Learnt | None = None) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from calibatt.kernels import estimates
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.mask import block_count, block_sizes
+from calibatt.kernels.mask import BlockMask, block_count, block_sizes
 
 
 def pooled(x: Float[Tensor, "heads tokens head_dim"], block: int) -> Float[Tensor, "heads blocks head_dim"]:
@@ -144,6 +144,22 @@ def text_blocks(
     rows, columns = (video_blocks(geometry, size) for size in block)
     text[rows, columns] = False
     return text
+
+
+def mask_beside_text(
+    chosen: Bool[Tensor, "heads rows columns"], geometry: Geometry, block: tuple[int, int]
+) -> BlockMask:
+    """A choice among the blocks without text, and all blocks that hold any, in both directions.
+
+    Args:
+        chosen: of the blocks without text, as `video_blocks` counts them.
+        geometry: layout of the tokens.
+        block: tokens of a query and of a key block.
+    """
+    rows, columns = (video_blocks(geometry, size) for size in block)
+    keep = text_blocks(geometry, block, chosen.device).expand(len(chosen), -1, -1).clone()
+    keep[:, rows, columns] = chosen
+    return BlockMask.from_keep(keep, tokens=geometry.tokens, block_q=block[0], block_k=block[1])
 
 
 def with_text(geometry: Geometry, video: Int[Tensor, "*order_heads video_tokens"]) -> Int32[Tensor, "rows tokens"]:

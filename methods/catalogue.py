@@ -16,7 +16,9 @@ from calibatt.methods.budget.method import Budget
 from calibatt.methods.calibatt.method import CalibAtt
 from calibatt.methods.compact import Compact
 from calibatt.methods.dense import Dense
+from calibatt.methods.dfs import Dfs
 from calibatt.methods.draft import Draft
+from calibatt.methods.ear import Ear
 from calibatt.methods.facts import read_facts
 from calibatt.methods.jenga import Jenga
 from calibatt.methods.learning import Learner, Learnt, settings_of
@@ -25,10 +27,12 @@ from calibatt.methods.looks import look_fault
 from calibatt.methods.losa import Losa
 from calibatt.methods.minference import MInference
 from calibatt.methods.nabla import Nabla
+from calibatt.methods.pisa import Pisa
 from calibatt.methods.radial import Radial
 from calibatt.methods.random_mask import RandomMask
 from calibatt.methods.sage import Sage
 from calibatt.methods.scaling import Scaling
+from calibatt.methods.sol import Sol
 from calibatt.methods.sparge import Sparge
 from calibatt.methods.sta import SlidingTile
 from calibatt.methods.svg import SparseVideoGen
@@ -60,6 +64,7 @@ METHODS: Catalogue[type[Method]] = Catalogue(
         SlidingTile,
         SparseVideoGen,
         Svg2,
+        Ear,
         Svoo,
         Sparge,
         XAttention,
@@ -69,6 +74,9 @@ METHODS: Catalogue[type[Method]] = Catalogue(
         Nabla,
         Draft,
         Jenga,
+        Dfs,
+        Sol,
+        Pisa,
         Lite,
         Blasst,
         Scaling,

@@ -21,10 +21,9 @@ from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan, TokenOrder
 from calibatt.methods.base import Knob, Method
-from calibatt.methods.blocks import pooled, video_blocks
+from calibatt.methods.blocks import mask_beside_text, pooled, video_blocks
 from calibatt.methods.patches import patch_order
 from calibatt.methods.site import Site
 
@@ -103,12 +102,8 @@ class Draft(Method):
         rows, columns = video_blocks(geometry, block_q), video_blocks(geometry, block_k)
         scores = pooled(q[:, places], block_q)[:, rows] @ pooled(k[:, places], block_k)[:, columns].transpose(-1, -2)
         weights = (scores / math.sqrt(q.shape[-1])).softmax(-1)
-        shape = (geometry.heads, block_count(geometry.tokens, block_q), block_count(geometry.tokens, block_k))
-        keep = torch.ones(shape, dtype=torch.bool, device=q.device)
-        # where the text leaves no block of its own to the video, there is nothing to choose
-        if weights.numel():
-            keep[:, rows, columns] = largest(weights, self.config.sparsity, fill=not geometry.text_tokens)
-        mask = BlockMask.from_keep(keep, tokens=geometry.tokens, block_q=block_q, block_k=block_k)
+        chosen = largest(weights, self.config.sparsity, fill=not geometry.text_tokens)
+        mask = mask_beside_text(chosen, geometry, self.config.block)
         return Plan.masked(mask, geometry.heads, order=TokenOrder.of_all(order))
 
 
@@ -118,11 +113,13 @@ def largest(
     """The largest entries of each head, all rows together; what equals the smallest of them is kept too.
 
     Args:
-        weights: pooled attention; there is some.
+        weights: pooled attention; where the text leaves no block to the video, there is nothing to choose.
         sparsity: share of a head's entries to drop, rounded to whole entries; one is always kept.
         fill: whether a row that gets nothing keeps its largest entry, the first of equal ones.
     """
     entries = weights.flatten(1)
+    if not entries.numel():
+        return torch.ones_like(weights, dtype=torch.bool)
     budget = max(1, round((1 - sparsity) * entries.shape[1]))
     threshold = entries.topk(budget).values.amin(-1)
     keep = weights >= threshold[:, None, None]

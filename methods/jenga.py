@@ -26,14 +26,15 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int, Int32
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan, TokenOrder
 from calibatt.methods.base import Knob, Method
-from calibatt.methods.blocks import pooled, video_blocks, with_text
+from calibatt.methods.blocks import pooled, video_blocks
+from calibatt.methods.curves import curve_order
 from calibatt.methods.selection import top_p
 from calibatt.methods.site import Site
 
@@ -169,55 +170,6 @@ def _layout(geometry: Geometry, config: JengaConfig, device: torch.device) -> _L
     return _Layout(order=TokenOrder.of_all(order.to(device)), always=always.to(device), rows=rows, columns=columns)
 
 
-def curve_order(geometry: Geometry, curve: Literal["frame", "video"]) -> Int32[Tensor, "1 tokens"]:
-    """The video tokens along a Hilbert curve, and the text where it is.
-
-    Args:
-        geometry: the token grid.
-        curve: "frame" takes frame after frame, every other one backwards, so that it starts where the last one ended;
-            "video" is one curve through all three axes.
-    """
-    cells = torch.cartesian_prod(*(torch.arange(extent) for extent in geometry.grid)).T
-    if curve == "video":
-        along = hilbert_index(cells, _bits(geometry.grid))
-    else:
-        frame, bits = cells[0], _bits(geometry.grid[1:])
-        within, last = hilbert_index(cells[1:], bits), 4**bits - 1
-        along = frame * 4**bits + torch.where(frame % 2 == 0, within, last - within)
-    return with_text(geometry, along.argsort())
-
-
-def hilbert_index(cells: Int[Tensor, "axes cells"], bits: int) -> Int[Tensor, "cells"]:
-    """How far along the classic Hilbert curve each cell lies, of a square, a cube or the like with 2^bits cells a side.
-
-    By the transform of J. Skilling, "Programming the Hilbert curve", AIP Conference Proceedings 707 (2004).
-
-    Args:
-        cells: coordinates along each axis, 0 to 2^bits - 1.
-        bits: binary digits of a coordinate.
-    """
-    axes = list(cells)
-    # from the largest halves to the smallest, undo the turns that the curve makes within each
-    for bit in range(bits - 1, 0, -1):
-        lower = 2**bit - 1
-        for axis in range(len(axes)):
-            upper = (axes[axis] >> bit & 1).bool()
-            exchanged = torch.where(upper, 0, (axes[0] ^ axes[axis]) & lower)
-            axes[axis] = axes[axis] ^ exchanged
-            axes[0] = axes[0] ^ torch.where(upper, lower, exchanged)
-    # what is left is a Gray code, in which neighbours differ by one bit
-    for axis in range(1, len(axes)):
-        axes[axis] = axes[axis] ^ axes[axis - 1]
-    turned = torch.zeros_like(axes[0])
-    for bit in range(bits - 1, 0, -1):
-        turned = turned ^ ((axes[-1] >> bit & 1) * (2**bit - 1))
-    index = torch.zeros_like(axes[0])
-    for bit in range(bits - 1, -1, -1):
-        for places in axes:
-            index = 2 * index + ((places ^ turned) >> bit & 1)
-    return index
-
-
 def adjacent_blocks(
     geometry: Geometry, order: Int[Tensor, "1 tokens"], block: tuple[int, int]
 ) -> Bool[Tensor, "q_blocks k_blocks"]:
@@ -252,8 +204,3 @@ def first_frame_blocks(geometry: Geometry, order: Int[Tensor, "1 tokens"], block
     token = order[0] - geometry.video_start
     inside = (token >= 0) & (token < geometry.frame_tokens)
     return torch.stack([part.all() for part in inside.split(block)])
-
-
-def _bits(extents: tuple[int, ...]) -> int:
-    """Binary digits of the largest coordinate."""
-    return (max(extents) - 1).bit_length()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -64,3 +65,36 @@ class Keeper(Generic[_T]):
     def clear(self) -> None:
         """Forget everything."""
         self._kept.clear()
+
+
+def check_searches(searches: Sequence[float]) -> None:
+    """Refuse shares of a schedule at which nothing can be looked for.
+
+    Raises:
+        ValueError: they do not ascend within 0 to 1.
+    """
+    if list(searches) != sorted(set(searches)) or not all(0 <= share <= 1 for share in searches):
+        raise ValueError(f"search steps are ascending shares of the schedule, 0 to 1: got {searches}")
+
+
+def searches_so_far(searches: Sequence[float], site: Site) -> list[int]:
+    """The steps up to this call's at which something is looked for anew.
+
+    Args:
+        searches: when, ascending shares of the schedule.
+        site: of the call.
+    """
+    return [step for share in searches if (step := round(share * site.steps)) <= site.step]
+
+
+def outdated(kept: Kept[Any], search: int, site: Site) -> bool:
+    """Whether a search is to be made at this call: at its own step, and later where that step was not asked for.
+
+    A later call is the first of its kind where a schedule is entered midway.
+
+    Args:
+        kept: what the last search found.
+        search: the step of the last search that is due.
+        site: of the call.
+    """
+    return kept.step < search or site.step == search

@@ -14,16 +14,26 @@ from calibatt.methods.site import Site
 
 
 class WithRemainder(Around):
-    """A method whose masks have a remainder; what it chooses stays its own.
+    """A method that has no remainder, with one; what it chooses stays its own.
 
     Args:
         method: is asked for every plan.
         remainder: of plans that have a mask.
+
+    Raises:
+        ValueError: the method has a remainder of its own.
     """
 
     def __init__(self, method: Method | Around, remainder: Remainder) -> None:
         super().__init__(method)
+        if method.remainder != "none":
+            raise ValueError(own_remainder(method.remainder, remainder))
         self._remainder = remainder
+
+    @property
+    def remainder(self) -> Remainder:
+        """Of plans that have a mask."""
+        return self._remainder
 
     def plan(
         self,
@@ -35,3 +45,10 @@ class WithRemainder(Around):
         """The method's plan, with the remainder where blocks are left out."""
         plan = self._inner.plan(q, k, v, site)
         return plan if plan.mask is None else replace(plan, remainder=self._remainder)
+
+
+def own_remainder(own: Remainder, other: Remainder) -> str:
+    """Why a method whose plans have a remainder takes no other: one line that says what to do."""
+    if own == other:
+        return f"the method itself has the remainder {own!r}: one more says nothing new, leave it out"
+    return f"the method itself has the remainder {own!r}, which {other!r} cannot replace: leave it out"

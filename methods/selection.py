@@ -1,4 +1,4 @@
-"""Top-p: the heaviest blocks of a row, up to a share of its attention."""
+"""The heaviest blocks of a row: up to a share of its attention (top-p), or so many (top-k)."""
 
 from __future__ import annotations
 
@@ -33,6 +33,17 @@ def top_p(
     rank = torch.arange(weights.shape[-1], device=weights.device)
     chosen |= rank < (least.clamp(min=1) if isinstance(least, Tensor) else max(1, least))
     return torch.zeros_like(chosen).scatter_(-1, order, chosen)
+
+
+def top_k(scores: Float[Tensor, "*rows blocks"], count: int) -> Bool[Tensor, "*rows blocks"]:
+    """The blocks of each row with the highest scores; of equal ones the first are taken.
+
+    Args:
+        scores: of each block.
+        count: how many; one is always.
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)[..., : max(1, count)]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
 
 
 def mass_before(energy: Float[Tensor, "*rows blocks"]) -> Float[Tensor, "*rows blocks"]:

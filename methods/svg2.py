@@ -22,12 +22,13 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.clusters import (
+    Grouped,
     attention,
     cluster_counts,
     cluster_order,
@@ -77,9 +78,9 @@ class Svg2Config:
 
     def __post_init__(self) -> None:
         if not all(0 <= share <= 1 for share in (self.mass, self.least_share, self.dense_steps, self.dense_layers)):
-            raise ValueError(f"svg2's mass, least share, dense steps and dense layers are shares, 0 to 1: got {self}")
+            raise ValueError(f"mass, least share, dense steps and dense layers are shares, 0 to 1: got {self}")
         if min(*self.clusters, self.first_iterations, self.iterations) < 1:
-            raise ValueError(f"svg2 needs at least one cluster and one iteration: got {self}")
+            raise ValueError(f"k-means needs at least one cluster and one iteration: got {self}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -133,7 +134,7 @@ class Svg2(Method):
         if site.in_warmup(config.dense_steps, config.dense_layers, whole=math.floor):
             return Plan.dense(geometry)
         video = slice(geometry.video_start, geometry.video_start + geometry.video_tokens)
-        q, k = q[:, video], k[:, video]
+        q, k, v = q[:, video], k[:, video], v[:, video]
         last = self._centroids.last(site, q.device)
         if last is None:
             q_count, k_count = cluster_counts(geometry, config.clusters)
@@ -149,16 +150,21 @@ class Svg2(Method):
         queries, keys = seriate(queries, keys)
         centroids = _Centroids(queries=queries.centroids, keys=keys.centroids)
         self._centroids.keep(centroids, site, q.device)
-        least = int(config.least_share * keys.sizes.shape[1])
-        return cluster_plan(
-            geometry,
-            cluster_order(geometry, queries.labels, keys.labels),
-            queries.sizes,
-            keys.sizes,
-            top_p(attention(queries, keys), config.mass, inclusive=True, least=least),
-            config.block,
-        )
+        order = cluster_order(geometry, queries.labels, keys.labels)
+        keep = self._keep(queries, keys, k, v)
+        return cluster_plan(geometry, order, queries.sizes, keys.sizes, keep, config.block)
 
     def reset(self) -> None:
         """Forget all centroids."""
         self._centroids.clear()
+
+    def _keep(
+        self,
+        queries: Grouped,
+        keys: Grouped,
+        k: Float[Tensor, "heads video_tokens head_dim"],
+        v: Float[Tensor, "heads video_tokens head_dim"],
+    ) -> Bool[Tensor, "heads q_clusters k_clusters"]:
+        """Which clusters of keys each cluster of queries sees: by their centroids alone, here."""
+        least = int(self.config.least_share * keys.sizes.shape[1])
+        return top_p(attention(queries, keys), self.config.mass, inclusive=True, least=least)

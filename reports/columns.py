@@ -167,9 +167,12 @@ COLUMNS: Sequence[Column] = (
         "pays after", "videos until that is saved", lambda row: _number(row.record.pays_after, "{:.1f}"), brief=True
     ),
     Column(
-        "calibration cost", "times dense generation", lambda row: _number(row.record.calibration_cost_ratio, "{:.2f}×")
+        "calibration cost",
+        "times dense generation",
+        lambda row: _number(row.record.calibration_cost_ratio, "{:.2f}×"),
+        brief=True,
     ),
     Column("mask agreement", "overlap between prompts", lambda row: _percent(row.record.mask_agreement)),
-    Column("mask IoU", "overlap with masks from all queries", lambda row: _percent(row.record.mask_iou)),
+    Column("mask IoU", "overlap with masks from all queries", lambda row: _percent(row.record.mask_iou), brief=True),
     Column("outcome", "and why an arm has no times", outcome, first=True),
 )

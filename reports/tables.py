@@ -42,7 +42,7 @@ class _Table:
 
 
 def tables(run: Run) -> str:
-    """In Markdown: a table for each workload with a speedup, then what has no times, and why."""
+    """In Markdown: a table for each workload with a speedup or a cost, then what has no times, and why."""
     return "\n".join(_in_markdown(table) for table in _tables(run))
 
 
@@ -75,7 +75,7 @@ def latex(run: Run) -> str:
 def _tables(run: Run) -> Iterator[_Table]:
     for records in workloads(run.records):
         arms = rows(records)
-        if any(arm.record.speedup is not None for arm in arms):
+        if any(arm.record.speedup is not None or arm.record.calibration_cost_ratio is not None for arm in arms):
             yield _figures(records, arms)
             if found := standings(arms):
                 yield _Table(above=METHOD, titled=False, lines=[HEAD, *(standing.cells for standing in found)])

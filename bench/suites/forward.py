@@ -58,7 +58,8 @@ def cells(options: Options) -> list[Cell]:
     if unfit := [pattern for pattern in options.masks if pattern not in _PATTERNS]:
         raise ValueError(f"--masks {unfit[0]}: a forward pass (--layers) takes {', '.join(_PATTERNS)}")
     found = []
-    for workload in dict.fromkeys(replace(one, steps=0, layers=options.layers) for one in options.workloads()):
+    bare = [replace(one, steps=0, layers=options.layers, guidance=None) for one in options.workloads()]
+    for workload in dict.fromkeys(bare):
         if workload.entry.untrained is None:
             continue
         blocks = [one for one in options.blocks or () if isinstance(one, tuple)] or [workload.block]

@@ -22,7 +22,7 @@ from calibatt.bench.failure import Failure, guarded
 from calibatt.bench.masks import make_plan
 from calibatt.bench.opening import probes_of
 from calibatt.bench.options import Options
-from calibatt.bench.record import Pattern, Record, Suite
+from calibatt.bench.record import Record, Suite
 from calibatt.bench.rounds import take_turns
 from calibatt.bench.suites.suite import Job
 from calibatt.bench.telemetry import disturbance, load, read, throttled
@@ -96,12 +96,17 @@ class _Bench:
         kernel = self.dense if isinstance(arm, Arm) else KERNELS[arm.kernel]
         block = None if isinstance(arm, Arm) else arm.block
         device, dtype = self.workload.device, self.workload.dtype
-        refusal = kernel.refusal(Task(device=device, dtype=dtype, head_dim=self.geometry.head_dim, block=block))
+        remainder = "none" if isinstance(arm, Arm) else arm.remainder
+        task = Task(
+            device=device, dtype=dtype, head_dim=self.geometry.head_dim, block=block, approximates=remainder != "none"
+        )
+        refusal = kernel.refusal(task)
         if refusal is not None:
             return Failure("unsupported", refusal.reason)
         plan = Plan.dense(self.geometry)
         if isinstance(arm, BlockArm) and arm.mask is not None:
             plan = make_plan(arm.mask, arm.density, self.geometry, arm.block, lambda: self._captured).to(device)
+            plan = replace(plan, remainder=arm.remainder)
         first = None
         # the choice of a baseline has called dense kernels before
         if isinstance(arm, BlockArm) and arm.mask is not None:
@@ -159,26 +164,27 @@ def cells(options: Options) -> list[Cell]:
     if options.planted or not options.whole:
         return found
     # the same geometry at another number of steps is the same
-    for workload in dict.fromkeys(replace(workload, steps=0, layers=0) for workload in options.workloads()):
+    bare = [replace(one, steps=0, layers=0, guidance=None) for one in options.workloads()]
+    for workload in dict.fromkeys(bare):
         # a kernel by itself has no blocks of its own
         given = [block for block in options.blocks or () if block != "native"]
         arms: list[AnyArm] = [DENSE, *(PermutationArm(order=order) for order in options.orders or ())]
         for kernel in options.kernels:
             for density in options.densities:
-                arms += _block_arms(kernel, density, options.masks, given or [workload.block])
+                arms += _block_arms(kernel, density, given or [workload.block], options)
         found += [Cell(workload=workload, arm=arm) for arm in arms]
     return found
 
 
-def _block_arms(
-    kernel: str, density: float, masks: Sequence[Pattern], blocks: Sequence[tuple[int, int]]
-) -> list[BlockArm]:
+def _block_arms(kernel: str, density: float, blocks: Sequence[tuple[int, int]], options: Options) -> list[BlockArm]:
     if density == 1:
         return [BlockArm(kernel=kernel, density=density, mask=None, block=None)]
     return [
-        BlockArm(kernel=kernel, density=density, mask=mask, block=block)
-        for mask in masks
+        BlockArm(kernel=kernel, density=density, mask=mask, block=block, remainder=remainder)
+        for mask in options.masks
         for block in ([None] if mask == "rows" else blocks)
+        # without a mask no block is left out
+        for remainder in (["none"] if mask == "rows" else options.remainders)
     ]
 
 

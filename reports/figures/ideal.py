@@ -32,7 +32,8 @@ def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
         record = row.record
         # no logarithm of 0
         if record.suite == "kernel" and record.of_ideal is not None and record.density and record.block:
-            name = f"{record.computed_by}, {record.block[0]}×{record.block[1]}, {record.mask}"
+            tail = "" if record.remainder is None else " + tail"
+            name = f"{record.computed_by}, {record.block[0]}×{record.block[1]}, {record.mask}{tail}"
             lines.setdefault(name, []).append((record.density, record.of_ideal))
     if max(map(len, lines.values()), default=0) < 2:
         return

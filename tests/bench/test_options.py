@@ -53,8 +53,30 @@ def test_arms_are_named_by_method_preset_and_mode() -> None:
     assert str(tail) == "sparge/cdf+tail=0.35-dense0.1x0.05"
     assert str(Arm.parse("svg2/clusters+tail", "flex")) == "svg2/clusters+tail"
     assert (tail.facts()["remainder"], near.facts()["remainder"]) == ("zeroth", None)
+    # a method that has means of itself is the same arm with and without its remainder in the record
+    own = Arm.parse("sol=0.35", "flex")
+    assert (str(own), own.remainder) == ("sol=0.35", "none")
+    assert (own.facts()["remainder"], own.facts()["own_remainder"]) == ("zeroth", True)
+    assert tail.facts()["own_remainder"] is None
     # whatever the sparse kernel is, dense runs on the fastest dense one
     assert Arm.parse("dense", "flex") == DENSE
+
+
+def test_guidance_is_one_for_all_videos_of_a_run() -> None:
+    options = Options.read(given(guidance="1", methods="dense"))
+    (workload,) = options.workloads()
+    assert workload.entry.guidance == workload.guidance == 1.0
+    assert str(workload) == "shapes-quick-6-guidance1"
+    assert Options.read(given()).workloads()[0].entry.guidance == MODELS["shapes"].guidance
+    for wrong in ("0.5", "nan", "inf", "two"):
+        with pytest.raises(ValueError, match="at least 1"):
+            Options.read(given(guidance=wrong))
+
+
+def test_remainders_are_arms_of_their_own_where_a_mask_leaves_blocks_out() -> None:
+    found = cells("kernel", masks="random,rows", remainders="none,zeroth", densities="0.25,1")
+    arms = ("random-0.25-64x64", "random+tail-0.25-64x64", "rows-0.25", "all")
+    assert found == ["shapes-quick-dense-fastest", *(f"shapes-quick-{arm}-default" for arm in arms)]
 
 
 def test_an_arm_without_its_target_is_what_learns_for_it() -> None:
@@ -71,6 +93,7 @@ def test_an_arm_without_its_target_is_what_learns_for_it() -> None:
         ("calibatt/", "after '/' give a preset"),
         ("dense=density", "no knob"),
         ("dense+tail", "dense leaves no block out"),
+        ("sol+tail=0.35", r"sol\+tail=0.35: the method itself has the remainder 'zeroth': one more says nothing new"),
         ("sparge+", "after '\\+' give 'tail'"),
         ("sparge+rest=0.5", "after '\\+' give 'tail'"),
         ("sparge+tail/cdf", "after '\\+' give 'tail'"),

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ def test_the_arm_and_the_title_differ_in_the_name_and_the_target_alone() -> None
     assert approximating.arm == "sparge/x+tail =0.35, 20% of the steps dense"
     assert approximating.title == "SpargeAttn/x + tail at density 0.35, 20% of the steps dense"
     assert approximating.key != Record(**{**facts, "mode": "equal_density", "target_density": 0.35}).key
+    # what a method has of itself is no part of its name
+    assert replace(approximating, own_remainder=True).arm == "sparge/x =0.35, 20% of the steps dense"
     # a method of somebody else's may have a name that looks like a target
     assert Record(**{**TIMED, "method": "mine =density"}).title == "mine =density"
 
@@ -129,6 +132,7 @@ def test_preparing_pays_after_as_many_videos_as_save_what_it_took() -> None:
         ({"density": -0.1}, "negative"),
         ({"disturbed": 1.5}, "no share"),
         ({"block": (0, 64)}, "at least one token"),
+        ({"own_remainder": True}, "has a remainder"),
         ({"mode": "equal_fidelity"}, "target_psnr_db"),
         ({"method_colour": "red"}, "#RRGGBB"),
         ({"method_marker": "$x$"}, "none of"),

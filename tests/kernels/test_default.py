@@ -57,8 +57,9 @@ def chosen(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, **what:
         ((9, 0), {"variable": True}, "triton"),
         ((9, 0), {"int8": (128, 64)}, "triton"),
         ((9, 0), {"block": (128, 64), "skips": True}, "triton"),
-        ((9, 0), {"block": (128, 128), "approximates": True}, "triton"),
-        ((9, 0), {"block": (64, 64), "reuses": True, "approximates": True}, "triton"),
+        ((9, 0), {"block": (128, 128), "approximates": True}, "gluon"),
+        ((9, 0), {"block": (64, 64), "reuses": True, "approximates": True}, "gluon"),
+        ((9, 0), {"block": (128, 48), "approximates": True}, "triton"),
         # FlashAttention-4 ignores lists there, or has blocks of other sizes
         ((8, 0), {"block": (128, 128)}, "triton"),
         ((8, 9), {"reuses": True}, "fa4"),

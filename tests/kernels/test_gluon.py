@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,22 +19,28 @@ from calibatt.kernels.base import Task
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.gluon_hopper import Gluon, launch_shape
 from calibatt.kernels.mask import BlockMask
-from calibatt.kernels.plan import Plan, RowReuse
+from calibatt.kernels.plan import Plan, Remainder, RowReuse
 
 # CUDA's programming guide, compute capability 9.0: registers and bytes of shared memory of a multiprocessor, and what
 # each of its thread blocks takes of the latter for the system
 REGISTERS, SHARED, SYSTEM = 65536, 228 * 1024, 1024
 # a plan without a mask has blocks of 128 × 128, and its last tiles of queries are shared out
-CASES: dict[str, tuple[tuple[int, int] | None, int]] = {
-    "rows": (None, 128),
-    "rows-dim64": (None, 64),
-    "128x128": ((128, 128), 128),
-    "128x64": ((128, 64), 128),
-    "256x128": ((256, 128), 128),
-    "64x64": ((64, 64), 128),
-    "192x128": ((192, 128), 128),
-    "128x128-dim64": ((128, 128), 64),
-    "64x64-dim64": ((64, 64), 64),
+CASES: dict[str, tuple[tuple[int, int] | None, int, Remainder]] = {
+    "rows": (None, 128, "none"),
+    "rows-dim64": (None, 64, "none"),
+    **{
+        "-".join((f"{block[0]}x{block[1]}", f"dim{head_dim}", remainder)): (block, head_dim, remainder)
+        for block, head_dim in [
+            ((128, 128), 128),
+            ((128, 64), 128),
+            ((256, 128), 128),
+            ((64, 64), 128),
+            ((192, 128), 128),
+            ((128, 128), 64),
+            ((64, 64), 64),
+        ]
+        for remainder in get_args(Remainder)
+    },
 }
 
 
@@ -141,7 +147,7 @@ def compiled() -> dict[str, dict[str, Any]]:
 def test_as_many_thread_blocks_fit_a_multiprocessor_as_it_counts_on(
     compiled: dict[str, dict[str, Any]], case: str
 ) -> None:
-    block, head_dim = CASES[case]
+    block, head_dim, _ = CASES[case]
     told, shape = compiled[case], launch_shape(block or (128, 128), head_dim)
     # one warpgroup alone takes one tile a thread block
     assert told["shared_out"] == (block is None and head_dim == 128)
@@ -152,7 +158,7 @@ def test_as_many_thread_blocks_fit_a_multiprocessor_as_it_counts_on(
     assert told["wgmma"]
 
 
-def _compile(block: tuple[int, int] | None, head_dim: int) -> dict[str, Any]:
+def _compile(block: tuple[int, int] | None, head_dim: int, remainder: Remainder) -> dict[str, Any]:
     """Compile the launch of a plan with all kinds of heads, with the arguments that the launch itself makes."""
     made: list[Any] = []
 
@@ -194,22 +200,26 @@ def _compile(block: tuple[int, int] | None, head_dim: int) -> dict[str, Any]:
         shape = (heads, -(-tokens // block[0]), -(-tokens // block[1]))
         keep = torch.ones(shape, dtype=torch.bool)
         mask = BlockMask.from_keep(keep, tokens=tokens, block_q=block[0], block_k=block[1])
-        plan = Plan(tokens=tokens, kinds=("masked", "reused", "dense"), mask=mask, reuse=reuse)
+        plan = Plan(tokens=tokens, kinds=("masked", "reused", "dense"), mask=mask, reuse=reuse, remainder=remainder)
     q = torch.zeros((1, tokens, heads, head_dim), dtype=torch.bfloat16).transpose(1, 2)
     lists = (torch.zeros(shape, dtype=torch.int32), torch.zeros(shape[:2], dtype=torch.int32))
     import calibatt.kernels.fused
 
     calibatt.kernels.fused.block_lists = lambda plan: lists
-    entries = [(gluon_code, "attend"), (gluon_code, "attend_alone"), (triton_code, "merge")]
+    entries = [
+        (gluon_code, "attend"), (gluon_code, "attend_alone"), (triton_code, "merge"), (triton_code, "block_means"),
+        (triton_code, "bonuses"),
+    ]  # fmt: skip
     functions = [getattr(module, name) for module, name in entries]
     for (module, name), function in zip(entries, functions, strict=True):
         setattr(module, name, Entry(function))
     Gluon()._launch(q, q, q, torch.empty_like(q), torch.empty(q.shape[:3]), plan)
     for (module, name), function in zip(entries, functions, strict=True):
         setattr(module, name, function)
-    code = made[0]
+    # means and their bonuses are made before, and shares put together behind
+    code = made[2 * (remainder != "none")]
     return {
-        "shared_out": len(made) == 2,
+        "shared_out": len(made) == 2 + 2 * (remainder != "none"),
         "shared": code.metadata.shared,
         "warps": code.metadata.num_warps,
         "wgmma": "wgmma" in code.asm["ptx"],

@@ -188,8 +188,8 @@ def test_a_remainder_is_refused_by_every_kernel_that_drops_what_it_does_not_comp
             if kernel.refusal(Task(**given, reuses=reuses)) is not None:
                 continue
             refusal = kernel.refusal(Task(**given, reuses=reuses, approximates=True))
-            assert (refusal is None) == (name in ("default", "flex", "triton"))
-            assert refusal is None or "drops what it does not compute: the Triton kernel and" in refusal.reason
+            assert (refusal is None) == (name in ("default", "flex", "gluon", "triton"))
+            assert refusal is None or "drops what it does not compute: the Gluon" in refusal.reason
 
 
 @pytest.mark.parametrize("other", [{"skips": True}, {"int8": (64, 64)}])

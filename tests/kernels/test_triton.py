@@ -17,6 +17,7 @@ from torch import Tensor
 
 from calibatt.kernels import oracle, tiles, triton_code, triton_sparse
 from calibatt.kernels.base import Task
+from calibatt.kernels.fused import bonuses_of_blocks, means_of_blocks
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, VariableBlockMask, block_count
 from calibatt.kernels.plan import Plan, RowReuse, TokenOrder
@@ -84,9 +85,20 @@ def test_means_of_blocks_are_those_of_their_own_tokens_in_whatever_strides() -> 
     for plan in (replace(Plan.masked(_mask(32, 16), 3), remainder="zeroth"), replace(_variable(), remainder="zeroth")):
         assert plan.mask is not None
         sizes = plan.mask.sizes()[1]
-        for means, x in zip(triton_sparse._means(k, v, plan, plan.mask), (k, v), strict=False):
+        for means, x in zip(means_of_blocks(k, v, plan, plan.mask), (k, v), strict=False):
             expected = block_means(x.double(), sizes)
             torch.testing.assert_close(means.double(), expected, rtol=torch.finfo(DTYPE).eps, atol=1e-6)
+
+
+def test_bonuses_are_logarithms_of_sizes_where_a_mask_leaves_a_block_out() -> None:
+    mask, scale, tile = _mask(32, 16), 0.5, 5
+    assert mask.k_blocks % tile != 0
+    bonuses = bonuses_of_blocks(replace(Plan.masked(mask, 3), remainder="zeroth"), scale, tile).cpu()
+    keep, sizes = mask.keep().cpu(), mask.sizes()[1].cpu()
+    expected = torch.where(keep, -math.inf, (sizes.double().log2() / scale)[:, None])
+    torch.testing.assert_close(bonuses[..., : mask.k_blocks].double(), expected, rtol=1e-6, atol=1e-6)
+    assert bonuses.shape[-1] % tile == 0
+    assert bool(bonuses[..., mask.k_blocks :].isneginf().all())
 
 
 def test_log_sum_exps_hold_the_remainder() -> None:

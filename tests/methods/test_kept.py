@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.methods.kept import Keeper
+from calibatt.methods.kept import Keeper, check_searches, outdated, searches_so_far
 from calibatt.methods.site import Site
 
 CPU = torch.device("cpu")
@@ -63,3 +63,26 @@ def test_it_forgets_everything_when_told(keeper: Keeper[str]) -> None:
     keeper.clear()
     assert keeper.last(site(), CPU) is None
     assert keeper.last(site(branch="uncond"), CPU) is None
+
+
+def test_searches_are_rounded_to_whole_steps_and_known_from_their_own_on() -> None:
+    # of ten steps
+    assert [searches_so_far((0.0, 0.24, 0.66), site(step)) for step in (0, 1, 2, 6, 7)] == [
+        [0], [0], [0, 2], [0, 2], [0, 2, 7]
+    ]  # fmt: skip
+    assert searches_so_far((0.24,), site(1)) == []
+
+
+@pytest.mark.parametrize(("search", "step", "due"), [(5, 5, True), (5, 6, False), (7, 7, True), (7, 9, True)])
+def test_a_search_is_made_at_its_step_and_later_where_it_was_missed(
+    keeper: Keeper[str], search: int, step: int, due: bool
+) -> None:
+    last = keeper.last(site(step), CPU)
+    assert last is not None
+    assert outdated(last, search, site(step)) == due
+
+
+@pytest.mark.parametrize("steps", [(0.4, 0.2), (0.2, 0.2), (-0.1,), (0.5, 1.1)])
+def test_searches_that_do_not_ascend_within_the_schedule_are_refused(steps: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="search steps are ascending shares of the schedule, 0 to 1"):
+        check_searches(steps)

@@ -46,6 +46,19 @@ def test_a_plan_without_a_mask_stays_as_it_is() -> None:
     assert [method.plan(q, k, v, site(step)).remainder for step in (4, 5)] == ["none", "zeroth"]
 
 
+def test_a_method_with_a_remainder_of_its_own_takes_no_other_and_none_is_taken_from_it() -> None:
+    with pytest.raises(
+        ValueError, match=r"^the method itself has the remainder 'zeroth': one more says nothing new, .*"
+    ):
+        WithRemainder(build("sol"), "zeroth")
+    with pytest.raises(ValueError, match=r"^the method itself has the remainder 'zeroth', which 'none' cannot replace"):
+        WithRemainder(Scheduled(build("sol"), steps=0.5, layers=0.0), "none")
+    with pytest.raises(ValueError, match="one more says nothing new"):
+        WithRemainder(WithRemainder(build("sparge"), "zeroth"), "zeroth")
+    scheduled = Scheduled(build("sol"), steps=0.5, layers=0.0)
+    assert (scheduled.remainder, build("sparge").remainder) == ("zeroth", "none")
+
+
 def test_what_the_method_learnt_and_refuses_is_shown_and_a_video_begins_for_it_too(
     tabled: Callable[..., Learnt],
 ) -> None:

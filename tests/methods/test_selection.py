@@ -1,4 +1,4 @@
-"""The smallest set of blocks that holds a share of attention."""
+"""The smallest set of blocks that holds a share of attention, and so many blocks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from calibatt.methods.selection import mass_before, top_p
+from calibatt.methods.selection import mass_before, top_k, top_p
 
 
 @pytest.mark.parametrize("mass", [0.1, 0.5, 0.842, 0.99])
@@ -18,6 +18,15 @@ def test_no_smaller_set_reaches_the_share(mass: float) -> None:
         assert row[kept].sum().item() >= wanted - 1e-12
         fewer = itertools.combinations(row.tolist(), int(kept.sum()) - 1)
         assert all(sum(some) < wanted for some in fewer)
+
+
+@pytest.mark.parametrize(
+    ("count", "kept"), [(-1, [3]), (0, [3]), (1, [3]), (2, [1, 3]), (3, [1, 2, 3]), (9, [0, 1, 2, 3])]
+)
+def test_so_many_of_the_highest_are_taken_one_at_least_and_of_equal_ones_the_first(count: int, kept: list[int]) -> None:
+    scores = torch.tensor([[[-2.0, 0.5, 0.5, 3.0]]])
+    assert top_k(scores, count).nonzero()[:, -1].tolist() == kept
+    assert top_k(scores[..., :0], count).shape == (1, 1, 0)
 
 
 def test_of_equal_blocks_the_first_are_taken() -> None:

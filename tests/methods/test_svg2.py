@@ -175,5 +175,5 @@ def test_without_a_block_the_plan_is_of_the_clusters_that_blocks_cover() -> None
 
 @pytest.mark.parametrize("wrong", [{"mass": 1.1}, {"least_share": -0.1}, {"dense_steps": 2.0}, {"iterations": 0}])
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="svg2"):
+    with pytest.raises(ValueError, match=r"0 to 1: got Svg2Config|at least one cluster"):
         made(**wrong)
