@@ -19,9 +19,9 @@ from torch.nn.functional import pad
 from calibatt.kernels.geometry import Geometry
 from calibatt.methods.blocks import video_blocks, video_part, video_table
 
-# A block is kept where one part in so many of its volume was. By halves density stays within 4 % of what it was (embedded
-# model, 16 to 8 and to 21 frames); any part at all adds a fifth or more, and no more to PSNR than so much density does
-# anyway (docs/methods/calibatt.md).
+# A block is kept where one part in so many of its volume was. By halves density stays within 4 % of what it was (on the
+# embedded model, 16 to 8 and to 21 frames); any part at all adds a fifth or more, and no more to PSNR than so much
+# density does anyway (docs/methods/calibatt.md).
 _HALF = 2
 
 
