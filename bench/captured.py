@@ -13,6 +13,8 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.methods.call import Attention
 from calibatt.methods.learning import Origin
 
+_NO_VIDEOS = "captured calls are no whole videos"
+
 
 def captured_steps(folder: Path, geometry: Geometry, steps: Collection[int] | None) -> int:
     """Denoising steps of the video that calls were captured from.
@@ -64,6 +66,14 @@ class CapturedVideos:
         """The pipeline that they were captured from."""
         return self._calls[0].origin
 
+    def sigmas(self, prompt: str) -> tuple[float, ...]:
+        """Calls are of a few steps, and the others' noise levels are unknown.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(_NO_VIDEOS)
+
     @property
     def inputs(self) -> str:
         """Where the inputs come from, for the record."""
@@ -97,4 +107,4 @@ class CapturedVideos:
         Raises:
             ValueError: always.
         """
-        raise ValueError("captured calls are no whole videos")
+        raise ValueError(_NO_VIDEOS)

@@ -96,6 +96,10 @@ class ResampledVideos:
         """The small model's pipeline, under the name of the model whose size is taken."""
         return replace(self._videos.origin(), model=self._model)
 
+    def sigmas(self, prompt: str) -> tuple[float, ...]:
+        """Those of the small model's videos."""
+        return self._videos.sigmas(prompt)
+
     @property
     def inputs(self) -> str:
         """Where the inputs come from, for the record."""

@@ -169,7 +169,21 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("calibration", help="say what a calibration is for, and check all of its file")
     command.add_argument("file", type=Path, metavar="FILE", help="of `calibatt calibrate`")
+    command.add_argument(
+        "--against",
+        type=Path,
+        metavar="OTHER",
+        help="also say how far its masks overlap with those of this calibration",
+    )
     command.set_defaults(run=_calibration)
+
+    command = commands.add_parser(
+        "transfer", help="a calibration made at another resolution or number of steps of the same model, without videos"
+    )
+    command.add_argument("file", type=Path, metavar="FILE", help="of `calibatt calibrate`")
+    command.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the calibration to write")
+    _add_model(command)
+    command.set_defaults(run=_transfer)
 
     command = commands.add_parser(
         "bench",
@@ -529,10 +543,36 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 def _calibration(arguments: argparse.Namespace) -> int:
     from calibatt.calibration.artifact import Calibration
     from calibatt.calibration.card import about
+    from calibatt.calibration.overlap import overlap
 
     calibration = Calibration.load(arguments.file, verify=True)
     _table(("ABOUT", "WHAT IT SAYS"), about(calibration))
     print(f"{arguments.file} is as it was written")
+    if arguments.against is not None:
+        found = overlap(calibration, Calibration.load(arguments.against, verify=True))
+        print("no head has a mask in both" if found is None else f"intersection over union of the masks: {found:.3f}")
+    return 0
+
+
+def _transfer(arguments: argparse.Namespace) -> int:
+    from calibatt.calibration.artifact import Calibration, check_output
+    from calibatt.calibration.videos import DenseVideos
+    from calibatt.methods.base import Foreseen
+    from calibatt.methods.catalogue import build, settings_beside
+    from calibatt.models.device import working_dtype
+
+    # what can be wrong is looked at before the model is loaded
+    source = Calibration.load(arguments.file)
+    entry, resolution, device = _model(arguments)
+    check_output(arguments.out)
+    pipe = entry.load(resolution=resolution, device=device, dtype=working_dtype(device), weights=arguments.weights)
+    videos = DenseVideos(entry, pipe, resolution=resolution, steps=arguments.steps, guidance=source.provenance.guidance)
+    source.transferred(videos, block=entry.block_at(resolution)).save(arguments.out)
+    for path in (arguments.file, arguments.out):
+        made = Calibration.load(path, verify=True)
+        method = build(made.method, preset=made.preset, calibration=made, **settings_beside(made))
+        print(f"{path}: {made.provenance.geometry}, {made.provenance.steps} steps", end="")
+        print(f", density {method.mean_density():.3f}" if isinstance(method, Foreseen) else "")
     return 0
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from calibatt.calibration.card import card
 from calibatt.calibration.files import UnusableCalibration, naming, replacing
+from calibatt.calibration.resized import transfer
 from calibatt.calibration.sections import Index, SectionedTables, label, write_sections
+from calibatt.calibration.videos import Videos
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.names import look_up
 from calibatt.methods.catalogue import METHODS
@@ -87,6 +89,23 @@ class Calibration(Learnt):
             for name, index in own._every():
                 tables.part(name, index)
         return own
+
+    def transferred(self, videos: Videos, *, block: tuple[int, int] | None = None) -> Calibration:
+        """The calibration for another size or number of steps of the same model, nothing learnt anew.
+
+        What is known of blocks goes by their place in the video (`methods/transfer.py`); each step takes what is known
+        of the step whose noise level is nearest. Tables are made when they are used: save it, and load what was saved.
+
+        Args:
+            videos: of the size and steps that it is to be for; one is begun, and ends at its first attention call.
+            block: tokens of a query and of a key block; as they were where None.
+
+        Raises:
+            CalibrationMismatch: the videos are of another model, other weights of it, or another adapter.
+            ValueError: what the method learnt cannot be transferred, or not to this size; or the calibration was made
+                before calibrations kept noise levels.
+        """
+        return transfer(self, videos, block=block)
 
     def save_pretrained(self, folder: str | Path, *, licence: str | None = None) -> None:
         """Write the file into a folder, with a card beside it, as repositories of the Hugging Face Hub have them.
@@ -191,6 +210,8 @@ class Calibration(Learnt):
         for name, least in (("steps", own.steps), ("layers", own.layers), ("prompts", len(own.prompts))):
             if least < 1:
                 raise ValueError(f"provenance.{name}: must be at least 1, got {least}")
+        if own.sigmas and len(own.sigmas) != own.steps:
+            raise ValueError(f"provenance.sigmas: {len(own.sigmas)} noise levels of {own.steps} steps")
         if own.cost_ratio < 1:
             raise ValueError(f"provenance.cost_ratio: must be at least 1, got {own.cost_ratio}")
         look_up(METHODS, self.method, "method").check_tables(self)

@@ -70,6 +70,10 @@ def about(learnt: Learnt) -> list[tuple[str, str]]:
         ("scheduler", own.origin.scheduler),
         ("size", f"{geometry}{text}"),
         ("steps, layers, guidance", f"{own.steps}, {own.layers}, {own.guidance:g}"),
+        *(
+            ("transferred from", f"{stage.geometry}, {stage.steps} steps of {stage.scheduler}")
+            for stage in own.transferred
+        ),
         ("prompts", f"{len(own.prompts)}, from noise of seed {own.seed} on"),
         ("cost", f"{own.cost_ratio:.2f} times as long as the videos by themselves"),
         ("made", f"{own.created} with {versions}"),

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from calibatt.calibration.artifact import Calibration
 from calibatt.calibration.files import UnusableCalibration, naming
+from calibatt.calibration.in_flight import InFlight
 from calibatt.calibration.sections import Index, label
 from calibatt.calibration.shards import Units, UnitWriter
-from calibatt.calibration.transfer import InFlight
 from calibatt.calibration.videos import DenseVideos, Videos
 from calibatt.kernels.base import Attender
 from calibatt.kernels.catalogue import DEFAULT
@@ -296,7 +296,7 @@ class Run:
         provenance = Provenance(
             origin=self.origin, geometry=own.geometry, steps=own.steps, layers=own.layers, guidance=own.guidance,
             prompts=self.prompts, seed=self.seed, cost_ratio=units.cost_ratio(), versions=_versions(),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=datetime.now(UTC).isoformat(timespec="seconds"), sigmas=own.sigmas(self.prompts[0]),
         )  # fmt: skip
         merged = units.merged(self.learner)
         first = next(merged)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -11,10 +12,12 @@ from torch import Tensor
 from calibatt.kernels.geometry import Geometry
 from calibatt.methods.call import Attention
 from calibatt.methods.learning import Origin
+from calibatt.methods.site import Site
 from calibatt.models.adapter import installed
 from calibatt.models.entry import ModelEntry
 from calibatt.models.generate import generate_all
 from calibatt.models.identity import origin_of, transformers_of
+from calibatt.models.steps import noise_level
 
 
 @runtime_checkable
@@ -41,6 +44,17 @@ class Videos(Protocol):
 
     def origin(self) -> Origin:
         """Whose videos these are."""
+        ...
+
+    def sigmas(self, prompt: str) -> tuple[float, ...]:
+        """Noise level of each step, 1 is pure noise.
+
+        Args:
+            prompt: any that a video can be made of.
+
+        Raises:
+            ValueError: as `show`.
+        """
         ...
 
     def show(
@@ -98,6 +112,12 @@ class DenseVideos:
         """The pipeline's identity."""
         return origin_of(self._pipe, self._entry.name)
 
+    def sigmas(self, prompt: str) -> tuple[float, ...]:
+        """What the scheduler says once the pipeline has set it, which each does in its own way: a video is begun."""
+        with suppress(_Begun):
+            self.show(_AtFirstCall(), prompts=(prompt,), seed=0)
+        return tuple(noise_level(self._pipe.scheduler, step) for step in range(self.steps))
+
     def show(
         self,
         attention: Attention,
@@ -122,3 +142,17 @@ class DenseVideos:
                 self._entry, self._pipe, prompts=prompts, resolution=self.resolution, seed=seed, steps=self.steps,
                 guidance=self.guidance, after_step=after_step,
             )  # fmt: skip
+
+
+class _Begun(Exception):
+    """A video has begun."""
+
+
+class _AtFirstCall:
+    """Ends a video at its first attention call."""
+
+    def start_video(self) -> None:
+        """A new video."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        raise _Begun

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from calibatt.kernels.base import Unsupported
@@ -17,6 +17,7 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.plan import Plan, Remainder
 from calibatt.methods.learning import Learner, Learnt, Tables
 from calibatt.methods.site import Site
+from calibatt.methods.transfer import Blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +188,23 @@ class Method(ABC):
             learnt: of this method.
         """
         return None
+
+    @classmethod
+    def transferred_part(
+        cls, learnt: Learnt, name: str, index: tuple[int, ...], source: Blocks, to: Blocks
+    ) -> UInt8[Tensor, "..."] | Float[Tensor, "..."]:
+        """A part of a table for other blocks of tokens; nothing can be transferred by default.
+
+        Args:
+            learnt: of this method.
+            name: of a table.
+            index: of the part: step and layer, or of a table that has rows, the row.
+            source, to: the blocks that it was learnt of, and those to have it for.
+
+        Raises:
+            ValueError: one line that says why it cannot be.
+        """
+        raise ValueError(f"what {cls.name} learnt cannot be transferred: run `calibatt calibrate` for that size")
 
     @classmethod
     def trials(cls, learnt: Learnt) -> Trials | None:

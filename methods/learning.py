@@ -109,6 +109,8 @@ def at_every_site(layout: Layout, name: str) -> tuple[torch.dtype, tuple[int, ..
     return dtype, (*layout[name + ROWS][1][2:], *shape[1:])
 
 
+# what else there is to do about another size or number of steps
+_TRANSFER = ", or `calibatt transfer`"
 # q, k and v of a call, [heads, tokens, head_dim], and where it happened
 Seen = tuple[Tensor, Tensor, Tensor, Site]
 
@@ -159,6 +161,20 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What something was learnt for before it was transferred.
+
+    Args:
+        geometry, steps: as in `Provenance`.
+        scheduler: as in `Origin`.
+    """
+
+    geometry: Geometry
+    steps: int
+    scheduler: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
     """Where something learnt comes from.
 
@@ -172,6 +188,9 @@ class Provenance:
         cost_ratio: time of the videos while notes were taken over that of the same videos without, same kernel.
         versions: of calibatt, torch and diffusers.
         created: UTC, ISO 8601.
+        sigmas: noise level of each step, 1 is pure noise; none where it was made before this was kept.
+        transferred: what it was for before, the first first, where it was transferred. Geometry, steps, scheduler and
+            noise levels are those that it is for; guidance, prompts, cost and versions those of the calibration.
     """
 
     origin: Origin
@@ -184,6 +203,8 @@ class Provenance:
     cost_ratio: float
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
+    sigmas: tuple[float, ...] = ()
+    transferred: tuple[Stage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -288,9 +309,9 @@ class Learnt:
         own = self.provenance
         fitting = replace(geometry, text_tokens=min(geometry.text_tokens, own.geometry.text_tokens))
         if fitting != geometry or replace(geometry, text_tokens=own.geometry.text_tokens) != own.geometry:
-            raise self._mismatch(f"{own.geometry}", f"{geometry}")
+            raise self._mismatch(f"{own.geometry}", f"{geometry}", or_else=_TRANSFER)
         if steps != own.steps:
-            raise self._mismatch(f"{own.steps} steps", f"{steps}")
+            raise self._mismatch(f"{own.steps} steps", f"{steps}", or_else=_TRANSFER)
 
     def check_origin(self, origin: Origin) -> None:
         """Refuse another model, other weights of it, another adapter, or another noise schedule.
@@ -298,19 +319,36 @@ class Learnt:
         Raises:
             CalibrationMismatch: it is another.
         """
+        self._check_weights(origin)
         own = self.provenance.origin
-        if origin.weights != own.weights:
-            raise self._mismatch(
-                f"{own.model} with weights {own.weights}", f"{origin.model} with weights {origin.weights}"
-            )
         if origin.scheduler != own.scheduler:
             raise self._mismatch(own.scheduler, origin.scheduler)
+
+    def check_model(self, origin: Origin, geometry: Geometry, layers: int) -> None:
+        """Refuse what nothing is transferred to: another model, other weights of it, another adapter.
+
+        Raises:
+            CalibrationMismatch: it is another, or has other heads, layers or another side for text.
+        """
+        self._check_weights(origin)
+        own = self.provenance
+        if layers != own.layers:
+            raise self._mismatch(f"{own.layers} layers", f"{layers}")
+        if replace(geometry, grid=own.geometry.grid, text_tokens=own.geometry.text_tokens) != own.geometry:
+            raise self._mismatch(f"{own.geometry}, text {own.geometry.text_side}", f"{geometry}, {geometry.text_side}")
 
     def nbytes(self) -> int:
         """Bytes of all tables."""
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.parts.layout.values())
 
-    def _mismatch(self, own: str, other: str) -> CalibrationMismatch:
+    def _check_weights(self, origin: Origin) -> None:
+        own = self.provenance.origin
+        if origin.weights != own.weights:
+            raise self._mismatch(
+                f"{own.model} with weights {own.weights}", f"{origin.model} with weights {origin.weights}"
+            )
+
+    def _mismatch(self, own: str, other: str, *, or_else: str = "") -> CalibrationMismatch:
         return CalibrationMismatch(
-            f"what {self.method} learnt is for {own}, not for {other}: run `calibatt calibrate` for that"
+            f"what {self.method} learnt is for {own}, not for {other}: run `calibatt calibrate` for that{or_else}"
         )

@@ -31,10 +31,11 @@ from calibatt.kernels.mask import BlockMask, block_count
 from calibatt.kernels.plan import Plan
 from calibatt.methods.ahead import SitePlans, sent
 from calibatt.methods.base import Knob, Method
-from calibatt.methods.blocks import check_query_stride, text_blocks, video_queries
+from calibatt.methods.blocks import check_query_stride, text_blocks, video_blocks, video_queries
 from calibatt.methods.energy import block_energy
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
+from calibatt.methods.transfer import Blocks, transferred
 
 # densities in steps of 1/255: from 0, the first block of a row alone, to 255, all
 LEVELS = 256
@@ -105,6 +106,20 @@ class Scaling(Method):
     def learner(cls, config: ScalingConfig) -> ScalingLearner:
         """Learns the map."""
         return ScalingLearner(dense_steps=config.dense_steps, block=config.block, query_stride=config.query_stride)
+
+    @classmethod
+    def transferred_part(cls, learnt: Learnt, name: str, index: tuple[int, ...], source: Blocks, to: Blocks) -> Tensor:
+        """The map by place, and its shares; fidelity as it was.
+
+        Raises:
+            ValueError: the first steps stay dense, of which nothing was learnt.
+        """
+        if learnt.settings["dense_steps"]:
+            raise ValueError("a map that some steps are missing in cannot be transferred: learn with dense_steps=0")
+        if name == "fidelity":
+            return learnt.parts.part(name, index)
+        entered = _transferred_map(learnt.parts.part("map", index), source, to)
+        return entered if name == "map" else shares(entered)
 
     def plan(
         self,
@@ -201,6 +216,20 @@ def entry_levels(energy: Float[Tensor, "heads q_blocks k_blocks"]) -> UInt8[Tens
     of_place = -(-(LEVELS - 1) * torch.arange(1, blocks + 1, device=energy.device) // blocks)
     of_place[0] = 0
     return torch.zeros_like(order).scatter_(-1, order, of_place.expand_as(order)).to(torch.uint8)
+
+
+def _transferred_map(
+    entered: UInt8[Tensor, "heads q_blocks k_blocks"], source: Blocks, to: Blocks
+) -> UInt8[Tensor, "heads other_q_blocks other_k_blocks"]:
+    """The map for other blocks: the level from which on at least half of a block is kept; text is at level 0."""
+    (rows, columns), (to_rows, to_columns) = (
+        [video_blocks(blocks.geometry, size) for size in blocks.block] for blocks in (source, to)
+    )
+    whole = entered.new_zeros(len(entered), *(block_count(to.geometry.tokens, size) for size in to.block))
+    # the earlier a block enters, the more it counts
+    kept = transferred(LEVELS - 1 - entered[:, rows, columns], source, to, always=LEVELS - 1)
+    whole[:, to_rows, to_columns] = LEVELS - 1 - kept
+    return whole
 
 
 def fidelities(

@@ -98,7 +98,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     entry = replace(
         SHAPES, name="tiny", layers=2, heads=2, block=(16, 16), steps=1, loader=load,
-        resolutions={"small": Resolution(height=32, width=32, frames=2)},
+        resolutions={
+            "small": Resolution(height=32, width=32, frames=2), "wide": Resolution(height=32, width=48, frames=2),
+        },
     )  # fmt: skip
     monkeypatch.setattr("calibatt.models.catalogue.MODELS", {"tiny": entry})
     return loaded
@@ -158,8 +160,8 @@ def test_a_stopped_calibration_says_how_to_go_on_and_comes_to_the_same_file(
     )
     assert main(arguments("parts")) == 0
     assert "overlap the common one by" in capsys.readouterr().out
-    # the first video is not made again
-    assert shown == [10_000, 10_001, 10_001, 10_002]
+    # the first video is not made again; one is begun in the end, for the noise levels
+    assert shown == [10_000, 10_001, 10_001, 10_002, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
     whole, parts = (Calibration.load(tmp_path / name) for name in ("whole", "parts"))
     assert all(torch.equal(whole.tables[name], parts.tables[name]) for name in whole.tables)
@@ -251,6 +253,37 @@ def test_a_file_is_described_and_all_of_it_is_checked(
     out.write_bytes(content)
     assert f"{out} was changed or damaged after it was saved: the checksum of its" in _refused(
         capsys, "calibration", str(out)
+    )
+
+
+def test_a_calibration_is_transferred_and_the_file_says_from_what(
+    tiny: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from calibatt.calibration.artifact import Calibration
+
+    own, other = tmp_path / "own", tmp_path / "other"
+    size = ["--model", "tiny", "--resolution"]
+    assert main(["calibrate", *size, "small", "--count", "1", "-o", str(own)]) == 0
+    tiny.clear()
+    capsys.readouterr()
+    missing = ("transfer", str(tmp_path / "no"), *size, "wide", "-o", str(other))
+    assert "no does not exist" in _refused(capsys, *missing)
+    assert "is not a regular file" in _refused(capsys, "transfer", str(own), *size, "wide", "-o", str(tmp_path))
+    assert "unknown resolution" in _refused(capsys, "transfer", str(own), *size, "huge", "-o", str(other))
+    assert tiny == []
+    assert main(["transfer", str(own), *size, "wide", "--steps", "3", "-o", str(other)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(",")[0] for line in said] == [
+        f"{own}: 2×8×8 tokens, 2 heads × 64, 1 steps", f"{other}: 2×8×12 tokens, 2 heads × 64, 3 steps"
+    ]  # fmt: skip
+    assert Calibration.load(other, verify=True).provenance.steps == 3
+    assert main(["calibration", str(other), "--against", str(other)]) == 0
+    told = capsys.readouterr().out
+    assert "transferred from         2×8×8 tokens, 2 heads × 64, 1 steps of FlowMatch" in told
+    assert told.endswith("intersection over union of the masks: 1.000\n")
+    assert (
+        "2×8×12 tokens, 2 heads × 64, 3 steps, 2 layers, blocks [16, 16] have nothing in common with masks for 2×8×8"
+        in (_refused(capsys, "calibration", str(other), "--against", str(own)))
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from itertools import product
 
 from calibatt.bench.arms import facts, failed
 from calibatt.bench.cells import AnyArm, Arm, Cell, Workload
@@ -16,11 +15,12 @@ from calibatt.bench.options import Options, method_cells
 from calibatt.bench.record import Record, Suite
 from calibatt.bench.suites.suite import Job
 from calibatt.bench.timer import timed
+from calibatt.calibration.overlap import mask_iou
 from calibatt.kernels.base import Unsupported
 from calibatt.methods.base import Foreseen, Planner
 from calibatt.methods.call import SparseAttention
 from calibatt.methods.catalogue import build
-from calibatt.methods.learning import Learnt, settings_of
+from calibatt.methods.learning import settings_of
 
 NAME: Suite = "calibration"
 
@@ -104,21 +104,11 @@ def _dense_s(context: Context, prompts: tuple[str, ...]) -> float:
     return seconds
 
 
-def _mask_iou(context: Context, arm: Arm, method: Planner, learnt: Learnt) -> float | None:
-    """Intersection over union with the masks from all queries, over sites and heads that have both; None where none."""
-    exact, own = context.method(replace(arm, query_stride=1)), learnt.provenance
+def _from_all_queries(context: Context, arm: Arm) -> Planner:
+    """What the arm would plan by, had it looked at all queries."""
+    exact = context.method(replace(arm, query_stride=1))
     assert not isinstance(exact, Unsupported)
-    probe, common, either = context.probes[0], 0, 0
-    for step, layer in product(range(own.steps), range(own.layers)):
-        # of what is learnt offline, plans look at where their inputs lie alone
-        site = replace(probe.site, step=step, layer=layer)
-        one, other = (planner.plan(probe.q[0], probe.k[0], probe.v[0], site) for planner in (method, exact))
-        heads = sorted({*one.heads_of("masked")} & {*other.heads_of("masked")})
-        if heads and one.mask is not None and other.mask is not None:
-            first, second = (mask.of_heads(heads).keep() for mask in (one.mask, other.mask))
-            common += int((first & second).sum())
-            either += int((first | second).sum())
-    return common / either if either else None
+    return exact
 
 
 def _measured(
@@ -138,7 +128,9 @@ def _measured(
         calibration_cost_ratio=seconds / dense_s(learnt.provenance.prompts),
         # of masks, where the method's learner takes a vote on them
         mask_agreement=agreement,
-        mask_iou=None if arm.query_stride == 1 else _mask_iou(context, arm, method, learnt),
+        mask_iou=None
+        if arm.query_stride == 1
+        else mask_iou(method, _from_all_queries(context, arm), learnt.provenance),
         plan_memory_bytes=learnt.nbytes(),
         density=method.mean_density() if isinstance(method, Foreseen) else None,
     )

@@ -33,6 +33,7 @@ from calibatt.methods.budget.spending import Cut, alike_rows, tallies
 from calibatt.methods.facts import read_settings
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
+from calibatt.methods.transfer import Blocks, transferred_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +152,12 @@ class Budget(Method):
             raise ValueError("a factor is not above 0, or not finite")
         if name == "levels" and not bool((part == ALWAYS).any(-1).all()):
             raise ValueError("a row has no block that is always computed")
+
+    @classmethod
+    def transferred_part(cls, learnt: Learnt, name: str, index: tuple[int, ...], source: Blocks, to: Blocks) -> Tensor:
+        """Levels by place; how far an error moves the video, as it was at the step of that noise."""
+        part = learnt.parts.part(name, index)
+        return transferred_table(part, source, to, always=ALWAYS) if name == "levels" else part
 
     @classmethod
     def trials(cls, learnt: Learnt) -> Trials | None:

@@ -13,16 +13,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.mask import block_count, packed, row_bytes
+from calibatt.kernels.mask import block_count, packed, row_bytes, unpacked
 from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Fit, Knob, Method
 from calibatt.methods.calibatt.learner import OUTPUT_ERRORS, CalibAttLearner, MassLearner
+from calibatt.methods.calibatt.levels import MOST_LEVEL
 from calibatt.methods.calibatt.plans import Plans
 from calibatt.methods.calibatt.schedule import Schedule
 from calibatt.methods.calibatt.sharing import SharedTables
 from calibatt.methods.facts import read_settings
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
+from calibatt.methods.transfer import Blocks, transferred_table
 
 # The numbers that the paper fits. Its values lie well inside: masses of 0.76 to 0.99, decays of 5.6 and 16, ρ = 0.5,
 # γ = 0.87. ρ next to 0 is any prompt; a similarity of 1 has nobody, and nobody would call one of 0.5 alike.
@@ -128,6 +130,24 @@ class CalibAtt(Method):
         """With fewer masks, where steps are to share them."""
         share = read_settings(CalibAttLearner, learnt.settings).share
         return None if share is None else SharedTables(learnt, share)
+
+    @classmethod
+    def transferred_part(cls, learnt: Learnt, name: str, index: tuple[int, ...], source: Blocks, to: Blocks) -> Tensor:
+        """Masks and levels by place; what is known of whole heads as it is.
+
+        Anchor rows follow from the size where plans are made.
+        """
+        part = learnt.parts.part(name, index)
+        if name == "levels":
+            # a row without any has what it needs most (`keep_at`)
+            return transferred_table(part, source, to, always=MOST_LEVEL, one_a_row=False)
+        if name != "bits":
+            return part
+        # of a row that steps share: the mask of one head
+        masks = part.view(-1, *part.shape[-2:])
+        keep = unpacked(masks, block_count(source.geometry.video_tokens, source.block[1])).to(torch.uint8)
+        bits = packed(transferred_table(keep, source, to, always=1) > 0)
+        return bits.view(*part.shape[:-2], *bits.shape[1:])
 
     @classmethod
     def fit(cls, config: CalibAttConfig, geometry: Geometry, steps: int) -> Fit:

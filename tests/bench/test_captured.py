@@ -80,4 +80,6 @@ def test_all_its_calls_are_probes_and_there_is_no_video(folder: Path) -> None:
     assert {probe.q.dtype for probe in probes} == {torch.bfloat16}
     assert videos.inputs == "captured from shapes, 2 calls"
     with pytest.raises(ValueError, match="no whole videos"):
+        videos.sigmas("a")
+    with pytest.raises(ValueError, match="no whole videos"):
         videos.show(SparseAttention(build("dense"), KERNELS["sdpa-math"]), prompts=("a",), seed=0)

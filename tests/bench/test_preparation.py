@@ -51,6 +51,9 @@ class Toy:
     def origin(self) -> Origin:
         return Origin(model="toy", weights="ab", scheduler="Euler")
 
+    def sigmas(self, prompt: str) -> tuple[float, ...]:
+        return (1.0,)
+
     def show(
         self,
         attention: Attention,

@@ -60,6 +60,9 @@ class TwoLayers:
     def origin(self) -> Origin:
         return Origin(model="small", weights="ab", scheduler="flow")
 
+    def sigmas(self, prompt: str) -> tuple[float, ...]:
+        return (1.0,)
+
     def show(
         self,
         attention: Attention,

@@ -62,6 +62,9 @@ class HandMade:
         self.asked.append("origin")
         return Origin(model="toy", weights=self.weights, scheduler="Euler")
 
+    def sigmas(self, prompt: str) -> tuple[float, ...]:
+        return tuple(1 - step / self.steps for step in range(self.steps))
+
     def show(
         self,
         attention: Attention,

@@ -54,6 +54,26 @@ def test_dense_videos_are_videos(pipe: Any) -> None:
     assert isinstance(DenseVideos(TINY, pipe, resolution="small"), Videos)
 
 
+def test_noise_levels_are_those_of_the_calls_and_no_layer_is_computed_for_them(pipe: Any) -> None:
+    seen: dict[int, float] = {}
+
+    class Watch:
+        """Keeps the noise level of each step."""
+
+        def saw(self, call: Call) -> None:
+            seen[call.site.step] = call.site.sigma
+
+    videos = DenseVideos(TINY, pipe, resolution="small", steps=5)
+    finished: list[Any] = []
+    handle = pipe.transformer.blocks[0].register_forward_hook(lambda *_: finished.append(1))
+    levels = videos.sigmas(PROMPTS[0])
+    assert finished == []
+    handle.remove()
+    videos.show(SparseAttention(build("dense"), SDPA, observers=[Watch()]), prompts=PROMPTS[:1], seed=5)
+    assert levels == tuple(seen[step] for step in range(5))
+    assert levels[0] == 1
+
+
 def test_the_masks_are_those_of_the_pipelines_own_attention(pipe: Any, learn: Callable[..., Calibration]) -> None:
     made = learn(pipe)
     assert made.provenance.origin == origin_of(pipe, "tiny")

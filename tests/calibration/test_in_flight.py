@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from calibatt.calibration import collect
-from calibatt.calibration.transfer import InFlight, joined, parted
+from calibatt.calibration.in_flight import InFlight, joined, parted
 
 Made = Callable[..., Any]
 
