@@ -136,4 +136,5 @@ def _deviations_of_head(
     )
     # where tokens are filled in values are zeros, whatever their centred keys
     moments = (keys - means[among, None]).mT @ values
-    return torch.linalg.matrix_norm(moments - moments.mean(0))
+    apart: Tensor = torch.linalg.matrix_norm(moments - moments.mean(0))
+    return apart
