@@ -409,7 +409,8 @@ def add_options(add: Callable[..., object]) -> None:
     for one in fields(Options):
         default = one.metadata["default"]
         shown = "" if default is None else "; default: %(default)s"
-        add(flag(one.name), default=default, help=one.metadata["help"] + shown)
+        # to argparse, a percent sign begins a name of its own
+        add(flag(one.name), default=default, help=one.metadata["help"].replace("%", "%%") + shown)
 
 
 def method_cells(options: Options) -> list[Cell]:

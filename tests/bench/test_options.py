@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -273,6 +273,16 @@ def test_every_option_is_declared_with_its_default() -> None:
     assert len(declared) == len(fields(Options))
     # what is declared can be read
     Options.read(given())
+
+
+def test_the_help_of_every_option_can_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    # so wide that no line is broken at a hyphen
+    monkeypatch.setenv("COLUMNS", "2000")
+    parser = ArgumentParser()
+    add_options(parser.add_argument)
+    shown = " ".join(parser.format_help().split())
+    for one in fields(Options):
+        assert " ".join(one.metadata["help"].split()) in shown
 
 
 @pytest.mark.parametrize(
