@@ -126,10 +126,13 @@ def _share(seconds: float, before: Load, after: Load) -> float:
 
 def _clock_mhz() -> float | None:
     """Of the CPUs on average; None where the system does not tell."""
+    # psutil has no such function on some systems
+    if not hasattr(psutil, "cpu_freq"):
+        return None
     try:
         frequency = psutil.cpu_freq()
-    # psutil has no such function on some systems, and raises where there is no file of frequencies
-    except (AttributeError, NotImplementedError, OSError):
+    # and raises where there is no file of frequencies
+    except (NotImplementedError, OSError):
         return None
     return float(frequency.current) or None if frequency else None
 

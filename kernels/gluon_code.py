@@ -439,7 +439,7 @@ def _fill(c, tensor, where, buffers, full, step, steps):
 
 @gluon.jit
 def _fill_either(c, tensor, of_means, batch, head, listed, masked, buffers, full, step, means, steps):
-    """The same where the step may be one of those of means, which come before the list, last tile first."""
+    """The same where the step may be one of those of means, which come before those of the list."""
     real = gl.to_tensor(True)
     if c.REMAINDER:
         real = step >= means

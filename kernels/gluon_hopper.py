@@ -45,7 +45,7 @@ _PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 24, 240
 class Gluon(FusedKernel):
     """For Hopper: tiles of queries are computed head by head, those with the longest lists of a head first.
 
-    Where a plan has a remainder, means of key blocks are made in a launch before, and walked like keys after the kept
+    Where a plan has a remainder, means of key blocks are made in a launch before, and walked like keys before the kept
     ones.
     """
 
