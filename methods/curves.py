@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Int, Int32
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
+from calibatt.kernels.plan import TokenOrder
 from calibatt.methods.blocks import with_text
 
 Curve = Literal["frame", "video", "morton"]
@@ -32,6 +34,12 @@ def curve_order(geometry: Geometry, curve: Curve) -> Int32[Tensor, "1 tokens"]:
         within, last = hilbert_index(cells[1:], bits), 4**bits - 1
         along = frame * 4**bits + torch.where(frame % 2 == 0, within, last - within)
     return with_text(geometry, along.argsort())
+
+
+@functools.lru_cache(maxsize=4)
+def along_curve(geometry: Geometry, curve: Curve, device: torch.device) -> TokenOrder:
+    """All heads' queries and keys along a curve, as `curve_order` has them; found once for a size and device."""
+    return TokenOrder.of_all(curve_order(geometry, curve).to(device))
 
 
 def hilbert_index(cells: Int[Tensor, "axes cells"], bits: int) -> Int[Tensor, "cells"]:

@@ -17,15 +17,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.kernels.plan import Plan, TokenOrder
+from calibatt.kernels.plan import Plan
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.blocks import mask_beside_text, pooled, video_blocks
-from calibatt.methods.curves import curve_order
+from calibatt.methods.curves import along_curve
 from calibatt.methods.energy import block_mass
 from calibatt.methods.kept import Keeper, check_searches, outdated, searches_so_far
 from calibatt.methods.selection import top_k
@@ -95,7 +94,6 @@ class Dfs(Method):
 
     def __init__(self, config: DfsConfig) -> None:
         super().__init__(config)
-        self._orders: dict[tuple[Geometry, torch.device], TokenOrder] = {}
         self._masks: Keeper[Plan] = Keeper()
 
     def plan(
@@ -131,7 +129,7 @@ class Dfs(Method):
         density: float,
     ) -> Plan:
         """The blocks of each row that hold the most attention between parts, so many of those without text."""
-        order = self._order(geometry, q.device)
+        order = along_curve(geometry, "video", q.device)
         places, part = order.queries[0].long(), self.config.part
         block_q, block_k = (size // part for size in self.config.block)
         # text has its share of the softmax
@@ -141,9 +139,3 @@ class Dfs(Method):
         count = int(min(1.0, self.config.scale * density) * among.shape[-1])
         mask = mask_beside_text(top_k(among, count), geometry, self.config.block)
         return Plan.masked(mask, geometry.heads, order=order)
-
-    def _order(self, geometry: Geometry, device: torch.device) -> TokenOrder:
-        key = (geometry, device)
-        if key not in self._orders:
-            self._orders[key] = TokenOrder.of_all(curve_order(geometry, "video").to(device))
-        return self._orders[key]

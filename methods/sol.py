@@ -22,12 +22,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import block_count
-from calibatt.kernels.plan import Plan, Remainder, TokenOrder
+from calibatt.kernels.plan import Plan, Remainder
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.blocks import block_ends, mask_beside_text, pooled, video_blocks
-from calibatt.methods.curves import curve_order
+from calibatt.methods.curves import along_curve
 from calibatt.methods.site import Site
 
 
@@ -89,10 +88,6 @@ class Sol(Method):
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({"dense_steps": 0.0, "dense_layers": 0})
     remainder: ClassVar[Remainder] = "zeroth"
 
-    def __init__(self, config: SolConfig) -> None:
-        super().__init__(config)
-        self._orders: dict[tuple[Geometry, torch.device], TokenOrder] = {}
-
     def plan(
         self,
         q: Float[Tensor, "heads tokens head_dim"],
@@ -107,7 +102,7 @@ class Sol(Method):
         config, geometry = self.config, site.geometry
         if site.in_warmup(config.dense_steps) or site.layer < config.dense_layers:
             return Plan.dense(geometry)
-        order = self._order(geometry, q.device)
+        order = None if config.curve is None else along_curve(geometry, config.curve, q.device)
         if order is not None:
             q, k = q[:, order.queries[0].long()], k[:, order.keys[0].long()]
         rows, columns = (video_blocks(geometry, size) for size in config.block)
@@ -116,12 +111,6 @@ class Sol(Method):
         chosen = above(q_means, k_means, config.beta, config.spread) | near
         mask = mask_beside_text(chosen, geometry, config.block)
         return replace(Plan.masked(mask, geometry.heads, order=order), remainder=self.remainder)
-
-    def _order(self, geometry: Geometry, device: torch.device) -> TokenOrder | None:
-        key = (geometry, device)
-        if self.config.curve is not None and key not in self._orders:
-            self._orders[key] = TokenOrder.of_all(curve_order(geometry, self.config.curve).to(device))
-        return self._orders.get(key)
 
 
 def above(
