@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from calibatt.calibration.artifact import Calibration
@@ -31,12 +32,23 @@ from calibatt.calibration.videos import DenseVideos, Videos
 from calibatt.kernels.base import Attender
 from calibatt.kernels.catalogue import DEFAULT
 from calibatt.kernels.mask import block_count
+from calibatt.kernels.plan import Plan
+from calibatt.kernels.weighed import attend_and_weigh, takes_weighed
 from calibatt.methods.base import Trials
 from calibatt.methods.call import Call, SparseAttention
 from calibatt.methods.catalogue import METHODS, build, learns_from
 from calibatt.methods.catalogue import learner as learner_of
 from calibatt.methods.facts import one_line
-from calibatt.methods.learning import Learner, Origin, Provenance, Seen, TogetherLearner, at_every_site, settings_of
+from calibatt.methods.learning import (
+    Learner,
+    Origin,
+    Provenance,
+    Seen,
+    TogetherLearner,
+    WeighingLearner,
+    at_every_site,
+    settings_of,
+)
 from calibatt.methods.site import Site
 from calibatt.models.entry import ModelEntry
 
@@ -229,7 +241,7 @@ class Run:
 
         Args:
             units: of this run.
-            kernel: computes the dense attention.
+            kernel: computes the dense attention, but where a Hopper sums on the way what is noted (`attend_and_weigh`).
             rank, world: of `world` processes, that number `rank` takes units rank, rank + world, …
             progress: whether to show a progress bar over prompts × steps on stderr.
 
@@ -380,7 +392,7 @@ class Run:
         self, group: range, unit: UnitWriter, kernel: Attender, bar: Any, check_room: Callable[[Any], None]
     ) -> None:
         watcher = _Watcher(self.learner, self.videos, group, unit, check_room)
-        attention = SparseAttention(build("dense"), kernel, observers=(watcher,))
+        attention = _Watched(kernel, watcher)
         start = time.perf_counter()
         try:
             self.videos.show(
@@ -430,6 +442,56 @@ def notes_in(folder: Path | None) -> Iterator[Path]:
         yield Path(temporary)
 
 
+class _Watched:
+    """Dense attention whose calls a watcher sees.
+
+    Args:
+        kernel: computes it, but where the mass of blocks is asked for and can be summed on the way.
+        watcher: told of every call.
+    """
+
+    def __init__(self, kernel: Attender, watcher: _Watcher) -> None:
+        self._kernel = kernel
+        self._watcher = watcher
+
+    def start_video(self) -> None:
+        """Nothing is kept from call to call."""
+
+    def __call__(
+        self,
+        q: Float[Tensor, "1 heads tokens head_dim"],
+        k: Float[Tensor, "1 heads tokens head_dim"],
+        v: Float[Tensor, "1 heads tokens head_dim"],
+        site: Site,
+    ) -> Float[Tensor, "1 heads tokens head_dim"]:
+        """Compute, and tell."""
+        plan = Plan.dense(site.geometry)
+        weighed = _weighed(q, k, v, self._watcher.weighed(site))
+        out, mass = (self._kernel.attend(q, k, v, plan), None) if weighed is None else weighed
+        self._watcher.saw(Call(site=site, q=q, k=k, v=v, plan=plan, out=out), mass)
+        return out
+
+
+def _weighed(q: Tensor, k: Tensor, v: Tensor, block: tuple[int, int] | None) -> tuple[Tensor, Tensor] | None:
+    """Outputs and mass where a block is given and both can be had at once."""
+    return attend_and_weigh(q, k, v, block=block) if block is not None and takes_weighed(q, block) else None
+
+
+def rehearse(learner: Learner, q: Tensor, k: Tensor, v: Tensor, site: Site) -> None:
+    """Note a call in vain, as that of a first and as that of a later prompt, so that the code for it is compiled.
+
+    Args:
+        learner: that notes.
+        q, k, v: what attention sees, [1, heads, tokens, head_dim].
+        site: where.
+    """
+    learner.note(q[0], k[0], v[0], site, 0)
+    if isinstance(learner, WeighingLearner):
+        weighed = _weighed(q, k, v, learner.weighed(site, 1))
+        if weighed is not None:
+            learner.note_weighed(weighed[1], q[0], k[0], v[0], site, 1)
+
+
 class _Watcher:
     """Has a learner note the conditional calls of some videos that are made side by side, each site once.
 
@@ -452,8 +514,18 @@ class _Watcher:
         self._clock = _Clock()
         self._room_unknown = True
 
-    def saw(self, call: Call) -> None:
+    def weighed(self, site: Site) -> tuple[int, int] | None:
+        """Blocks whose mass the learner can do with, of a call that is to be noted by itself."""
+        if site.branch != "cond" or len(self._group) > 1 or not isinstance(self._learner, WeighingLearner):
+            return None
+        return self._learner.weighed(site, self._group.start)
+
+    def saw(self, call: Call, mass: Tensor | None) -> None:
         """Note the call, or keep it until all videos' are there.
+
+        Args:
+            call: that is over.
+            mass: of the blocks that `weighed` gave, where it was summed.
 
         Raises:
             ValueError: it is of another geometry or number of steps or layers than was announced, comes a second time,
@@ -475,7 +547,7 @@ class _Watcher:
             self._calls.append((call.q[0], call.k[0], call.v[0], site))
             self._finite.append(call.out.isfinite().all())
             if len(self._calls) == len(self._group):
-                notes = self._notes()
+                notes = self._notes(mass)
                 tensors = InFlight([torch.stack(self._finite), *notes.values()])
                 self._sent.append(_Sent(site=site, names=tuple(notes), tensors=tensors, dtype=call.q.dtype))
                 self._seen.add((site.step, site.layer))
@@ -516,10 +588,12 @@ class _Watcher:
             self._room_unknown = False
         self._unit.put(sent.site.step * sent.site.layers + sent.site.layer, notes)
 
-    def _notes(self) -> Mapping[str, Tensor]:
+    def _notes(self, mass: Tensor | None) -> Mapping[str, Tensor]:
         if isinstance(self._learner, TogetherLearner):
             return self._learner.note_together(self._calls)
         ((q, k, v, site),) = self._calls
+        if mass is not None and isinstance(self._learner, WeighingLearner):
+            return self._learner.note_weighed(mass, q, k, v, site, self._group.start)
         return self._learner.note(q, k, v, site, self._group.start)
 
     def _check_complete(self) -> None:

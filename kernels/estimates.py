@@ -150,10 +150,10 @@ def block_mass(
     tma = has_tma(q, k)
     sums = q.new_empty(heads, queries, dtype=torch.float32)
     given = sums if lse is None else lse.contiguous()
-    blocks = _Blocks(places, tokens, block, group, q.device)
+    blocks = BlockSums(places, tokens, block, group, q.device)
     mass = q.new_empty(heads, *blocks.counts, dtype=torch.float32)
     logsums = blocks.logsums(heads, queries)
-    for some in _parts(heads, len(logsums)):
+    for some in heads_at_once(heads, len(logsums)):
         some_q, some_k = q[some], k[some]
         if tma:
             some_q, some_k = descriptor(some_q, shape.rows, step), descriptor(some_k, shape.columns, step)
@@ -198,10 +198,10 @@ def block_mass_and_cosines(
     group = tile_of(block[1], shape.columns)
     bands = _bands(tuple(nearest_anchor), q.device)
     sums, cosine = q.new_empty(2, heads, queries, dtype=torch.float32)
-    blocks = _Blocks(places, tokens, block, group, q.device)
+    blocks = BlockSums(places, tokens, block, group, q.device)
     mass = q.new_empty(heads, *blocks.counts, dtype=torch.float32)
     logsums = blocks.logsums(heads, queries)
-    for some in _parts(heads, len(logsums)):
+    for some in heads_at_once(heads, len(logsums)):
         launch = (block_count(frames * columns, shape.rows), len(bands), len(sums[some]))
         estimate_code.logsums_and_cosines[launch](
             q[some], k[some], bands, logsums, sums[some], cosine[some], math.log2(math.e) / math.sqrt(head_dim),
@@ -213,7 +213,7 @@ def block_mass_and_cosines(
     return mass, cosine
 
 
-class _Blocks:
+class BlockSums:
     """The second pass of `block_mass`: sums over blocks, of log-sum-exps of groups of keys.
 
     Args:
@@ -263,7 +263,8 @@ class _Blocks:
         )  # fmt: skip
 
 
-def _parts(heads: int, at_once: int) -> list[slice]:
+def heads_at_once(heads: int, at_once: int) -> list[slice]:
+    """Heads in parts of so many."""
     return [slice(first, first + at_once) for first in range(0, heads, at_once)]
 
 

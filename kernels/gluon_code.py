@@ -44,6 +44,7 @@ class Call:
     v_means: tma.tensor_descriptor
     out: tma.tensor_descriptor
     lse: gl.tensor
+    logsums: gl.tensor
     indices: gl.tensor
     counts: gl.tensor
     kinds: gl.tensor
@@ -81,6 +82,7 @@ class Call:
     STAGES: gl.constexpr
     REUSE: gl.constexpr
     WITH_LSE: gl.constexpr
+    WITH_LOGSUMS: gl.constexpr
     Q_REGISTERS: gl.constexpr
     SHARED_OUT: gl.constexpr
     REMAINDER: gl.constexpr
@@ -92,13 +94,14 @@ class Call:
 
     @gluon.constexpr_function
     def __init__(
-        self, q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, bonuses,
+        self, q, k, v, k_means, v_means, out, lse, logsums, indices, counts, kinds, computed, served, work, bonuses,
         parts_mean, parts_most, parts_total, q_pointer, out_pointer, scale, tokens, mask_step, whole, shares, tiles,
         served_most, q_blocks, k_blocks, heads, computed_count, q_batch, q_head, q_token, out_batch, out_head,
         out_token,
-        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, WARPGROUPS, STAGES, REUSE, WITH_LSE, Q_REGISTERS, SHARED_OUT, REMAINDER,
+        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, WARPGROUPS, STAGES, REUSE, WITH_LSE, WITH_LOGSUMS, Q_REGISTERS,
+        SHARED_OUT, REMAINDER,
     ):  # fmt: skip
-        self.q, self.k, self.v, self.out, self.lse = q, k, v, out, lse
+        self.q, self.k, self.v, self.out, self.lse, self.logsums = q, k, v, out, lse, logsums
         self.k_means, self.v_means, self.bonuses, self.mask_step = k_means, v_means, bonuses, mask_step
         self.indices, self.counts, self.kinds, self.computed, self.served = indices, counts, kinds, computed, served
         self.work, self.parts_mean, self.parts_most, self.parts_total = work, parts_mean, parts_most, parts_total
@@ -112,6 +115,7 @@ class Call:
         self.TILE_K, self.HEAD_DIM = gl.constexpr(TILE_K), gl.constexpr(HEAD_DIM)
         self.WARPGROUPS, self.STAGES = gl.constexpr(WARPGROUPS), gl.constexpr(STAGES)
         self.REUSE, self.WITH_LSE = gl.constexpr(REUSE), gl.constexpr(WITH_LSE)
+        self.WITH_LOGSUMS = gl.constexpr(WITH_LOGSUMS)
         self.Q_REGISTERS, self.SHARED_OUT = gl.constexpr(Q_REGISTERS), gl.constexpr(SHARED_OUT)
         self.REMAINDER = gl.constexpr(REMAINDER)
         scores = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 16])
@@ -123,14 +127,14 @@ class Call:
 
 @gluon.jit
 def attend(
-    q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, bonuses, parts_mean,
+    q, k, v, k_means, v_means, out, lse, logsums, indices, counts, kinds, computed, served, work, bonuses, parts_mean,
     parts_most, parts_total, counter, q_pointer, out_pointer, scale, tokens, mask_step, whole, shares, items,
     tiles, served_most, q_blocks, k_blocks, heads, computed_count, q_batch, q_head, q_token, out_batch, out_head,
     out_token,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, HEAD_DIM: gl.constexpr,
     WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, REUSE: gl.constexpr, WITH_LSE: gl.constexpr,
-    Q_REGISTERS: gl.constexpr, SHARED_OUT: gl.constexpr, REMAINDER: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr,
+    WITH_LOGSUMS: gl.constexpr, Q_REGISTERS: gl.constexpr, SHARED_OUT: gl.constexpr, REMAINDER: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Take one tile of queries after the other until none is left; of the last ones a share of their keys."""
     queries = gl.allocate_shared_memory(q.dtype, [WARPGROUPS, 1, 1, _ROWS, HEAD_DIM], q.layout)
@@ -150,14 +154,15 @@ def attend(
 
     # integers as tensors: Triton makes constants of those that are 1, and workers take none
     c = Call(
-        q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, bonuses,
+        q, k, v, k_means, v_means, out, lse, logsums, indices, counts, kinds, computed, served, work, bonuses,
         parts_mean, parts_most, parts_total, q_pointer, out_pointer, gl.to_tensor(scale), gl.to_tensor(tokens),
         gl.to_tensor(mask_step), gl.to_tensor(whole),
         gl.to_tensor(shares), gl.to_tensor(tiles), gl.to_tensor(served_most), gl.to_tensor(q_blocks),
         gl.to_tensor(k_blocks), gl.to_tensor(heads), gl.to_tensor(computed_count), gl.to_tensor(q_batch),
         gl.to_tensor(q_head), gl.to_tensor(q_token), gl.to_tensor(out_batch), gl.to_tensor(out_head),
         gl.to_tensor(out_token),
-        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, WARPGROUPS, STAGES, REUSE, WITH_LSE, Q_REGISTERS, SHARED_OUT, REMAINDER,
+        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, WARPGROUPS, STAGES, REUSE, WITH_LSE, WITH_LOGSUMS, Q_REGISTERS,
+        SHARED_OUT, REMAINDER,
     )  # fmt: skip
     full = (q_full, k_full, v_full, picked_full)
     empty = (q_empty, k_empty, v_empty, picked_empty)
@@ -258,7 +263,7 @@ def _consume(c, queries, keys, values, picked, full, empty, outputs, ME: gl.cons
             item = _item_at(c, handed) if c.SHARED_OUT else handed
             tile, head, batch, kind, listed, masked, count = _item(c, item)
             n, start = _last_tile(c, listed, count, masked)
-            _, n, start = _share(c, handed, n, start, listed, masked)
+            first, n, start = _share(c, handed, n, start, listed, masked)
             row = (tile * c.WARPGROUPS + ME) * _ROWS
             mbarrier.wait(q_full.index(0), turn & 1)
             if c.REUSE:
@@ -293,6 +298,7 @@ def _consume(c, queries, keys, values, picked, full, empty, outputs, ME: gl.cons
                 # only this tile, the first one, can reach past the last token
                 s = gl.where(_real_keys(c, start)[None, :], s, float("-inf"))
                 most, total, shrink, w = _weigh(s, most, total, c.scale)
+                _keep_logsums(c, w, most, first + n - 1, row, batch, head)
                 if c.REMAINDER:
                     mean = mean * _of_outputs(c, shrink)[:, None]
                 p = _rounded(c, w)
@@ -311,6 +317,7 @@ def _consume(c, queries, keys, values, picked, full, empty, outputs, ME: gl.cons
                     s = warpgroup_mma_wait(1, deps=(s_next,))
                     mbarrier.arrive(k_empty.index(stage), count=1)
                     most, total, shrink, w = _weigh(s, most, total, c.scale)
+                    _keep_logsums(c, w, most, first + n - 1 - i, row, batch, head)
                     total = _done_before(total)
                     mean = warpgroup_mma_wait(0, deps=(mean_next,))
                     mbarrier.arrive(v_empty.index(before), count=1)
@@ -333,12 +340,12 @@ def _consume(c, queries, keys, values, picked, full, empty, outputs, ME: gl.cons
 
 @gluon.jit
 def attend_alone(
-    q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, bonuses, q_pointer,
+    q, k, v, k_means, v_means, out, lse, logsums, indices, counts, kinds, computed, served, work, bonuses, q_pointer,
     out_pointer, scale, tokens, mask_step, tiles, served_most, q_blocks, k_blocks, heads, computed_count,
     q_batch, q_head, q_token, out_batch, out_head, out_token,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE_K: gl.constexpr, HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr, REUSE: gl.constexpr, WITH_LSE: gl.constexpr, Q_REGISTERS: gl.constexpr,
-    REMAINDER: gl.constexpr,
+    STAGES: gl.constexpr, REUSE: gl.constexpr, WITH_LSE: gl.constexpr, WITH_LOGSUMS: gl.constexpr,
+    Q_REGISTERS: gl.constexpr, REMAINDER: gl.constexpr,
 ):  # fmt: skip
     """One tile of 64 queries."""
     buffer = gl.allocate_shared_memory(q.dtype, [1, 1, _ROWS, HEAD_DIM], q.layout)
@@ -350,13 +357,13 @@ def attend_alone(
     fence_async_shared()
     # nothing is shared out here: the numbers and tensors for that stand for nothing
     c = Call(
-        q, k, v, k_means, v_means, out, lse, indices, counts, kinds, computed, served, work, bonuses, work, work,
-        work, q_pointer, out_pointer, gl.to_tensor(scale), gl.to_tensor(tokens), gl.to_tensor(mask_step),
+        q, k, v, k_means, v_means, out, lse, logsums, indices, counts, kinds, computed, served, work, bonuses, work,
+        work, work, q_pointer, out_pointer, gl.to_tensor(scale), gl.to_tensor(tokens), gl.to_tensor(mask_step),
         gl.to_tensor(0), gl.to_tensor(1), gl.to_tensor(tiles), gl.to_tensor(served_most), gl.to_tensor(q_blocks),
         gl.to_tensor(k_blocks), gl.to_tensor(heads), gl.to_tensor(computed_count), gl.to_tensor(q_batch),
         gl.to_tensor(q_head), gl.to_tensor(q_token), gl.to_tensor(out_batch), gl.to_tensor(out_head),
         gl.to_tensor(out_token),
-        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, 1, STAGES, REUSE, WITH_LSE, Q_REGISTERS, False, REMAINDER,
+        BLOCK_Q, BLOCK_K, TILE_K, HEAD_DIM, 1, STAGES, REUSE, WITH_LSE, WITH_LOGSUMS, Q_REGISTERS, False, REMAINDER,
     )  # fmt: skip
 
     tile, head, batch, kind, listed, masked, count = _item(c, gl.load(work + gl.program_id(0)))
@@ -399,6 +406,7 @@ def attend_alone(
         _fill(c, k, [batch, head, coming, 0], keys, k_full, means + STAGES, steps)
         s = gl.where(_real_keys(c, start)[None, :], s, float("-inf"))
         most, total, shrink, w = _weigh(s, most, total, c.scale)
+        _keep_logsums(c, w, most, n - 1, row, batch, head)
         if REMAINDER:
             mean = mean * _of_outputs(c, shrink)[:, None]
         p = _rounded(c, w)
@@ -414,6 +422,7 @@ def attend_alone(
             _meet()
             _fill(c, k, [batch, head, following, 0], keys, k_full, i + STAGES, steps)
             most, total, shrink, w = _weigh(s, most, total, c.scale)
+            _keep_logsums(c, w, most, steps - 1 - i, row, batch, head)
             total = _done_before(total)
             mean = warpgroup_mma_wait(0, deps=(mean_next,))
             _meet()
@@ -599,6 +608,26 @@ def _weigh(s, most, total, scale):
     shrink = gl.exp2(most * scale - shift)
     total = total * gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout))[:, None] + _sums(weights)
     return new_most, total, shrink, weights
+
+
+@gluon.jit
+def _keep_logsums(c, weights, most, tile, row, batch, head):
+    """Store the log-sum-exps of scores with the keys of a tile, of a head without a list: in powers of two.
+
+    A tile so far below a query's largest score that its sum is 0 has no weight in all of the attention either.
+    """
+    if c.WITH_LOGSUMS:
+        sums = _of_outputs(c, gl.sum(_sums(weights), 1))
+        place = row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, c.OUTPUTS))
+        tiles = (c.tokens + c.TILE_K - 1) // c.TILE_K
+        here = c.logsums + ((batch * c.heads + head) * tiles + tile).to(gl.int64) * c.tokens
+        gl.store(here + place, _of_outputs(c, most) * c.scale + _log2(sums), mask=place < c.tokens)
+
+
+@gluon.jit
+def _log2(x):
+    """By the hardware, to 2⁻²² of the result's range (PTX: lg2.approx); Triton's takes 35 instructions."""
+    return gl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit

@@ -12,7 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Int, Int32
+from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 from calibatt.kernels.base import Task, Unsupported, dtype_name, triton_only, variable_refusal
@@ -25,8 +25,8 @@ from calibatt.kernels.tiles import tensor_map_fits
 # queries of a warpgroup: the rows of one wgmma
 _ROWS = 64
 _WARPS = 4
-# the most keys of a tile
-_MOST_KEYS = 128
+# the most keys of a tile, and those of one where a plan has no mask
+_MOST_KEYS = GROUP = 128
 # the fewest tiles of keys in a share: to begin and end a tile of queries costs two or three of them (docs/kernels.md)
 _LEAST_SHARE = 8
 # queries that `triton_code.merge` puts together at a time
@@ -81,6 +81,23 @@ class Gluon(FusedKernel):
         kinds: tuple[HeadKind, ...] = tuple("reused" if kind == "reused" else "dense" for kind in plan.kinds)
         self._launch(q, k, v, out, None, Plan(tokens=plan.tokens, kinds=kinds, reuse=plan.reuse), only="reused")
 
+    def attend_with_logsums(
+        self,
+        q: Float[Tensor, "1 heads tokens head_dim"],
+        k: Float[Tensor, "1 heads tokens head_dim"],
+        v: Float[Tensor, "1 heads tokens head_dim"],
+        out: Float[Tensor, "1 heads tokens head_dim"],
+        lse: Float[Tensor, "1 heads tokens"],
+        logsums: Float[Tensor, "heads groups tokens"],
+    ) -> None:
+        """Dense attention, and the log-sum-exp of each query's scores with each `GROUP` of keys.
+
+        Args:
+            q, k, v: with channels side by side.
+            out, lse, logsums: written to, the latter two in fp32; those of groups in powers of two.
+        """
+        self._launch(q, k, v, out, lse, Plan(tokens=q.shape[2], kinds=("dense",) * q.shape[1]), logsums=logsums)
+
     def _launch(
         self,
         q: Tensor,
@@ -91,6 +108,7 @@ class Gluon(FusedKernel):
         plan: Plan,
         *,
         only: HeadKind | None = None,
+        logsums: Tensor | None = None,
     ) -> None:
         from calibatt.kernels import gluon_code, triton_code
 
@@ -108,8 +126,8 @@ class Gluon(FusedKernel):
         bonuses = bonuses_of_blocks(plan, scale, shape.tile_k) if plan.remainder != "none" else work
         tensors = (
             _descriptor(q, _ROWS), *(_descriptor(x, shape.tile_k) for x in (k, v, k_means, v_means)),
-            _descriptor(out, _ROWS), q if lse is None else lse, given.indices, given.counts, given.kinds,
-            given.computed, given.served, work, bonuses,
+            _descriptor(out, _ROWS), q if lse is None else lse, q if logsums is None else logsums, given.indices,
+            given.counts, given.kinds, given.computed, given.served, work, bonuses,
         )  # fmt: skip
         reuse, with_lse = plan.reuse is not None, lse is not None
         mask_step = int(plan.mask is not None and plan.mask.heads > 1)
@@ -120,7 +138,8 @@ class Gluon(FusedKernel):
         constants = {
             "BLOCK_Q": given.block_q, "BLOCK_K": given.block_k, "TILE_K": shape.tile_k, "HEAD_DIM": head_dim,
             "STAGES": shape.stages, "Q_REGISTERS": shape.q_registers, "REUSE": reuse, "WITH_LSE": with_lse,
-            "REMAINDER": plan.remainder != "none", "num_warps": _WARPS, "maxnreg": shape.registers,
+            "WITH_LOGSUMS": logsums is not None, "REMAINDER": plan.remainder != "none", "num_warps": _WARPS,
+            "maxnreg": shape.registers,
         }  # fmt: skip
         if shape.alone:
             gluon_code.attend_alone[(len(work),)](*tensors, q, out, scale, tokens, mask_step, *sizes, **constants)

@@ -135,6 +135,32 @@ class TogetherLearner(Learner, Protocol):
         ...
 
 
+@runtime_checkable
+class WeighingLearner(Learner, Protocol):
+    """A learner that notes some calls by the mass of their blocks, which attention can sum while it is computed."""
+
+    def weighed(self, site: Site, prompt: int) -> tuple[int, int] | None:
+        """Tokens of the query and key blocks by whose mass `note_weighed` notes a call; None where `note` has to."""
+        ...
+
+    def note_weighed(
+        self,
+        mass: Float[Tensor, "heads q_blocks k_blocks"],
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
+        prompt: int,
+    ) -> Mapping[str, Tensor]:
+        """As `note`, to which it comes but for rounding.
+
+        Args:
+            mass: attention weights summed over the queries and keys of each block.
+            q, k, v, site, prompt: as for `note`.
+        """
+        ...
+
+
 def settings_of(learner: Learner) -> dict[str, Any]:
     """A learner's fields, as JSON has them: what a calibration says that it was learnt under."""
     settings: dict[str, Any] = json.loads(json.dumps(asdict(cast("Any", learner))))

@@ -32,7 +32,7 @@ from calibatt.kernels.plan import Plan
 from calibatt.methods.ahead import SitePlans, sent
 from calibatt.methods.base import Knob, Method
 from calibatt.methods.blocks import check_query_stride, text_blocks, video_blocks, video_queries
-from calibatt.methods.energy import block_energy
+from calibatt.methods.energy import block_energy, mean_mass
 from calibatt.methods.learning import Learnt
 from calibatt.methods.site import Site
 from calibatt.methods.transfer import Blocks, transferred
@@ -188,8 +188,26 @@ class ScalingLearner:
             return {"map": full, "fidelity": torch.zeros(heads, LEVELS, device=q.device)}
         places = None if self.query_stride == 1 else video_queries(site.geometry, self.query_stride, q.device)
         queries = q if places is None else q[:, places]
-        energy = block_energy(queries, k, block_q=block_q, block_k=block_k, places=places)
-        entered = entry_levels(energy).masked_fill(text_blocks(site.geometry, self.block, q.device), 0)
+        return self._noted(block_energy(queries, k, block_q=block_q, block_k=block_k, places=places), site)
+
+    def weighed(self, site: Site, prompt: int) -> tuple[int, int] | None:
+        """The blocks, where all queries are looked at."""
+        return None if self.query_stride > 1 or site.in_warmup(self.dense_steps) else self.block
+
+    def note_weighed(
+        self,
+        mass: Float[Tensor, "heads q_blocks k_blocks"],
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
+        prompt: int,
+    ) -> Mapping[str, Tensor]:
+        """As `note`."""
+        return self._noted(mean_mass(mass, q.shape[1], self.block[0], None), site)
+
+    def _noted(self, energy: Float[Tensor, "heads q_blocks k_blocks"], site: Site) -> Mapping[str, Tensor]:
+        entered = entry_levels(energy).masked_fill(text_blocks(site.geometry, self.block, energy.device), 0)
         return {"map": entered, "fidelity": fidelities(energy, entered)}
 
     def merge(self, notes: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:

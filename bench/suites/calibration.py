@@ -15,6 +15,7 @@ from calibatt.bench.options import Options, method_cells
 from calibatt.bench.record import Record, Suite
 from calibatt.bench.suites.suite import Job
 from calibatt.bench.timer import timed
+from calibatt.calibration.collect import rehearse
 from calibatt.calibration.overlap import mask_iou
 from calibatt.kernels.base import Unsupported
 from calibatt.methods.base import Foreseen, Planner
@@ -88,7 +89,7 @@ def _prepared(context: Context, arm: Arm, lesson: Lesson | None) -> Prepared | N
     """What the arm learns, once the code that it learns by is compiled, which is no part of its time."""
     if lesson is not None:
         probe = context.probes[-1]
-        lesson.learner.note(probe.q[0], probe.k[0], probe.v[0], probe.site, 0)
+        rehearse(lesson.learner, probe.q, probe.k, probe.v, probe.site)
     return context.prepared(arm)
 
 

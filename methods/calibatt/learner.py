@@ -19,7 +19,7 @@ from calibatt.methods.calibatt.levels import MOST_LEVEL, common_levels, loss_lev
 from calibatt.methods.calibatt.repetition import energy_and_similarity
 from calibatt.methods.calibatt.schedule import Schedule
 from calibatt.methods.calibatt.votes import Votes
-from calibatt.methods.energy import block_energy
+from calibatt.methods.energy import block_energy, mean_mass
 from calibatt.methods.selection import mass_before, top_p
 from calibatt.methods.site import Site
 
@@ -105,8 +105,39 @@ class CalibAttLearner:
         Raises:
             ValueError: a frame has no more rows than there are anchors.
         """
+        return self._noted(*self._statistics(q, k, site.geometry, prompt), q, k, v, site, prompt)
+
+    def weighed(self, site: Site, prompt: int) -> tuple[int, int] | None:
+        """The blocks, where all queries are looked at and repetition is not, which takes a pass of its own."""
+        return None if self.query_stride > 1 or self._measures(prompt) else self.block
+
+    def note_weighed(
+        self,
+        mass: Float[Tensor, "heads q_blocks k_blocks"],
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
+        prompt: int,
+    ) -> Mapping[str, Tensor]:
+        """As `note`."""
+        # of queries with text too, whose blocks are left out
+        energy = mean_mass(mass, site.geometry.tokens, self.block[0], None)
+        none = q.new_zeros(site.geometry.heads, dtype=torch.float32)
+        return self._noted(self._without_text(energy, site.geometry), none, q, k, v, site, prompt)
+
+    def _noted(
+        self,
+        energy: Float[Tensor, "heads rows columns"],
+        similarity: Float[Tensor, "heads"],
+        q: Float[Tensor, "heads tokens head_dim"],
+        k: Float[Tensor, "heads tokens head_dim"],
+        v: Float[Tensor, "heads tokens head_dim"],
+        site: Site,
+        prompt: int,
+    ) -> Mapping[str, Tensor]:
+        """What `note` returns, by the energy of blocks without text."""
         geometry = site.geometry
-        energy, similarity = self._statistics(q, k, geometry, prompt)
         mass = (self.schedule or Schedule.published(geometry.video_tokens, site.steps)).mass(site.step, site.steps)
         keep = top_p(energy, mass)
         notes = {
@@ -180,10 +211,15 @@ class CalibAttLearner:
             places = video_queries(geometry, self.query_stride, q.device)
             energy = block_energy(q[:, places], k, block_q=block_q, block_k=block_k, places=places)
             similarity = q.new_zeros(geometry.heads, dtype=torch.float32)
+        return self._without_text(energy, geometry), similarity
+
+    def _without_text(
+        self, energy: Float[Tensor, "heads q_blocks k_blocks"], geometry: Geometry
+    ) -> Float[Tensor, "heads rows columns"]:
         rows, columns = (video_blocks(geometry, size) for size in self.block)
         energy = energy[:, rows, columns]
         # a row whose attention all goes to text has no energy here, and so no order
-        return energy.clamp(min=torch.finfo(energy.dtype).tiny) if geometry.text_tokens else energy, similarity
+        return energy.clamp(min=torch.finfo(energy.dtype).tiny) if geometry.text_tokens else energy
 
     def _errors(
         self,
@@ -217,8 +253,10 @@ class MassLearner(CalibAttLearner):
     0.05 % of what the schedule leaves out.
     """
 
-    def note(
+    def _noted(
         self,
+        energy: Float[Tensor, "heads rows columns"],
+        similarity: Float[Tensor, "heads"],
         q: Float[Tensor, "heads tokens head_dim"],
         k: Float[Tensor, "heads tokens head_dim"],
         v: Float[Tensor, "heads tokens head_dim"],
@@ -233,11 +271,9 @@ class MassLearner(CalibAttLearner):
             similarity: as `CalibAttLearner.note`.
             step: the site's, and their number.
         """
-        geometry = site.geometry
-        energy, similarity = self._statistics(q, k, geometry, prompt)
         withstood = (1 - mass_before(energy)).half()
         return {
-            "withstood": video_table(withstood, geometry, self.block, left_over=math.inf),
+            "withstood": video_table(withstood, site.geometry, self.block, left_over=math.inf),
             "similarity": similarity,
             "step": torch.tensor([site.step, site.steps]),
         }

@@ -98,6 +98,8 @@ class CalibAtt(Method):
         {
             # the paper's method
             "default": CalibAttConfig(),
+            # the paper's reduced calibration: repetition of one prompt only
+            "reduced": CalibAttConfig(similarity_prompts=1),
             # block masks alone: shows what repetition adds
             "masks-only": CalibAttConfig(repetition=False),
             # ours: reuse where outputs stand it, not where attention is alike

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 from calibatt.calibration import collect
 from calibatt.calibration.artifact import Calibration
 from calibatt.calibration.collect import calibrate, calibrate_on
-from calibatt.kernels.catalogue import KERNELS
+from calibatt.kernels.catalogue import DEFAULT, KERNELS
 from calibatt.kernels.mask import unpacked
+from calibatt.kernels.plan import Plan
 from calibatt.methods.calibatt.learner import CalibAttLearner
+from calibatt.methods.energy import block_mass
 from calibatt.methods.learning import Learner, Origin
 from calibatt.methods.site import Site
 from calibatt.models.catalogue import MODELS
@@ -74,6 +77,44 @@ def test_every_site_is_learnt_from_the_conditional_calls_of_all_prompts(hand_mad
         notes = [learner.note(*call, number) for number, call in enumerate(calls)]
         for name, table in learner.merge(notes).items():
             assert torch.equal(made.tables[name][step, layer], table), name
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "noted"),
+    [
+        # repetition of the first prompt takes a pass of its own
+        ("calibatt", {"similarity_prompts": 1, "anchors": 2}, 2 * 2 * 3),
+        ("calibatt", {"anchors": 2}, 0),
+        ("calibatt", {"similarity_prompts": 1, "anchors": 2, "query_stride": 2}, 0),
+        ("scaling", {}, 3 * 2 * 3),
+        ("scaling", {"dense_steps": 0.5}, 3 * 1 * 3),
+    ],
+)
+def test_mass_that_attention_sums_on_the_way_is_learnt_from_as_if_it_were_summed_apart(
+    hand_made: Made,
+    prompts: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    settings: dict[str, Any],
+    noted: int,
+) -> None:
+    run = partial(calibrate_on, method=method, prompts=prompts, seed=7, block=(16, 8), **settings)
+    apart = run(hand_made())
+    weighed: list[tuple[int, int]] = []
+
+    def attend_and_weigh(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, block: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weighed.append(block)
+        dense = Plan(tokens=q.shape[2], kinds=("dense",) * q.shape[1])
+        return DEFAULT.attend(q, k, v, dense), block_mass(q[0], k[0], block=block)[0]
+
+    monkeypatch.setattr(collect, "takes_weighed", lambda q, block: True)
+    monkeypatch.setattr(collect, "attend_and_weigh", attend_and_weigh)
+    on_the_way = run(hand_made())
+    assert weighed == [(16, 8)] * noted
+    for name, table in apart.tables.items():
+        torch.testing.assert_close(on_the_way.tables[name], table, rtol=1e-6, atol=1e-6)
 
 
 def test_every_prompt_starts_from_noise_of_its_own(hand_made: Made, run: Made, prompts: tuple[str, ...]) -> None:

@@ -28,6 +28,9 @@ REGISTERS, SHARED, SYSTEM = 65536, 228 * 1024, 1024
 CASES: dict[str, tuple[tuple[int, int] | None, int, Remainder]] = {
     "rows": (None, 128, "none"),
     "rows-dim64": (None, 64, "none"),
+    # named so: with the log-sum-exps of every group of keys
+    "logsums": (None, 128, "none"),
+    "logsums-dim64": (None, 64, "none"),
     **{
         "-".join((f"{block[0]}x{block[1]}", f"dim{head_dim}", remainder)): (block, head_dim, remainder)
         for block, head_dim in [
@@ -158,7 +161,9 @@ def test_as_many_thread_blocks_fit_a_multiprocessor_as_it_counts_on(
     assert told["wgmma"]
 
 
-def _compile(block: tuple[int, int] | None, head_dim: int, remainder: Remainder) -> dict[str, Any]:
+def _compile(
+    block: tuple[int, int] | None, head_dim: int, remainder: Remainder, *, logsums: bool = False
+) -> dict[str, Any]:
     """Compile the launch of a plan with all kinds of heads, with the arguments that the launch itself makes."""
     made: list[Any] = []
 
@@ -194,7 +199,9 @@ def _compile(block: tuple[int, int] | None, head_dim: int, remainder: Remainder)
     tokens, heads = 2500, 3
     reuse = RowReuse(computed=torch.tensor([0]), source=torch.zeros(tokens, dtype=torch.int64))
     shape = (heads, 1, 1)
-    if block is None:
+    if logsums:
+        plan = Plan(tokens=tokens, kinds=("dense",) * heads)
+    elif block is None:
         plan = Plan(tokens=tokens, kinds=("reused", "reused", "dense"), reuse=reuse)
     else:
         shape = (heads, -(-tokens // block[0]), -(-tokens // block[1]))
@@ -213,7 +220,8 @@ def _compile(block: tuple[int, int] | None, head_dim: int, remainder: Remainder)
     functions = [getattr(module, name) for module, name in entries]
     for (module, name), function in zip(entries, functions, strict=True):
         setattr(module, name, Entry(function))
-    Gluon()._launch(q, q, q, torch.empty_like(q), torch.empty(q.shape[:3]), plan)
+    groups = torch.empty(heads, -(-tokens // 128), tokens) if logsums else None
+    Gluon()._launch(q, q, q, torch.empty_like(q), torch.empty(q.shape[:3]), plan, logsums=groups)
     for (module, name), function in zip(entries, functions, strict=True):
         setattr(module, name, function)
     # means and their bonuses are made before, and shares put together behind
@@ -296,7 +304,7 @@ def test_tiles_whose_keys_are_shared_out_come_out_as_they_should(kinds: Any) -> 
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: _compile(*case) for name, case in CASES.items()}))
+    print(json.dumps({name: _compile(*case, logsums="logsums" in name) for name, case in CASES.items()}))
 
 
 def test_work_of_a_plan_that_comes_again_is_found_once() -> None:
