@@ -1,8 +1,7 @@
 """One GPU against several: planted videos, dense and under CalibAtt's masks, whose tokens the processes share.
 
     torchrun --nproc-per-node 1 -m calibatt.bench.parallel_cell --calibration out/masks.safetensors --out out/one.json
-    torchrun --nproc-per-node 2 -m calibatt.bench.parallel_cell --calibration out/masks.safetensors --out out/two.json \\
-        --against out/one.safetensors
+    torchrun --nproc-per-node 2 -m calibatt.bench.parallel_cell --calibration out/masks.safetensors --out out/two.json
 
 The first process learns the masks where the file is not there yet. Weights are planted (`models/planted/`): it is for
 time and memory, never for fidelity. A time is that of a whole video without text encoder and autoencoder, of the
@@ -14,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -127,8 +127,9 @@ def _one(work: Any, device: torch.device) -> tuple[float, Tensor, int | None]:
 def _imbalance(works: Float[Tensor, "sites heads"]) -> dict[str, float]:
     """The longest process over the mean, as a mean over steps and layers: heads as they come, and by their work."""
     ranks = dist.get_world_size()
-    ways = {"in_order": lambda work: in_order(len(work), ranks), "balanced": lambda work: balanced(work, ranks)}
-    return {name: sum(imbalance(work, way(work)) for work in works) / len(works) for name, way in ways.items()}
+    as_they_come = [imbalance(work, in_order(len(work), ranks)) for work in works]
+    by_work = [imbalance(work, balanced(work, ranks)) for work in works]
+    return {"in_order": statistics.fmean(as_they_come), "balanced": statistics.fmean(by_work)}
 
 
 def _write(
@@ -140,10 +141,10 @@ def _write(
         for name, other in load_file(own.against).items():
             facts[name]["difference"] = ((videos[name] - other).norm() / other.norm()).item()
     save_file({name: video.contiguous() for name, video in videos.items()}, own.out.with_suffix(".safetensors"))
+    size = dist.get_world_size()
     whole = {
-        "schema": SCHEMA, "weights": "planted", "processes": dist.get_world_size(),
-        "command": " ".join([f"torchrun --nproc-per-node {dist.get_world_size()} -m calibatt.bench.parallel_cell",
-                             *given]),
+        "schema": SCHEMA, "weights": "planted", "processes": size,
+        "command": f"torchrun --nproc-per-node {size} -m calibatt.bench.parallel_cell {' '.join(given)}",
         "machine_info": fingerprint.machine(), "commit_info": fingerprint.commit(), "model": own.model,
         "geometry": asdict(entry.geometry(own.resolution)), "layers": own.layers, "steps": own.steps,
         "compiled": own.compile, "arms": facts,

@@ -63,6 +63,8 @@ class Family:
         text_side: where text tokens stand in self-attention; None where there are none.
         keywords: from a model and a size, the arguments of its pipeline that fix them.
         noise: starting noise as its pipeline takes it.
+        parallel: whether processes may share its tokens by Diffusers' context parallelism, each with some heads of its
+            self-attention (`models/parallel.py`).
     """
 
     transformer: str
@@ -75,6 +77,7 @@ class Family:
     text_side: TextSide | None
     keywords: Callable[[ModelEntry, Resolution], Mapping[str, Any]]
     noise: Callable[[Float[Tensor, "batch channels frames rows columns"]], Tensor]
+    parallel: bool = False
 
 
 def branch_a_pass(pipe: Any, name: str) -> tuple[Branch, ...]:

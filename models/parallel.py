@@ -48,16 +48,17 @@ def ranks_of(family: Family, transformers: Sequence[Any]) -> Ranks | None:
     configs = [getattr(transformer, "_parallel_config", None) for transformer in transformers]
     if not any(configs):
         return None
-    shared = [None if config is None else config.context_parallel_config for config in configs]
+    shared: list[Any] = [None if config is None else config.context_parallel_config for config in configs]
     config = shared[0]
     if None in shared or len({(one.ulysses_degree, one.ring_degree) for one in shared}) > 1:
         raise ValueError("calibatt runs in parallel where each transformer has the same ContextParallelConfig")
     if config.ring_degree > 1 or config.ulysses_anything:
         raise ValueError("calibatt runs in parallel by ContextParallelConfig(ulysses_degree=N): no ring, no `anything`")
-    if family.text_side is not None:
+    # LTX-Video has no text there either, but Diffusers 0.42 fails on the mask of its text
+    if not family.parallel:
         raise ValueError(
-            f"{family.transformer} has text in its self-attention: calibatt runs in parallel only where there is none, "
-            "as in Wan"
+            f"calibatt does not run {family.transformer} in parallel, only Wan's transformers, in whose self-attention "
+            "no text stands"
         )
     heads = family.attentions(transformers[0])[0].heads
     if heads % config.ulysses_degree:
@@ -65,6 +66,7 @@ def ranks_of(family: Family, transformers: Sequence[Any]) -> Ranks | None:
             f"{heads} heads cannot be shared equally by {config.ulysses_degree} processes: "
             "take a ulysses_degree that divides them"
         )
+    # nothing public of Diffusers 0.42 has it
     mesh = config._ulysses_mesh
     return Ranks(group=mesh.get_group(), size=config.ulysses_degree, rank=mesh.get_local_rank())
 

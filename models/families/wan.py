@@ -85,6 +85,7 @@ FAMILY = Family(
     text_side=None,
     keywords=video_keywords,
     noise=video_noise,
+    parallel=True,
 )
 
 

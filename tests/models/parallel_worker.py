@@ -1,4 +1,4 @@
-"""What each of two processes does for `test_parallel.py`, under torchrun and gloo: videos whole, and with shared tokens.
+"""What each of two processes does for `test_parallel.py`: videos whole, and with shared tokens; torchrun and gloo.
 
     torchrun --nproc-per-node 2 parallel_worker.py FOLDER
 

@@ -130,11 +130,12 @@ def test_a_pipeline_of_which_one_transformer_is_parallel_is_refused(pipe: Any) -
         ranks_of(FAMILY, [pipe.transformer, assemble(new_transformer(layers=1, heads=2)).transformer])
 
 
-@pytest.mark.parametrize("model", ["mochi-1", "hunyuanvideo", "cogvideox-5b"], indirect=True)
-def test_text_in_self_attention_is_refused(model: Any) -> None:
-    pipe = model.load()
+@pytest.mark.parametrize("name", ["mochi-1", "hunyuanvideo", "cogvideox-5b", "ltx-video-2b"])
+def test_another_family_is_refused(tiny: Callable[[str], Any], name: str) -> None:
+    pipe = tiny(name).load()
     pipe.transformer._parallel_config = _parallel()
-    with pytest.raises(ValueError, match="has text in its self-attention"), attached(pipe, build("dense"), SDPA):
+    said = f"does not run {type(pipe.transformer).__name__} in parallel, only Wan's"
+    with pytest.raises(ValueError, match=said), attached(pipe, build("dense"), SDPA):
         pass
 
 
