@@ -33,7 +33,6 @@ from calibatt.calibration.artifact import Calibration
 from calibatt.calibration.collect import calibrate
 from calibatt.kernels.names import look_up
 from calibatt.methods.base import Method
-from calibatt.methods.calibatt.method import CalibAtt
 from calibatt.methods.catalogue import build
 from calibatt.models.adapter import attached
 from calibatt.models.catalogue import MODELS
@@ -64,6 +63,7 @@ def main(arguments: Sequence[str] | None = None, models: Mapping[str, ModelEntry
     parser.add_argument("--against", type=Path, help="videos of another run, to say how far these are from them")
     given = sys.argv[1:] if arguments is None else arguments
     own = parser.parse_args(given)
+    own.out.parent.mkdir(parents=True, exist_ok=True)
     device = pick_device(None)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -88,8 +88,7 @@ def _measured(
     if dist.get_rank() == 0 and not own.calibration.exists():
         calibrate(entry, pipe, prompts=[_LEARNT], seed=1, **how).save(own.calibration)
     dist.barrier()
-    masks = build("calibatt", calibration=Calibration.load(own.calibration))
-    assert isinstance(masks, CalibAtt)
+    masks: Any = build("calibatt", calibration=Calibration.load(own.calibration))
     if dist.get_world_size() > 1:
         pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
     if own.compile:
