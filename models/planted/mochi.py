@@ -98,7 +98,8 @@ def _positions(geometry: Geometry, target_area: int) -> Float[Tensor, "axes 1 pa
     _, rows, columns = geometry.grid
     unit = math.sqrt(target_area / (rows * columns))
     axes = [omega / apart for omega, apart in zip(frequencies(geometry.head_dim), (1.0, unit, unit), strict=True)]
-    return torch.block_diag(*(torch.from_numpy(axis)[None] for axis in axes))[:, None]
+    found: Tensor = torch.block_diag(*(torch.from_numpy(axis)[None] for axis in axes))
+    return found[:, None]
 
 
 def _grown(layers: int) -> list[float]:

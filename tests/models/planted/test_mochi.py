@@ -72,6 +72,6 @@ def test_the_clock_runs_by_the_steps_of_the_pipeline(mochi: Any, small_mochi: Mo
     for step in range(64):
         features = embedder.time_proj(torch.tensor([timestep(step / 64)]).to(mochi.transformer.dtype))
         told = embedder.timestep_embedder(features.to(mochi.transformer.dtype))[0]
-        # the constants' square is in the scores
-        assert float(told[CLOCK]) / CLOCK_SCALE == pytest.approx(1 / planted.divisor(step / 64), rel=0.01)
+        # linear in timesteps between the knots of the course, not in steps
+        assert float(told[CLOCK]) / CLOCK_SCALE == pytest.approx(1 / planted.divisor(step / 64), rel=0.015)
         assert not told[CLOCK + 1 :].any()
