@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -348,11 +349,13 @@ def check_rows(make: Make, geometry: Geometry) -> None:
         _require(bool(keys.all()), f"{int((~keys).sum())} query blocks keep no key block")
 
 
-def _planned(method: Method, calls: Sequence[_Call]) -> list[Plan]:
+def _planned(
+    method: Method, calls: Sequence[_Call], seen: Callable[[Tensor], Tensor] = lambda heads: heads
+) -> list[Plan]:
     plans = []
     for seed, where in calls:
-        q, k, v = inputs(PLANNED, seed=seed)
-        plans.append(method.plan(q[0], k[0], v[0], site(PLANNED, **where)))
+        q, k, v = (seen(x[0]) for x in inputs(PLANNED, seed=seed))
+        plans.append(method.plan(q, k, v, site(replace(PLANNED, heads=len(q)), **where)))
     return plans
 
 
@@ -404,6 +407,20 @@ def check_geometry(make: Make) -> None:
     raise ContractBroken("what was learnt for one grid is used for another: call self.learnt.check(site)")
 
 
+def check_split(make: Make) -> None:
+    """Plans of an offline method do not depend on values, and some heads alone have the plans of a headwise one."""
+    method = make(PLANNED)
+    whole = _planned(method, _FIRST)
+    if method.offline:
+        blind = _planned(make(PLANNED), _FIRST, seen=lambda x: torch.full_like(x, math.nan))
+        _require(all(map(same, blind, whole)), "its plans depend on values: it is not offline")
+    elif method.headwise and method.learnt is None:
+        own = list(range(PLANNED.heads))[1:]
+        alone = _planned(make(PLANNED), _FIRST, seen=lambda x: x[own])
+        parts = [plan.of_heads(own) for plan in whole]
+        _require(all(map(same, alone, parts)), "some heads alone have other plans: it is not headwise")
+
+
 def _everywhere(check: Callable[[Make, Geometry], None]) -> Callable[[Make], None]:
     def checked(make: Make) -> None:
         for geometry in GEOMETRIES.values():
@@ -422,4 +439,5 @@ _CHECKS: Mapping[str, Callable[[Make], None]] = {
     "branches are kept apart": lambda make: check_apart(make, {"branch": "uncond"}),
     "samples are kept apart": lambda make: check_apart(make, {"sample": 1}),
     "another grid has its own plan": check_geometry,
+    "what it says of heads and values holds": check_split,
 }

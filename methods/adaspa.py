@@ -75,6 +75,7 @@ class AdaSpa(Method):
     label: ClassVar[str] = "AdaSpa"
     colour: ClassVar[str] = "#CC79A7"
     marker: ClassVar[str] = "X"
+    headwise: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, AdaSpaConfig]] = MappingProxyType(
         {
             # section 4.3: sparsity 0.8, searches at steps 10 and 30, of 50 in section 5

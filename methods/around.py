@@ -35,6 +35,16 @@ class Around(ABC):
         """The method's own."""
         return self._inner.remainder
 
+    @property
+    def offline(self) -> bool:
+        """The method's own."""
+        return self._inner.offline
+
+    @property
+    def headwise(self) -> bool:
+        """The method's own."""
+        return self._inner.headwise
+
     def refusal(self, geometry: Geometry) -> Unsupported | None:
         """The method's own."""
         return self._inner.refusal(geometry)

@@ -113,9 +113,12 @@ class Method(ABC):
         knob: what to turn for a given density; None where there is nothing to turn.
         without_dense: settings with which the method itself keeps no step and no layer dense.
         remainder: what its plans themselves have stand for the blocks that they leave out.
+        headwise: whether an online method that has learnt nothing plans a head by this head's queries, keys and values
+            alone, so that it can be asked for some heads by themselves.
 
     Attributes:
         learnt: what it was built with; None where it needs nothing learnt.
+        offline: whether its plans follow from the site alone: they are known before there are queries.
     """
 
     name: ClassVar[str]
@@ -126,7 +129,9 @@ class Method(ABC):
     knob: ClassVar[Knob | None] = None
     without_dense: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     remainder: ClassVar[Remainder] = "none"
+    headwise: ClassVar[bool] = False
     learnt: Learnt | None = None
+    offline: bool = False
 
     def __init__(self, config: Any, learnt: Learnt | None = None) -> None:
         self.config = config

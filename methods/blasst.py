@@ -75,6 +75,7 @@ class Blasst(Method):
     label: ClassVar[str] = "BLASST"
     colour: ClassVar[str] = "#E69F00"
     marker: ClassVar[str] = "X"
+    headwise: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, BlasstConfig]] = MappingProxyType(
         {
             # λ = 0.1, wan22_skip_softmax.py

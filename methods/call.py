@@ -102,8 +102,36 @@ class SparseAttention:
         Raises:
             ValueError: the method or the kernel does not take these inputs.
         """
+        return self.under(self.plan(q, k, v, site), q, k, v, site)
+
+    def plan(
+        self,
+        q: Float[Tensor, "1 heads tokens head_dim"],
+        k: Float[Tensor, "1 heads tokens head_dim"],
+        v: Float[Tensor, "1 heads tokens head_dim"],
+        site: Site,
+    ) -> Plan:
+        """What the method decides.
+
+        Raises:
+            ValueError: the method does not take these inputs.
+        """
         with self._phase("plan"):
-            plan = self.method.plan(q[0], k[0], v[0], site)
+            return self.method.plan(q[0], k[0], v[0], site)
+
+    def under(
+        self,
+        plan: Plan,
+        q: Float[Tensor, "1 heads tokens head_dim"],
+        k: Float[Tensor, "1 heads tokens head_dim"],
+        v: Float[Tensor, "1 heads tokens head_dim"],
+        site: Site,
+    ) -> Float[Tensor, "1 heads tokens head_dim"]:
+        """Compute under a plan, tell.
+
+        Raises:
+            ValueError: the kernel does not take these inputs.
+        """
         out = attend_ordered(self.kernel.attend, q, k, v, plan, self._phase)
         for observer in self.observers:
             observer.saw(Call(site=site, q=q, k=k, v=v, plan=plan, out=out))

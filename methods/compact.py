@@ -82,6 +82,7 @@ class Compact(Method):
     label: ClassVar[str] = "Compact Attention"
     colour: ClassVar[str] = "#56B4E9"
     marker: ClassVar[str] = "o"
+    offline = True
     presets: ClassVar[Mapping[str, CompactConfig]] = MappingProxyType(
         {
             # the paper's for Wan: τ 0.9, λ 0.011, 15 of 50 steps dense

@@ -27,6 +27,7 @@ class Dense(Method):
     label: ClassVar[str] = "Dense"
     colour: ClassVar[str] = "#6B6B6B"
     marker: ClassVar[str] = "o"
+    offline = True
     presets: ClassVar[Mapping[str, DenseConfig]] = MappingProxyType({"default": DenseConfig()})
 
     def plan(

@@ -80,6 +80,7 @@ class Dfs(Method):
     label: ClassVar[str] = "DFSAttn"
     colour: ClassVar[str] = "#56B4E9"
     marker: ClassVar[str] = "*"
+    headwise: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, DfsConfig]] = MappingProxyType(
         {
             # wan21_t2v_720p_dfs.sh; hyvideo_t2v_720p_dfs.sh has the same

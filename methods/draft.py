@@ -62,6 +62,7 @@ class Draft(Method):
     label: ClassVar[str] = "DraftAttention"
     colour: ClassVar[str] = "#0072B2"
     marker: ClassVar[str] = "*"
+    headwise: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, DraftConfig]] = MappingProxyType(
         {
             # wan/wan/modules/attention.py: dense where the timestep, of 1000, is above 925, and in the first layer

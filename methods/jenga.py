@@ -96,6 +96,7 @@ class Jenga(Method):
     label: ClassVar[str] = "Jenga"
     colour: ClassVar[str] = "#D55E00"
     marker: ClassVar[str] = "P"
+    headwise: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, JengaConfig]] = MappingProxyType(
         {
             "default": _WAN,

@@ -58,6 +58,7 @@ class Lite(Method):
     label: ClassVar[str] = "LiteAttention"
     colour: ClassVar[str] = "#009E73"
     marker: ClassVar[str] = "*"
+    headwise: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, LiteConfig]] = MappingProxyType(
         {
             # the threshold of its README and constructor

@@ -62,6 +62,7 @@ class Losa(Method):
     label: ClassVar[str] = "LoSA"
     colour: ClassVar[str] = "#009E73"
     marker: ClassVar[str] = "D"
+    headwise: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, LosaConfig]] = MappingProxyType(
         {
             # θ of Methodology

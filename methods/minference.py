@@ -92,6 +92,7 @@ class MInference(Method):
     label: ClassVar[str] = "MInference"
     colour: ClassVar[str] = "#E69F00"
     marker: ClassVar[str] = "v"
+    headwise: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, MInferenceConfig]] = MappingProxyType(
         {
             # of the pairs that the repository searches, (30, 800), (100, 800), (100, 750), (500, 700), (3500, 100) and

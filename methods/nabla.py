@@ -63,6 +63,7 @@ class Nabla(Method):
     label: ClassVar[str] = "NABLA"
     colour: ClassVar[str] = "#56B4E9"
     marker: ClassVar[str] = "P"
+    headwise: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, NablaConfig]] = MappingProxyType(
         {
             # generate.py --sparse_algo nabla-0.7: on weights that were not tuned for it, at every step, no window

@@ -66,6 +66,7 @@ class Pisa(Method):
     label: ClassVar[str] = "PISA, zeroth order"
     colour: ClassVar[str] = "#009E73"
     marker: ClassVar[str] = "v"
+    headwise: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, PisaConfig]] = MappingProxyType(
         {
             # equation 11, at 87.5 % sparsity and the dense schedule of Wan 14B and HunyuanVideo: tables 1 and 5

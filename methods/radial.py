@@ -57,6 +57,7 @@ class Radial(Method):
     label: ClassVar[str] = "Radial"
     colour: ClassVar[str] = "#D55E00"
     marker: ClassVar[str] = "^"
+    offline = True
     presets: ClassVar[Mapping[str, RadialConfig]] = MappingProxyType(
         {
             # wan_t2v_inference.sh: 12 of 50 steps and one layer dense, decay 0.2; the sink is for Wan only

@@ -45,6 +45,7 @@ class RandomMask(Method):
     label: ClassVar[str] = "Random mask"
     colour: ClassVar[str] = "#6B6B6B"
     marker: ClassVar[str] = "X"
+    offline = True
     presets: ClassVar[Mapping[str, RandomMaskConfig]] = MappingProxyType(
         # one draw says little of what the next would have: from several, how far they differ
         {"default": RandomMaskConfig()} | {f"draw-{i + 1}": RandomMaskConfig(seed=i) for i in range(1, 5)}

@@ -42,6 +42,7 @@ class Sage(Method):
     label: ClassVar[str] = "SageAttention"
     colour: ClassVar[str] = "#CC79A7"
     marker: ClassVar[str] = "^"
+    offline = True
     presets: ClassVar[Mapping[str, SageConfig]] = MappingProxyType({"default": SageConfig()})
 
     def plan(

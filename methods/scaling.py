@@ -83,6 +83,7 @@ class Scaling(Method):
     label: ClassVar[str] = "ScalingAttention"
     colour: ClassVar[str] = "#E69F00"
     marker: ClassVar[str] = "o"
+    offline = True
     presets: ClassVar[Mapping[str, ScalingConfig]] = MappingProxyType(
         {
             # the paper's comparison at 45 % density; no step is dense

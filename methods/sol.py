@@ -71,6 +71,7 @@ class Sol(Method):
     label: ClassVar[str] = "Sol-Attn"
     colour: ClassVar[str] = "#0072B2"
     marker: ClassVar[str] = "s"
+    headwise: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, SolConfig]] = MappingProxyType(
         {
             # the paper's: β = 1, the first 20 % of the steps and the first layer dense

@@ -103,6 +103,7 @@ class Sparge(Method):
     label: ClassVar[str] = "SpargeAttn"
     colour: ClassVar[str] = "#009E73"
     marker: ClassVar[str] = "s"
+    headwise: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, SpargeConfig]] = MappingProxyType(
         {
             # spas_sage2_attn_meansim_topk_cuda, the call that its README recommends

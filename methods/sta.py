@@ -107,6 +107,7 @@ class SlidingTile(Method):
     label: ClassVar[str] = "STA"
     colour: ClassVar[str] = "#E69F00"
     marker: ClassVar[str] = "s"
+    offline = True
     presets: ClassVar[Mapping[str, SlidingTileConfig]] = MappingProxyType(
         {
             # one of WAN_CANDIDATES for all: that which favours no axis; skip_time_steps: 12 of 50 steps dense

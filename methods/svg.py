@@ -108,6 +108,7 @@ class SparseVideoGen(Method):
     label: ClassVar[str] = "SVG"
     colour: ClassVar[str] = "#56B4E9"
     marker: ClassVar[str] = "s"
+    headwise: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, SparseVideoGenConfig]] = MappingProxyType(
         {
             "default": _WAN,
@@ -125,6 +126,7 @@ class SparseVideoGen(Method):
 
     def __init__(self, config: SparseVideoGenConfig, learnt: Learnt | None = None) -> None:
         super().__init__(config, learnt)
+        self.offline = learnt is not None
         self._sampled = OutputErrors.of(config)
         self._masks: dict[tuple[Geometry, torch.device], BlockMask] = {}
         self._orders: dict[tuple[Geometry, torch.device], Int32[Tensor, "orders tokens"]] = {}

@@ -58,6 +58,7 @@ class XAttention(Method):
     label: ClassVar[str] = "XAttention"
     colour: ClassVar[str] = "#009E73"
     marker: ClassVar[str] = "P"
+    headwise: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, XAttentionConfig]] = MappingProxyType(
         {
             # eval/HunyuanVideo/hyvideo/config.py: what sample_video.py takes when nothing is said

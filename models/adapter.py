@@ -24,6 +24,7 @@ from calibatt.methods.site import Branch, Site
 from calibatt.models.catalogue import FAMILIES
 from calibatt.models.entry import Family, Grid
 from calibatt.models.identity import origin_of, transformers_of
+from calibatt.models.parallel import Ranks, among, ranks_of
 from calibatt.models.processor import AttentionProcessor, GridSeen, enrol
 from calibatt.models.steps import counting, noise_level, step_index
 
@@ -156,7 +157,7 @@ def _install(pipe: Any, attention: Attention, undo: ExitStack) -> None:
     family = _family_of(pipe)
     transformers = transformers_of(pipe)
     _refuse_unfit(pipe, family, transformers)
-    run = _Run(pipe, family, attention)
+    run = _Run(pipe, family, attention, ranks_of(family, transformers))
     undo.callback(run.close)
     number = enrol(run)
     for transformer in transformers:
@@ -184,8 +185,6 @@ def _refuse_unfit(pipe: Any, family: Family, transformers: list[Any]) -> None:
                 raise ValueError(
                     "calibatt is in this pipeline already: call restore(pipe), or leave the other `with` block, first"
                 )
-            if getattr(module.processor, "_parallel_config", None) is not None:
-                raise ValueError("context parallelism is on: switch it off, this adapter computes whole sequences")
     _refuse_two_calls(pipe.scheduler)
 
 
@@ -223,13 +222,14 @@ def _replace(owner: Any, name: str, value: Any) -> Callable[[], None]:
 class _Run:
     """Where a pipeline is, and what computes its attention; one for all layers of all its transformers."""
 
-    def __init__(self, pipe: Any, family: Family, attention: Attention) -> None:
+    def __init__(self, pipe: Any, family: Family, attention: Attention, ranks: Ranks | None) -> None:
         self.grid = GridSeen()
         self.layers = 0
         # weak: whoever forgets to restore a pipeline should not keep it in memory
         self._pipe = ref(pipe)
         self._family = family
-        self._attention = attention
+        self._ranks = ranks
+        self._attention = attention if ranks is None else among(ranks, attention)
         self._name: str | None = None
         self._timesteps: Tensor | None = None
         self._taken = 0
@@ -302,6 +302,10 @@ class _Run:
             raise ValueError(f"{type(pipe.scheduler).__name__} has no timesteps yet: call the whole pipeline")
         if timesteps is not self._timesteps:
             _refuse_two_calls(pipe.scheduler)
+            if ranks_of(self._family, transformers_of(pipe)) != self._ranks:
+                raise ValueError(
+                    "parallelism was switched on while calibatt was in the pipeline: call restore(pipe), then sparsify"
+                )
             self._timesteps, self._step = timesteps, -1
             self._count(pipe.scheduler)
             self._attention.start_video()
@@ -345,8 +349,9 @@ class _Run:
     def _site(self, q: Tensor, layer: int, grid: tuple[int, int, int], branch: Branch, sample: int) -> Site:
         if min(grid) < 1:
             raise ValueError("call the whole transformer, not one of its layers: the layer cannot know its geometry")
-        _, heads, tokens, head_dim = q.shape
+        _, heads, part, head_dim = q.shape
         frames, rows, columns = grid
+        tokens = part if self._ranks is None else part * self._ranks.size
         geometry = Geometry(
             grid=grid, heads=heads, head_dim=head_dim, text_tokens=tokens - frames * rows * columns,
             text_side=self._family.text_side or "last",

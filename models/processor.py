@@ -102,6 +102,15 @@ class AttentionProcessor:
     def _attention_backend(self, backend: Any) -> None:
         self.replaced._attention_backend = backend
 
+    # so is what `enable_parallelism` says; of this, calibatt asks the transformer
+    @property
+    def _parallel_config(self) -> Any:
+        return self.replaced._parallel_config
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        self.replaced._parallel_config = config
+
     def attend(
         self,
         q: Float[Tensor, "batch tokens heads head_dim"],

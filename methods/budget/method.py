@@ -88,6 +88,7 @@ class Budget(Method):
     label: ClassVar[str] = "Budget (ours)"
     colour: ClassVar[str] = "#D55E00"
     marker: ClassVar[str] = "*"
+    offline = True
     presets: ClassVar[Mapping[str, BudgetConfig]] = MappingProxyType(
         {
             # ours, as all of them; what the others leave out of it shows what each part is worth

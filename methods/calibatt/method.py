@@ -94,6 +94,7 @@ class CalibAtt(Method):
     label: ClassVar[str] = "CalibAtt"
     colour: ClassVar[str] = "#0072B2"
     marker: ClassVar[str] = "o"
+    offline = True
     presets: ClassVar[Mapping[str, CalibAttConfig]] = MappingProxyType(
         {
             # the paper's method

@@ -188,6 +188,11 @@ def test_another_geometry_gets_its_own_plan_or_a_refusal(name: str, preset: str)
     testing.check_geometry(functools.partial(made, name, preset))
 
 
+@pytest.mark.parametrize(("name", "preset"), ARMS)
+def test_plans_can_be_made_for_some_heads_where_the_method_says_so(name: str, preset: str) -> None:
+    testing.check_split(functools.partial(made, name, preset))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "preset"), ARMS)
 def test_a_plan_is_made_where_its_queries_are(name: str, preset: str) -> None:

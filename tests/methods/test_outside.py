@@ -58,7 +58,7 @@ def test_it_is_listed_and_built_by_its_name(package: Path) -> None:
 def test_it_passes_the_checks_and_is_measured_and_reported(package: Path, tmp_path: Path) -> None:
     script = "from calibatt.testing import check_method; print(*check_method('mine.pooled:Pooled'), sep='\\n')"
     assert _run(package, "-c", script).splitlines() == [
-        f"mine.pooled:Pooled/{preset} passes 8 checks" for preset in ("default", "sparse")
+        f"mine.pooled:Pooled/{preset} passes 9 checks" for preset in ("default", "sparse")
     ]
     out = tmp_path / "bench.json"
     arms = "dense,mine.pooled:Pooled/sparse"
