@@ -33,6 +33,7 @@ from calibatt.kernels.names import look_up
 from calibatt.methods.call import Attention
 from calibatt.methods.learning import Learnt
 from calibatt.models.adapter import installed
+from calibatt.models.compiled import compile_blocks
 from calibatt.models.generate import generate
 from calibatt.models.identity import transformers_of
 from calibatt.models.planted.pipeline import load_planted
@@ -154,8 +155,8 @@ def _videos(workload: Workload) -> tuple[Film, Videos]:
     pipe = load(resolution=resolution, device=workload.device, dtype=workload.dtype)
     if workload.compiled:
         for transformer in transformers_of(pipe):
-            # self-attention is one operator in the graph, so one serves all arms; the video for the probes compiles it
-            transformer.compile_repeated_blocks(fullgraph=True)
+            # the video for the probes compiles the graph that serves all arms
+            compile_blocks(transformer)
 
     def film(attention: Attention, prompt: str, seed: int) -> Float[Tensor, "3 frames height width"]:
         parts = components_timed(pipe, attention.timer.phase) if isinstance(attention, Meter) else nullcontext()

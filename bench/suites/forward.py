@@ -33,6 +33,7 @@ from calibatt.methods.base import Planner
 from calibatt.methods.catalogue import build
 from calibatt.methods.site import Site
 from calibatt.models.adapter import restore, sparsify
+from calibatt.models.compiled import compile_blocks
 from calibatt.models.entry import ForwardPass
 from calibatt.models.planted.pipeline import plant
 
@@ -137,7 +138,7 @@ class _Model:
         if workload.planted:
             plant(workload.entry, self.one.pipe.transformer)
         if workload.compiled:
-            self.one.pipe.transformer.compile_repeated_blocks(fullgraph=True)
+            compile_blocks(self.one.pipe.transformer)
         shape = (1, self.geometry.tokens, self.geometry.heads, self.geometry.head_dim)
         generator = torch.Generator(workload.device).manual_seed(workload.seed)
         # tokens before heads in memory, as models hand them over

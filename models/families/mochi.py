@@ -5,7 +5,7 @@ Text that is no padding is computed whole: blocks that hold any are dense, as qu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -14,8 +14,10 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
+from calibatt.kernels.geometry import Geometry
 from calibatt.models.entry import (
     Family,
+    ForwardPass,
     Grid,
     ModelEntry,
     Resolution,
@@ -25,6 +27,7 @@ from calibatt.models.entry import (
     video_noise,
 )
 from calibatt.models.processor import AttentionProcessor, rotated
+from calibatt.models.untrained import bare, drawn_on
 from calibatt.models.weights import load
 
 
@@ -81,6 +84,37 @@ FAMILY = Family(
 )
 
 
+def untrained(
+    sizes: Mapping[str, Any], geometry: Geometry, layers: int, device: torch.device, dtype: torch.dtype
+) -> ForwardPass:
+    """A forward pass of Mochi's transformer with random weights, without guidance, the same at every call.
+
+    Args:
+        sizes: of `MochiTransformer3DModel`, but for layers, heads and head dim.
+        geometry: of its self-attention; none of its text is padding.
+        layers: as many as are wanted.
+        device, dtype: of weights and inputs.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, MochiPipeline, MochiTransformer3DModel
+
+    with drawn_on(device, dtype):
+        transformer: Any = MochiTransformer3DModel(
+            num_layers=layers, num_attention_heads=geometry.heads, attention_head_dim=geometry.head_dim, **sizes
+        )
+        config = transformer.config
+        shape = [extent * patch for extent, patch in zip(geometry.grid, _patch(config), strict=True)]
+        inputs = {
+            "hidden_states": torch.randn(1, config.in_channels, *shape),
+            "timestep": torch.tensor([500.0]),
+            "encoder_hidden_states": torch.randn(1, geometry.text_tokens, config.text_embed_dim),
+            "encoder_attention_mask": torch.ones(1, geometry.text_tokens, dtype=torch.bool),
+        }
+    pipe = bare(MochiPipeline, transformer, FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
+    # a pipeline that was not called yet does not know
+    pipe._guidance_scale = 1.0
+    return ForwardPass(pipe=pipe, inputs=inputs, name="cond_uncond")
+
+
 # sizes, steps and guidance: Diffusers' documentation of MochiPipeline, and the transformer's configuration
 ENTRIES = (
     ModelEntry(
@@ -103,6 +137,8 @@ ENTRIES = (
         prompt_tokens=256,
         text_tokens=256,
         family=FAMILY,
+        # the other sizes are what Diffusers takes unless it is told otherwise
+        untrained=partial(untrained, {}),
         loader=partial(load, "MochiPipeline", "genmo/mochi-1-preview"),
     ),
 )

@@ -28,6 +28,7 @@ from calibatt.models.entry import (
     video_noise,
 )
 from calibatt.models.processor import AttentionProcessor, rotated
+from calibatt.models.untrained import bare, drawn_on
 from calibatt.models.weights import load
 
 # length that Wan's pipelines pad the prompt to
@@ -102,32 +103,18 @@ def untrained(
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
-    own = torch.get_default_dtype()
-    # made where and as it is used: 14 billion parameters are not made twice
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            torch.manual_seed(0)
-            transformer: Any = WanTransformer3DModel(
-                num_layers=layers, num_attention_heads=geometry.heads, attention_head_dim=geometry.head_dim, **sizes
-            )
-            config = transformer.config
-            shape = [extent * patch for extent, patch in zip(geometry.grid, config.patch_size, strict=True)]
-            inputs = {
-                "hidden_states": torch.randn(1, config.in_channels, *shape),
-                "timestep": torch.tensor([500.0]),
-                "encoder_hidden_states": torch.randn(1, _TEXT_TOKENS, config.text_dim),
-            }
-    finally:
-        torch.set_default_dtype(own)
-    transformer.eval().requires_grad_(False)
-    pipe = WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-    )
+    with drawn_on(device, dtype):
+        transformer: Any = WanTransformer3DModel(
+            num_layers=layers, num_attention_heads=geometry.heads, attention_head_dim=geometry.head_dim, **sizes
+        )
+        config = transformer.config
+        shape = [extent * patch for extent, patch in zip(geometry.grid, config.patch_size, strict=True)]
+        inputs = {
+            "hidden_states": torch.randn(1, config.in_channels, *shape),
+            "timestep": torch.tensor([500.0]),
+            "encoder_hidden_states": torch.randn(1, _TEXT_TOKENS, config.text_dim),
+        }
+    pipe = bare(WanPipeline, transformer, FlowMatchEulerDiscreteScheduler())
     return ForwardPass(pipe=pipe, inputs=inputs, name="cond")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,7 @@ from calibatt.models.catalogue import MODELS
 from calibatt.models.device import pick_device
 from calibatt.models.entry import ModelEntry
 from calibatt.models.planted.heads import Fit, late_shares, published
-from calibatt.models.planted.pipeline import PROFILES, check_plantable, plant
-from calibatt.models.planted.wan import timestep
-from calibatt.models.processor import rotated
+from calibatt.models.planted.pipeline import PROFILES, check_plantable, plant, planter
 from calibatt.models.shapes.concentration import LEVELS, MASS, Summary, evenly_spaced, rounded, write
 
 # shares of the steps that are over: at the first step, and in the second half, where published shares are flat
@@ -41,34 +39,21 @@ def measure(
 
     Args:
         entry: the model.
-        transformer: of Wan's kind.
+        transformer: planted.
         resolution: name of one of the model's.
         queries: how many of each head's are looked at, evenly spaced.
         steps: shares of the steps that are over.
     """
-    like = transformer.patch_embedding.weight
-    latents = torch.randn(entry.latent_shape(resolution), generator=torch.Generator().manual_seed(0)).to(like)
-    return torch.stack([torch.stack(list(_layers(transformer, latents, step, queries))) for step in steps])
-
-
-@torch.no_grad()
-def _layers(transformer: Any, latents: Tensor, step: float, queries: int) -> Iterator[Float[Tensor, " heads"]]:
-    """The shares of one layer after the other."""
-    embedder = transformer.condition_embedder
-    text = latents.new_zeros(1, 1, transformer.config.text_dim)
-    modulation = embedder(torch.tensor([timestep(step)], device=latents.device), text)[1].unflatten(1, (6, -1))
-    hidden = transformer.patch_embedding(latents).flatten(2).transpose(1, 2)
-    cosines, sines = (table[..., 0::2] for table in transformer.rope(latents))
-    rows = evenly_spaced(hidden.shape[1], queries, latents.device)
-    for block in transformer.blocks:
-        shift, scale = (block.scale_shift_table + modulation.float())[:, :2].chunk(2, dim=1)
-        attn = block.attn1
-        inputs = (block.norm1(hidden.float()) * (1 + scale) + shift).type_as(hidden)
-        q, k = (
-            rotated(norm(project(inputs)).unflatten(-1, (attn.heads, -1)), cosines, sines)[0].transpose(0, 1)
-            for project, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
-        )
-        yield needed_share(q[:, rows], k, MASS).cpu()
+    latents = torch.randn(entry.latent_shape(resolution), generator=torch.Generator().manual_seed(0))
+    latents = latents.to(next(transformer.parameters()))
+    rows = evenly_spaced(entry.geometry(resolution).video_tokens, queries, latents.device)
+    layers = planter(entry).queries_and_keys
+    return torch.stack(
+        [
+            torch.stack([needed_share(q[:, rows], k, MASS).cpu() for q, k in layers(transformer, latents, step)])
+            for step in steps
+        ]
+    )
 
 
 def main() -> None:

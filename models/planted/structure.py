@@ -37,7 +37,7 @@ _HALVINGS = 18
 def frequencies(
     head_dim: int,
 ) -> tuple[Float[np.ndarray, " time"], Float[np.ndarray, " height"], Float[np.ndarray, " width"]]:
-    """Angular frequencies of Wan's RoPE pairs, radians a token, axis by axis in the order of the channels."""
+    """Angular frequencies of RoPE pairs as Wan has them, radians a token, axis by axis in the order of the channels."""
     space = 2 * (head_dim // 6)
     widths = (head_dim - 2 * space, space, space)
     time, height, width = (_THETA ** -(np.arange(0, width, 2) / width) for width in widths)

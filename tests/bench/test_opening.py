@@ -23,8 +23,8 @@ from calibatt.kernels.geometry import Geometry
 from calibatt.methods.call import SparseAttention
 from calibatt.methods.catalogue import build
 from calibatt.methods.site import Site
-from calibatt.models.entry import Resolution
-from calibatt.models.families import wan
+from calibatt.models.entry import ModelEntry, Resolution
+from calibatt.models.families import mochi, wan
 
 
 def test_a_run_that_goes_on_pairs_with_the_dense_kernel_that_it_began_with(
@@ -45,13 +45,24 @@ def test_a_run_that_goes_on_pairs_with_the_dense_kernel_that_it_began_with(
     assert [chosen("one"), chosen("one"), chosen("other"), chosen("other")] == ["sdpa-flash"] * 2 + ["flex-dense"] * 2
 
 
+@pytest.mark.parametrize(
+    ("stock", "untrained", "size"),
+    [
+        (
+            wan.ENTRIES[0], partial(wan.untrained, {"ffn_dim": 32, "text_dim": 8}),
+            Resolution(height=32, width=48, frames=5, flow_shift=5.0),
+        ),
+        (
+            mochi.ENTRIES[0], partial(mochi.untrained, {"pooled_projection_dim": 16, "text_embed_dim": 8}),
+            Resolution(height=32, width=48, frames=7),
+        ),
+    ],
+    ids=["wan", "mochi"],
+)  # fmt: skip
 def test_planted_weights_are_made_without_a_download_and_named_in_every_record(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, stock: ModelEntry, untrained: Any, size: Resolution
 ) -> None:
-    entry = replace(
-        wan.ENTRIES[0], layers=2, heads=2, steps=2, untrained=partial(wan.untrained, {"ffn_dim": 32, "text_dim": 8}),
-        resolutions={"tiny": Resolution(height=32, width=48, frames=5, flow_shift=5.0)},
-    )  # fmt: skip
+    entry = replace(stock, layers=2, heads=2, steps=2, untrained=untrained, resolutions={"tiny": size})
     monkeypatch.setattr(cells, "MODELS", {entry.name: entry})
     workload = Workload(model=entry.name, resolution="tiny", steps=2, device=torch.device("cpu"), planted=True)
     film, videos = _videos(workload)

@@ -156,7 +156,7 @@ def test_a_value_that_makes_no_sense_is_refused_in_a_line_that_names_it(texts: d
         ({"resolutions": "quik"}, "did you mean quick"),
         ({"methods": "calibat"}, "did you mean calibatt"),
         ({"inputs": "resampled", "models": "cogvideox-5b"}, "without text"),
-        ({"weights": "planted"}, "weights can be planted in wan2.1-1.3b, wan2.1-14b: not in shapes"),
+        ({"weights": "planted"}, "weights can be planted in wan2.1-1.3b, wan2.1-14b, mochi-1: not in shapes"),
         ({"weights": "planted", "inputs": "resampled"}, "leave out --inputs"),
     ],
 )
