@@ -92,6 +92,7 @@ def _measured(
     if dist.get_world_size() > 1:
         pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
     if own.compile:
+        # no full graphs: what Diffusers puts in front of the first block, to split its tokens, breaks that one's
         pipe.transformer.compile_repeated_blocks()
     arms: dict[str, Method] = {"dense": build("dense"), "calibatt": masks}
     facts: dict[str, Any] = {name: {"samples_s": []} for name in arms}
