@@ -13,7 +13,6 @@ from torch import Tensor
 from calibatt.kernels.base import Task
 from calibatt.kernels.estimates import BlockSums, heads_at_once
 from calibatt.kernels.gluon_hopper import GROUP, Gluon
-from calibatt.kernels.plan import Plan
 
 _GLUON = Gluon()
 
@@ -25,7 +24,7 @@ def takes_weighed(q: Tensor, block: tuple[int, int]) -> bool:
         q: the queries, [batch, heads, tokens, head_dim].
         block: tokens of a query and of a key block.
     """
-    task = Task.of(q, Plan(tokens=q.shape[2], kinds=("dense",) * q.shape[1]))
+    task = Task(device=q.device, dtype=q.dtype, head_dim=q.shape[-1])
     return len(q) == 1 and block[1] % GROUP == 0 and _GLUON.refusal(task) is None
 
 

@@ -170,7 +170,7 @@ class ParallelAttention:
             site: of the whole call.
 
         Raises:
-            ValueError: as the attention.
+            ValueError: as the attention; processes have different plans.
         """
         own = self._foreseen(q, site) if self._offline else None
         shares = in_order(q.shape[1], self._ranks.size).to(q.device) if own is None else own.shares
@@ -186,10 +186,22 @@ class ParallelAttention:
         unseen = q.new_empty(()).expand(1, q.shape[1], site.geometry.tokens, q.shape[3])
         plan = self._attention.plan(unseen, unseen, unseen, site)
         if plan not in self._own:
-            shares = balanced(plan.density(), self._ranks.size)
+            work = plan.density()
+            self._check_agreed(work.to(q.device), site)
+            shares = balanced(work, self._ranks.size)
             own = plan.of_heads(shares[self._ranks.rank].tolist())
             self._own[plan] = _Own(shares=shares.to(q.device), plan=own)
         return self._own[plan]
+
+    def _check_agreed(self, work: Float[Tensor, "heads"], site: Site) -> None:
+        """Refuse, in all processes, plans that differ: each would take other heads than the others send."""
+        most = torch.stack([work, -work])
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self._ranks.group)
+        if not torch.equal(most[0], -most[1]):
+            raise ValueError(
+                f"processes have different plans at step {site.step}, layer {site.layer}: give all the same method, "
+                "settings and calibration"
+            )
 
     def _sent(self, x: Tensor, shares: Tensor) -> tuple[Tensor, Any, Tensor]:
         """This rank's tokens on their way to whoever has their heads; what will come in, and what has to be kept."""

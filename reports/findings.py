@@ -11,11 +11,13 @@ from collections.abc import Sequence
 
 from calibatt.bench.record import Record
 from calibatt.reports.columns import seconds
-from calibatt.reports.pairs import standings
+from calibatt.reports.pairs import PSNR, SSIM, Standing, standings
 from calibatt.reports.rows import RANDOM, Row
 
 # densities that differ by less count as equal: the tolerance to which the benchmark sets them
 _SAME_DENSITY = 0.01
+# methods that a sentence names; of more it gives the number, and the table names them
+_NAMED = 4
 
 
 def findings(rows: Sequence[Row]) -> list[str]:
@@ -98,17 +100,33 @@ def _control(rows: Sequence[Row], timed: Sequence[Row]) -> list[str]:
         ran = any(row.record.method == RANDOM for row in rows)
         why = "could not be timed" if ran else "was not asked for"
         return [f"The random control {why}: nothing shows what the choice of blocks is worth."]
-    alike = {id(standing.row): [row.label for row, _ in standing.alike] for standing in standings(rows)}
+    by_psnr, by_ssim = ({id(one.row): one for one in standings(rows, measure)} for measure in (PSNR, SSIM))
     said = []
     for control, beaten in controls:
-        if names := alike.get(id(control)):
-            said.append(f"{listed(names)}: not told apart from {control.label}, by pairs of videos.")
+        if (found := by_psnr.get(id(control))) and (alike := _alike(found)):
+            sentence = f"{alike[0].upper()}{alike[1:]}: not told apart from {control.label} by PSNR, in pairs of videos"
+            seen = by_ssim.get(id(control))
+            also = "" if seen is None else f"; by SSIM {_alike(seen) or 'all are'}"
+            said.append(f"{sentence}{also}.")
         shown = [f"{row.label} ({shown_closeness(control)} against {shown_closeness(row)})" for row in beaten]
         if shown:
             said.append(f"{control.label} beats {listed(shown)}: as close to dense or closer, at no more cost.")
         else:
             said.append(f"{control.label} ({shown_closeness(control)}) beats no method.")
     return said
+
+
+def _alike(standing: Standing) -> str:
+    """The methods that an arm is not told apart from, by name where these are few, or the others are."""
+    alike, told = (
+        [row.label for row, _ in side if row.record.method != RANDOM]
+        for side in (standing.alike, (*standing.nearer, *standing.farther))
+    )
+    if len(alike) <= _NAMED:
+        return listed(alike) if alike else ""
+    if len(told) <= _NAMED:
+        return "all methods" + (f" but {listed(told)}" if told else "")
+    return f"{len(alike)} of {len(alike) + len(told)} methods"
 
 
 def beaten_by_chance(rows: Sequence[Row]) -> list[tuple[Row, list[Row]]]:

@@ -21,7 +21,7 @@ from calibatt.reports.facts import run_facts, title, workload_facts, workloads
 from calibatt.reports.figures.catalogue import OVERVIEWS, Picture, pictures
 from calibatt.reports.findings import findings
 from calibatt.reports.headlines import headlines
-from calibatt.reports.pairs import HEAD, METHOD, Standing, standings
+from calibatt.reports.pairs import HEAD, MEASURES, Measure, Standing, standings
 from calibatt.reports.rows import Row, illustrated, rows
 from calibatt.reports.tables import latex, markdown, tables
 
@@ -49,7 +49,7 @@ class Section:
         place: its run's file, then the values of `_WORKLOAD`, as text.
         findings: sentences about it.
         columns, rows: its table; of each column, which of `COLUMNS` it is.
-        standings: who is nearer to dense than whom, where that can be told.
+        standings: who is nearer to dense than whom, by each measure by which that can be told.
         pictures: its figures; None where they are left out.
         clips: its videos that play.
         untimed: arms without times.
@@ -62,7 +62,7 @@ class Section:
     findings: Sequence[str]
     columns: Sequence[tuple[int, Column]]
     rows: Sequence[tuple[Row, Sequence[str]]]
-    standings: Sequence[Standing]
+    standings: Sequence[tuple[Measure, Sequence[Standing]]]
     pictures: Sequence[Picture] | None
     clips: Sequence[Clip]
     untimed: Sequence[Row]
@@ -176,7 +176,7 @@ def _html(parts: Sequence[Part], data: Mapping[str, str]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.from_string(template).render(
-        mark=_MARK, parts=parts, paired=METHOD, head=HEAD, clip_caption=CAPTION, beside=(*data, TABLES, LATEX),
+        mark=_MARK, parts=parts, head=HEAD, clip_caption=CAPTION, beside=(*data, TABLES, LATEX),
         headlines=headlines([[row for row, _ in section.rows] for section in sections]),
         held={name: base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode() for name, text in data.items()},
         workload=("file", *_WORKLOAD), columns=[(i, COLUMNS[i]) for i in _used(sections)],
@@ -220,7 +220,7 @@ def _section(run: Run, records: Sequence[Record], number: str, *, draw: bool) ->
         findings=findings(arms),
         columns=[(i, COLUMNS[i]) for i in shown],
         rows=[(arm, [row[i] for i in shown]) for arm, row in zip(arms, cells, strict=True)],
-        standings=standings(arms),
+        standings=[(measure, found) for measure in MEASURES if (found := standings(arms, measure))],
         pictures=pictures(run, illustrated(run, arms), stem) if draw else None,
         clips=clips(run, arms, stem) if draw else (),
         untimed=[arm for arm in arms if arm.record.outcome != "ok"],

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from calibatt.bench.record import Record, Run, plain
 from calibatt.reports.columns import COLUMNS, outcome
 from calibatt.reports.facts import title, workloads
-from calibatt.reports.pairs import HEAD, METHOD, standings
+from calibatt.reports.pairs import HEAD, MEASURES, standings
 from calibatt.reports.rows import DENSE, Row, rows
 
 # characters that LaTeX takes for its own, and ours that its default fonts lack
@@ -77,8 +77,10 @@ def _tables(run: Run) -> Iterator[_Table]:
         arms = rows(records)
         if any(arm.record.speedup is not None or arm.record.calibration_cost_ratio is not None for arm in arms):
             yield _figures(records, arms)
-            if found := standings(arms):
-                yield _Table(above=METHOD, titled=False, lines=[HEAD, *(standing.cells for standing in found)])
+            for measure in MEASURES:
+                if found := standings(arms, measure):
+                    lines = [HEAD, *(standing.cells for standing in found)]
+                    yield _Table(above=measure.method, titled=False, lines=lines)
 
 
 def _figures(records: Sequence[Record], arms: Sequence[Row]) -> _Table:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean, median
 
@@ -32,15 +34,44 @@ def test_every_committed_result_is_quoted_as_it_is(path: Path) -> None:
 def test_the_comparison_of_whole_videos_is_summed_up_as_it_is() -> None:
     records = load_run(ROOT / "bench" / "results" / "h200" / "videos.json").records
     assert "\n".join((HEAD, *video_rows(records))) in README
-    psnr = {(one.target_density, one.method, one.preset): one.psnr_db for one in records if one.psnr_db}
-    shifts = [
-        [a - b for a, b in zip(psnr[density, "budget", "default"], other, strict=True)]
-        for (density, method, _), other in psnr.items()
-        if method != "budget"
-    ]
-    assert len(shifts) == 32
-    assert min(map(min, shifts)) > 0
-    assert max(holm([paired_p(shift) for shift in shifts])) < 1e-3
+    arms = {_which(one): one for one in records if one.psnr_db}
+    rivals = {key: one for key, one in arms.items() if one.method != "budget"}
+    ours = {density: arms["budget", density] for density in (0.35, 0.25)}
+    assert len(rivals) == 34
+    for values in (attrgetter("psnr_db"), attrgetter("ssim")):
+        shifts = [
+            [a - b for a, b in zip(values(ours[density]), values(one), strict=True)]
+            for (_, density), one in rivals.items()
+        ]
+        assert {len(shift) for shift in shifts} == {32}
+        assert min(map(min, shifts)) > 0
+        assert max(holm([paired_p(shift) for shift in shifts])) < 1e-3
+
+
+def test_what_remainders_do_to_whole_videos_is_quoted_as_it_is() -> None:
+    records = load_run(ROOT / "bench" / "results" / "h200" / "videos.json").records
+    arms = {_which(one): one for one in records if one.psnr_db}
+    rows = []
+    for (name, density), one in arms.items():
+        if name.endswith("+tail"):
+            bare = arms[name.removesuffix("+tail"), density]
+            assert one.prompts == bare.prompts
+            shift = [a - b for a, b in zip(one.psnr_db or (), bare.psnr_db or (), strict=True)]
+            times = [median(record.samples_s or ()) for record in (one, bare)]
+            errors = [record.method_error for record in (bare, one)]
+            rows.append(
+                f"| `{name}` | {density:g} | {paired_shift(shift):+.1f} dB, nearer in {sum(by > 0 for by in shift)} of "
+                f"{len(shift)} | {errors[0]:.2f} → {errors[1]:.2f} | {times[0] / times[1]:.2f}× |"
+            )
+    assert len(rows) == 5
+    assert "\n".join(rows) in PAGES
+
+
+def _which(record: Record) -> tuple[str, float | None]:
+    """The name of an arm, with its remainder where it was given one, and its density."""
+    preset = "" if record.preset == "default" else f"/{record.preset}"
+    tail = "+tail" if record.remainder is not None and not record.own_remainder else ""
+    return f"{record.method}{preset}{tail}", record.target_density
 
 
 HEAD = (
@@ -52,18 +83,17 @@ HEAD = (
 
 def video_rows(records: Sequence[Record]) -> list[str]:
     """A row for each method that reaches either density, the nearest to dense at 0.35 first, random masks last."""
-    arms = {(one.method, one.preset, one.target_density): one for one in records if one.psnr_db}
-    methods = dict.fromkeys((method, preset) for method, preset, _ in arms)
+    arms = {_which(one): one for one in records if one.psnr_db}
 
-    def order(which: tuple[str, str]) -> tuple[bool, float]:
-        reached = [median(arms[(*which, at)].psnr_db or ()) for at in (0.35, 0.25) if (*which, at) in arms]
-        return which[0] == "random", -max(reached)
+    def order(name: str) -> tuple[bool, float]:
+        reached = [median(arms[name, at].psnr_db or ()) for at in (0.35, 0.25) if (name, at) in arms]
+        return name.startswith("random"), -max(reached)
 
     rows = []
-    for method, preset in sorted(methods, key=order):
+    for name in sorted(dict.fromkeys(name for name, _ in arms), key=order):
         cells: list[list[str]] = [[], [], [], []]
         for at in (0.35, 0.25):
-            one, ours = arms.get((method, preset, at)), arms["budget", "default", at]
+            one, ours = arms.get((name, at)), arms["budget", at]
             if one is None:
                 for cell in cells:
                     cell.append("–")
@@ -75,9 +105,26 @@ def video_rows(records: Sequence[Record]) -> list[str]:
             cells[1].append("–" if one is ours else f"+{paired_shift(shift):.1f} dB, {nearer} of {len(shift)}")
             cells[2].append(f"{speedup.median:.2f}× ({speedup.low:.2f}–{speedup.high:.2f})")
             cells[3].append(f"{fmean(one.alignment or ()):.2f}")
-        name = method if preset == "default" else f"{method}/{preset}"
         rows.append(f"| `{name}` | {' | '.join(part for cell in cells for part in cell)} |")
     return rows
+
+
+def test_what_two_gpus_make_of_a_video_is_quoted_as_it_is() -> None:
+    page = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
+    one, two = json.loads((ROOT / "docs" / "parallel.json").read_text(encoding="utf-8"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    times = {
+        (run["processes"], name): median(arm["samples_s"]) for run in (one, two) for name, arm in run["arms"].items()
+    }
+    for label, name in (("dense", "dense"), ("CalibAtt", "calibatt")):
+        first, second = times[1, name], times[2, name]
+        assert f"| {label} | {first:.2f} s | {second:.2f} s | {first / second:.2f} |" in page
+        assert two["arms"][name]["difference"] == 0
+    gains = [times[processes, "dense"] / times[processes, "calibatt"] for processes in (1, 2)]
+    assert f"| CalibAtt over dense | {gains[0]:.2f} | {gains[1]:.2f} | |" in page
+    uneven = two["arms"]["calibatt"]["imbalance"]
+    assert f"has {uneven['in_order']:.3f} times the mean" in page
+    assert f"and {uneven['balanced']:.3f} times as they are assigned" in page
 
 
 def test_what_each_part_of_budget_adds_is_quoted_as_it_is() -> None:

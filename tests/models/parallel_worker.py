@@ -40,11 +40,11 @@ class Exact:
         return oracle.attend(q, k, v, plan).to(q.dtype)
 
 
-def masks() -> Learnt:
+def masks(seed: int = 0) -> Learnt:
     """Of CalibAtt: the first heads keep more than the last ones, and another one of each layer reuses rows."""
     learner = CalibAttConfig(block=(8, 8), anchors=2).learner()
     shares = torch.tensor([0.9, 0.7, 0.4, 0.2])[:, None, None]
-    keep = torch.rand(STEPS, LAYERS, HEADS, 8, 8, generator=torch.Generator().manual_seed(0)) < shares
+    keep = torch.rand(STEPS, LAYERS, HEADS, 8, 8, generator=torch.Generator().manual_seed(seed)) < shares
     keep |= torch.eye(8, dtype=torch.bool)
     similarity = torch.zeros(STEPS, LAYERS, HEADS)
     similarity[:, 0, 1] = similarity[:, 1, 3] = 1
@@ -113,6 +113,16 @@ def late(pipe: Any, config: Any) -> str:
     return "nothing"
 
 
+def unlike(pipe: Any) -> str:
+    """What is said where processes have masks of their own."""
+    try:
+        with attached(pipe, build("calibatt", calibration=masks(dist.get_rank())), Exact(), trusted=True):
+            run(pipe)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def compiled(pipe: Any) -> torch.Tensor:
     """The masks in a model that is compiled block by block."""
     pipe.transformer.compile_repeated_blocks(backend="eager")
@@ -128,6 +138,7 @@ def main(folder: Path) -> None:
     torch.accelerator.device_count = lambda: 1  # type: ignore[method-assign]
     pipe = new_pipe()
     made: dict[str, Any] = {"whole": videos(pipe), "late": late(pipe, ContextParallelConfig(ulysses_degree=2))}
+    made["unlike"] = unlike(pipe)
     made["shared"] = videos(pipe)
     made["compiled"] = compiled(pipe)
     torch.save(made, folder / f"{dist.get_rank()}.pt")

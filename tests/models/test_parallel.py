@@ -75,6 +75,11 @@ def test_parallelism_that_comes_too_late_is_refused(made: list[dict[str, Any]]) 
     assert made[0]["late"].endswith("call restore(pipe), then sparsify")
 
 
+def test_plans_that_differ_between_processes_are_refused_by_all(made: list[dict[str, Any]]) -> None:
+    for rank in made:
+        assert rank["unlike"].startswith("processes have different plans at step 0, layer 0")
+
+
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_shares_are_equal_in_number_and_no_less_even_than_in_order(ranks: int) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -14,7 +14,7 @@ import pytest
 from calibatt.bench.record import Record, load_run
 from calibatt.reports.findings import findings
 from calibatt.reports.page import write_report
-from calibatt.reports.pairs import METHOD, standings
+from calibatt.reports.pairs import PSNR, SSIM, standings
 from calibatt.reports.rows import rows
 from calibatt.reports.tables import tables
 
@@ -120,15 +120,51 @@ def test_what_pairs_do_not_tell_apart_from_random_masks_is_said_and_no_median_sa
     # the control's median is the higher one
     records = [at(make, "calibatt", 3.0, seed=1), at(make, "radial", 0.0, seed=2), at(make, "random", 0.2, seed=3)]
     said = " ".join(findings(rows(records)))
-    assert "Radial at density 0.35: not told apart from Random mask at density 0.35, by pairs of videos." in said
+    assert (
+        "Radial at density 0.35: not told apart from Random mask at density 0.35 by PSNR, in pairs of videos." in said
+    )
     assert "beats no method" in said
+
+
+def test_what_ssim_tells_apart_is_said_where_psnr_does_not(make: SimpleNamespace) -> None:
+    seen = [tuple(0.6 + 0.001 * number + by for number in range(32)) for by in (0.2, 0.1, 0.0)]
+    records = [at(make, "calibatt", 0.1, seed=1), at(make, "radial", 0.0, seed=2), at(make, "random", 0.2, seed=3)]
+    records = [replace(record, ssim=ssim) for record, ssim in zip(records, seen, strict=True)]
+    first, _, control = standings(rows(records), SSIM)
+    assert first.cells[1] == "Radial +0.100, Random mask +0.200"
+    assert control.cells[3] == "CalibAtt -0.200, Radial -0.100"
+    names = (
+        "CalibAtt at density 0.35 and Radial at density 0.35: not told apart from Random mask at density 0.35 by PSNR"
+    )
+    assert f"{names}, in pairs of videos; by SSIM all are." in " ".join(findings(rows(records)))
+    records[1] = replace(records[1], ssim=seen[2])
+    assert f"{names}, in pairs of videos; by SSIM Radial at density 0.35." in " ".join(findings(rows(records)))
+
+
+def test_of_many_methods_that_are_alike_a_sentence_has_the_number(make: SimpleNamespace) -> None:
+    names = ["sparge", "lite", "adaspa", "nabla", "draft", "jenga"]
+    alike = [at(make, name, 0.0, seed=seed) for seed, name in enumerate(names)]
+    control = at(make, "random", 0.0, seed=9)
+
+    def said(*others: Record) -> str:
+        return next(one for one in findings(rows([*alike, *others, control])) if "not told apart" in one)
+
+    assert said().startswith("All methods: not told apart")
+    assert said(at(make, "calibatt", 5.0, seed=8)).startswith("All methods but CalibAtt at density 0.35: not told")
+    better = [
+        at(make, name, 5.0, seed=20 + seed)
+        for seed, name in enumerate(("calibatt", "budget", "sta", "svg", "xattention"))
+    ]
+    assert said(*better).startswith("6 of 11 methods: not told apart")
 
 
 def test_page_and_tables_have_it(make: SimpleNamespace, write_run: Callable[..., Path], tmp_path: Path) -> None:
     path = write_run([make.dense_arm(), at(make, "calibatt", 3.0, seed=1), at(make, "random", 0.0, seed=2)])
     row = "| CalibAtt at density 0.35 | Random mask +"
     text = tables(load_run(path))
-    assert METHOD in text
+    assert PSNR.method in text
+    # all of one SSIM: none is told apart by it, and that is said too
+    assert SSIM.method in text
     assert row in text
     html = write_report([path], tmp_path / "report").read_text(encoding="utf-8")
     assert "Who is nearer to dense" in html
