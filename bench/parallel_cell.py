@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None, models: Mapping[str, ModelEntry
     parser.add_argument("--against", type=Path, help="videos of another run, to say how far these are from them")
     given = sys.argv[1:] if arguments is None else arguments
     own = parser.parse_args(given)
+    if own.against is not None and not own.against.is_file():
+        parser.error(f"--against: there is no file {own.against}")
     own.out.parent.mkdir(parents=True, exist_ok=True)
     device = pick_device(None)
     if device.type == "cuda":

@@ -291,11 +291,18 @@ class Tuner:
         """What `=density` asks for: that of CalibAtt, by its calibration of this run."""
         calibatt = self._built(Arm(method="calibatt", preset="default", mode="native", kernel="default"))
         assert isinstance(calibatt, Foreseen)
-        return calibatt.mean_density()
+        return calibatt.mean_density(self._text_tokens)
 
     def _density(self, method: Planner, kernel: Attender) -> float:
         """Mean density over all calls of a video where it is known before; else of the plans of some calls."""
-        return method.mean_density() if isinstance(method, Foreseen) else density_of(method, self._probes, kernel)
+        if isinstance(method, Foreseen):
+            return method.mean_density(self._text_tokens)
+        return density_of(method, self._probes, kernel)
+
+    @property
+    def _text_tokens(self) -> int:
+        """Of a video's prompt: fewer than a calibration allows, where prompts vary in length."""
+        return self._probe.site.geometry.text_tokens
 
     @cached_property
     def _probes(self) -> Sequence[Probe]:

@@ -488,7 +488,9 @@ def rehearse(learner: Learner, q: Tensor, k: Tensor, v: Tensor, site: Site) -> N
     learner.note(q[0], k[0], v[0], site, 0)
     if isinstance(learner, WeighingLearner):
         weighed = _weighed(q, k, v, learner.weighed(site, 1))
-        if weighed is not None:
+        if weighed is None:
+            learner.note(q[0], k[0], v[0], site, 1)
+        else:
             learner.note_weighed(weighed[1], q[0], k[0], v[0], site, 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -255,8 +256,8 @@ class Plan:
 
     @classmethod
     def dense(cls, geometry: Geometry) -> Plan:
-        """Every head computes everything."""
-        return cls(tokens=geometry.tokens, kinds=_alike("dense", geometry.heads))
+        """Every head computes everything; the same plan every time, since kernels and ranks keep things by plan."""
+        return _dense(geometry.tokens, geometry.heads)
 
     @classmethod
     def masked(
@@ -365,6 +366,11 @@ class Plan:
     def nbytes(self) -> int:
         """Memory of the plan, in bytes."""
         return sum(part.nbytes for part in self.tensors())
+
+
+@functools.lru_cache(maxsize=64)
+def _dense(tokens: int, heads: int) -> Plan:
+    return Plan(tokens=tokens, kinds=_alike("dense", heads))
 
 
 def _alike(kind: HeadKind, heads: int) -> tuple[HeadKind, ...]:

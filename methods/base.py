@@ -61,8 +61,12 @@ class Planner(Protocol):
 class Foreseen(Protocol):
     """A planner whose plans are known before any call."""
 
-    def mean_density(self) -> float:
-        """Of all plans of a video."""
+    def mean_density(self, text_tokens: int | None = None) -> float:
+        """Of all plans of a video.
+
+        Args:
+            text_tokens: of its prompt; as many as are allowed where None.
+        """
         ...
 
 

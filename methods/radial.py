@@ -72,7 +72,7 @@ class Radial(Method):
 
     def __init__(self, config: RadialConfig) -> None:
         super().__init__(config)
-        self._masks: dict[tuple[Geometry, torch.device], BlockMask] = {}
+        self._plans: dict[tuple[Geometry, torch.device], Plan] = {}
 
     def refusal(self, geometry: Geometry) -> Unsupported | None:
         """Applies where a frame fills a block: among smaller frames, the rules would leave queries without any key."""
@@ -96,9 +96,9 @@ class Radial(Method):
         if site.layer < self.config.dense_layers or site.in_warmup(self.config.dense_steps):
             return Plan.dense(site.geometry)
         key = (site.geometry, q.device)
-        if key not in self._masks:
-            self._masks[key] = radial_mask(site.geometry, self.config, q.device)
-        return Plan.masked(self._masks[key], site.geometry.heads)
+        if key not in self._plans:
+            self._plans[key] = Plan.masked(radial_mask(site.geometry, self.config, q.device), site.geometry.heads)
+        return self._plans[key]
 
 
 def radial_mask(geometry: Geometry, config: RadialConfig, device: torch.device | str = "cpu") -> BlockMask:

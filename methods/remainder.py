@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 from jaxtyping import Float
 from torch import Tensor
@@ -29,6 +30,8 @@ class WithRemainder(Around):
         if method.remainder != "none":
             raise ValueError(own_remainder(method.remainder, remainder))
         self._remainder = remainder
+        # for as long as the method keeps its own
+        self._plans: WeakKeyDictionary[Plan, Plan] = WeakKeyDictionary()
 
     @property
     def remainder(self) -> Remainder:
@@ -44,7 +47,11 @@ class WithRemainder(Around):
     ) -> Plan:
         """The method's plan, with the remainder where blocks are left out."""
         plan = self._inner.plan(q, k, v, site)
-        return plan if plan.mask is None else replace(plan, remainder=self._remainder)
+        if plan.mask is None:
+            return plan
+        if plan not in self._plans:
+            self._plans[plan] = replace(plan, remainder=self._remainder)
+        return self._plans[plan]
 
 
 def own_remainder(own: Remainder, other: Remainder) -> str:

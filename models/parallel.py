@@ -7,6 +7,7 @@ cost, where that is known.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from calibatt.kernels.plan import Plan
@@ -186,16 +187,16 @@ class ParallelAttention:
         unseen = q.new_empty(()).expand(1, q.shape[1], site.geometry.tokens, q.shape[3])
         plan = self._attention.plan(unseen, unseen, unseen, site)
         if plan not in self._own:
-            work = plan.density()
-            self._check_agreed(work.to(q.device), site)
-            shares = balanced(work, self._ranks.size)
+            self._check_agreed(plan, q.device, site)
+            shares = balanced(plan.density(), self._ranks.size)
             own = plan.of_heads(shares[self._ranks.rank].tolist())
             self._own[plan] = _Own(shares=shares.to(q.device), plan=own)
         return self._own[plan]
 
-    def _check_agreed(self, work: Float[Tensor, "heads"], site: Site) -> None:
-        """Refuse, in all processes, plans that differ: each would take other heads than the others send."""
-        most = torch.stack([work, -work])
+    def _check_agreed(self, plan: Plan, device: torch.device, site: Site) -> None:
+        """Refuse, in all processes, plans that differ: of each head a part would be computed by another mask."""
+        own = _fingerprint(plan, device)
+        most = torch.stack([own, -own])
         dist.all_reduce(most, dist.ReduceOp.MAX, group=self._ranks.group)
         if not torch.equal(most[0], -most[1]):
             raise ValueError(
@@ -224,6 +225,17 @@ class ParallelAttention:
         for heads, of_rank in zip(shares, of_ranks, strict=True):
             whole.index_copy_(1, heads, of_rank)
         return whole.transpose(0, 1)[None]
+
+
+def _fingerprint(plan: Plan, device: torch.device) -> Int64[Tensor, ""]:
+    """A number that plans with other kinds or tensors hardly share, found where the plan is."""
+    kinds = repr((plan.kinds, plan.tokens, plan.remainder, plan.int8))
+    found = torch.tensor(zlib.crc32(kinds.encode()), device=device)
+    for part in plan.tensors():
+        content = part.contiguous().view(torch.uint8).flatten().long()
+        found = found * 31 + (content * torch.arange(1, len(content) + 1, device=device)).sum()
+    # never negative, so that its opposite is as exact
+    return found & (2**62 - 1)
 
 
 def _received(

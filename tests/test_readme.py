@@ -113,6 +113,10 @@ def test_what_two_gpus_make_of_a_video_is_quoted_as_it_is() -> None:
     page = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
     one, two = json.loads((ROOT / "docs" / "parallel.json").read_text(encoding="utf-8"))
     assert (one["processes"], two["processes"]) == (1, 2)
+    for run in (one, two):
+        assert run["commit_info"]["dirty"] is False
+        assert "--resolution 720p --layers 10 --steps 4 --compile" in run["command"]
+        assert "--rounds 2" in run["command"]
     times = {
         (run["processes"], name): median(arm["samples_s"]) for run in (one, two) for name, arm in run["arms"].items()
     }

@@ -12,7 +12,7 @@ are computed, until a share of all query-key products is spent.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -196,11 +196,12 @@ class Budget(Method):
     def _made(self, step: int, layer: int, geometry: Geometry, device: torch.device) -> Plan:
         return Plan.masked(self._mask(step, layer, geometry, device), geometry.heads)
 
-    def mean_density(self) -> float:
-        """Of all plans of a video, with as much text as the calibration allows."""
+    def mean_density(self, text_tokens: int | None = None) -> float:
+        """Of all plans of a video, with so many text tokens; as many as the calibration allows where None."""
         own, device = self.learnt.provenance, torch.device("cpu")
+        geometry = own.geometry if text_tokens is None else replace(own.geometry, text_tokens=text_tokens)
         sites = [(step, layer) for step in range(own.steps) for layer in range(own.layers)]
-        return sum(self._mask(*site, own.geometry, device).density().mean().item() for site in sites) / len(sites)
+        return sum(self._mask(*site, geometry, device).density().mean().item() for site in sites) / len(sites)
 
     def _mask(self, step: int, layer: int, geometry: Geometry, device: torch.device) -> BlockMask:
         block, tokens = self.config.block, geometry.tokens

@@ -233,6 +233,6 @@ class CalibAtt(Method):
         """
         return self.plans.plan(site, q.device)
 
-    def mean_density(self) -> float:
-        """Of all plans of a video."""
-        return self.plans.density().mean().item()
+    def mean_density(self, text_tokens: int | None = None) -> float:
+        """Of all plans of a video, with so many text tokens; as many as the calibration allows where None."""
+        return self.plans.density(text_tokens).mean().item()

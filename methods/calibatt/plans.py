@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -76,11 +76,16 @@ class Plans:
         self.learnt.check(site)
         return self._ahead.at(site, device or _CPU)
 
-    def density(self) -> Float[Tensor, "steps layers heads"]:
-        """Computed fraction of the query-key products of every head, with as much text as the calibration allows."""
+    def density(self, text_tokens: int | None = None) -> Float[Tensor, "steps layers heads"]:
+        """Computed fraction of the query-key products of every head.
+
+        Args:
+            text_tokens: of the video's prompt; as many as the calibration allows where None.
+        """
         own = self.learnt.provenance
+        geometry = own.geometry if text_tokens is None else replace(own.geometry, text_tokens=text_tokens)
         each = [
-            self._plan(step, layer, own.geometry, _CPU).density()
+            self._plan(step, layer, geometry, _CPU).density()
             for step in range(own.steps)
             for layer in range(own.layers)
         ]

@@ -184,6 +184,17 @@ def test_a_density_that_no_video_comes_near_is_said_so(probes: list[Probe]) -> N
     assert re.fullmatch(r"its topk gives whole videos a density of 0\.\d{3} at the nearest, not 0\.300", answer.reason)
 
 
+def test_a_density_known_before_is_that_of_a_prompt_as_long_as_a_video_has(probes: list[Probe]) -> None:
+    class Known(Share):
+        def mean_density(self, text_tokens: int | None = None) -> float:
+            assert text_tokens is not None
+            return text_tokens / 100
+
+    site = replace(probes[-1].site, geometry=replace(probes[-1].site.geometry, text_tokens=17))
+    made = tuner([*probes, replace(probes[-1], site=site)], unseen)
+    assert made._density(Known(0.5), KERNELS["flex"]) == 0.17
+
+
 def test_calls_to_solve_on_are_taken_once_and_only_where_a_density_is_wanted(probes: list[Probe]) -> None:
     taken: list[int] = []
 

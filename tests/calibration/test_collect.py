@@ -117,6 +117,34 @@ def test_mass_that_attention_sums_on_the_way_is_learnt_from_as_if_it_were_summed
         torch.testing.assert_close(on_the_way.tables[name], table, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("summed", [True, False])
+def test_rehearsing_takes_both_ways_in_which_prompts_are_noted(
+    monkeypatch: pytest.MonkeyPatch, hand_made: Made, summed: bool
+) -> None:
+    ways: list[str] = []
+
+    class Told:
+        def note(self, *call: Any) -> Any:
+            ways.append(f"prompt {call[-1]}")
+
+        def weighed(self, site: Site, prompt: int) -> tuple[int, int]:
+            return (16, 8)
+
+        def note_weighed(self, mass: torch.Tensor, *call: Any) -> Any:
+            ways.append(f"prompt {call[-1]} by mass")
+
+        def merge(self, notes: Any) -> Any: ...
+
+    monkeypatch.setattr(collect, "takes_weighed", lambda q, block: summed)
+    monkeypatch.setattr(collect, "attend_and_weigh", lambda q, k, v, *, block: (q, q[0]))
+    x = torch.zeros(1, 2, 60, 16)
+    site = Site(
+        geometry=hand_made().geometry, step=0, steps=2, sigma=1.0, branch="cond", layer=0, layers=3, sample=0
+    )  # fmt: skip
+    collect.rehearse(Told(), x, x, x, site)
+    assert ways == ["prompt 0", "prompt 1 by mass" if summed else "prompt 1"]
+
+
 def test_every_prompt_starts_from_noise_of_its_own(hand_made: Made, run: Made, prompts: tuple[str, ...]) -> None:
     videos = hand_made()
     run(videos)

@@ -18,6 +18,7 @@ from calibatt.kernels.fused import FusedKernel
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.mask import BlockMask, VariableBlockMask, block_count
 from calibatt.kernels.plan import Plan, RowReuse, Skip, TokenOrder
+from calibatt.kernels.weighed import attend_and_weigh, takes_weighed
 from calibatt.methods.blocks import self_similarity
 from calibatt.methods.clusters import assign
 from calibatt.methods.energy import block_mass
@@ -65,6 +66,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> int:
 def estimate(q: Tensor, k: Tensor) -> None:
     """Fused estimates, which run on a GPU alone."""
     assert estimates.takes(q)
+    if takes_weighed(q[None], (128, 128)):
+        attend_and_weigh(q[None], k[None], k[None], block=(128, 128))
     # eight tokens put together
     block_mass(q[:, :296].reshape(HEADS, 37, -1), k[:, :296].reshape(HEADS, 37, -1), block=(16, 16))
     for block in ((128, 128), (64, 48)):

@@ -407,6 +407,12 @@ def test_the_density_is_met_within_a_fiftieth_and_known_beforehand(
         assert method.mean_density() == pytest.approx(found.mean().item())
         assert found.mean().item() == pytest.approx(density, rel=0.02)
         assert all(plan.mask is not None and bool(plan.mask.keep().any(-1).all()) for plan in plans)
+        if geometry.text_tokens:
+            # a prompt of less text
+            short = replace(geometry, text_tokens=geometry.text_tokens - 3)
+            plans = [method.plan(*qkv(99, short), replace(where, geometry=short)) for where in sites]
+            own = torch.stack([plan.density() for plan in plans]).mean().item()
+            assert method.mean_density(short.text_tokens) == pytest.approx(own)
         if preset in ("site", "rows"):
             # at every site by itself
             assert found.mean(1).tolist() == pytest.approx([density] * len(sites), rel=0.02)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calibatt.kernels.geometry import Geometry
-from calibatt.methods.energy import block_energy
+from calibatt.methods.energy import block_energy, block_mass
 from calibatt.methods.learning import Learnt
 from calibatt.methods.scaling import LEVELS, Scaling, ScalingConfig, entry_levels, fidelities, levels, shares
 from calibatt.methods.site import Site
@@ -49,6 +49,20 @@ def planned(settings: ScalingConfig, learnt: Learnt, site: Site = SITE) -> Tenso
     mask = Scaling(settings, learnt).plan(*qkv(99, site.geometry), site).mask
     assert mask is not None
     return mask.keep()
+
+
+@pytest.mark.parametrize(
+    "text", [{}, {"text_tokens": 7, "text_side": "first"}, {"text_tokens": 5, "text_side": "last"}]
+)
+def test_a_call_is_noted_by_its_mass_as_by_itself(text: dict[str, Any]) -> None:
+    learner = Scaling.learner(config(dense_steps=0.5))
+    geometry = replace(GEOMETRY, **text)
+    site, dense = replace(SITE, geometry=geometry), replace(SITE, geometry=geometry, step=0)
+    assert (learner.weighed(site, 0), learner.weighed(dense, 0)) == ((16, 16), None)
+    q, k, v = qkv(1, geometry)
+    by_mass = learner.note_weighed(block_mass(q, k, block=(16, 16))[0], q, k, v, site, 0)
+    for name, note in learner.note(q, k, v, site, 0).items():
+        torch.testing.assert_close(by_mass[name], note)
 
 
 # --- the map ---------------------------------------------------------------------------------------------------------

@@ -40,12 +40,15 @@ class Exact:
         return oracle.attend(q, k, v, plan).to(q.dtype)
 
 
-def masks(seed: int = 0) -> Learnt:
-    """Of CalibAtt: the first heads keep more than the last ones, and another one of each layer reuses rows."""
+def masks(shifted: int = 0) -> Learnt:
+    """Of CalibAtt: the first heads keep more than the last ones, and another one of each layer reuses rows.
+
+    However far blocks are shifted, as many are kept of each head.
+    """
     learner = CalibAttConfig(block=(8, 8), anchors=2).learner()
     shares = torch.tensor([0.9, 0.7, 0.4, 0.2])[:, None, None]
-    keep = torch.rand(STEPS, LAYERS, HEADS, 8, 8, generator=torch.Generator().manual_seed(seed)) < shares
-    keep |= torch.eye(8, dtype=torch.bool)
+    keep = torch.rand(STEPS, LAYERS, HEADS, 8, 8, generator=torch.Generator().manual_seed(0)) < shares
+    keep = (keep | torch.eye(8, dtype=torch.bool)).roll(shifted, -1)
     similarity = torch.zeros(STEPS, LAYERS, HEADS)
     similarity[:, 0, 1] = similarity[:, 1, 3] = 1
     return Learnt(
@@ -116,7 +119,7 @@ def late(pipe: Any, config: Any) -> str:
 def unlike(pipe: Any) -> str:
     """What is said where processes have masks of their own."""
     try:
-        with attached(pipe, build("calibatt", calibration=masks(dist.get_rank())), Exact(), trusted=True):
+        with attached(pipe, build("calibatt", calibration=masks(shifted=dist.get_rank())), Exact(), trusted=True):
             run(pipe)
     except ValueError as error:
         return str(error)

@@ -15,7 +15,7 @@ from calibatt.models.adapter import attached
 from calibatt.models.compiled import compile_blocks
 
 
-@pytest.mark.parametrize(("name", "graphs"), [("wan2.1-1.3b", 1), ("mochi-1", 2)])
+@pytest.mark.parametrize(("name", "graphs"), [("wan2.1-1.3b", 1), ("mochi-1", 2), ("cogvideox-5b", 1)])
 def test_blocks_of_a_transformer_that_does_not_name_them_are_compiled_too(
     name: str, graphs: int, tiny: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

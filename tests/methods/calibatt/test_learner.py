@@ -21,7 +21,7 @@ from calibatt.methods.calibatt.learner import CalibAttLearner, MassLearner, vote
 from calibatt.methods.calibatt.levels import loss_levels
 from calibatt.methods.calibatt.repetition import row_similarity
 from calibatt.methods.calibatt.schedule import Schedule
-from calibatt.methods.energy import block_energy
+from calibatt.methods.energy import block_energy, block_mass
 from calibatt.methods.facts import read_settings
 from calibatt.methods.learning import settings_of
 from calibatt.methods.selection import mass_before, top_p
@@ -261,3 +261,24 @@ def test_the_table_has_the_blocks_of_the_video_alone(learner: Made, site: Made, 
         geometry = replace(site().geometry, text_tokens=text)
         shapes.add(learner(levels=True).note(*inputs(geometry), site(geometry=geometry), 0)["levels"].shape)
     assert shapes == {(2, block_count(60, 16), block_count(60, 8))}
+
+
+@pytest.mark.parametrize(
+    "text", [{}, {"text_tokens": 7, "text_side": "first"}, {"text_tokens": 5, "text_side": "last"}]
+)
+@pytest.mark.parametrize("kind", [CalibAttLearner, MassLearner])
+def test_a_call_is_noted_by_its_mass_as_by_itself(kind: Any, text: dict[str, Any], site: Made) -> None:
+    learner = kind(
+        block=(16, 8), schedule=None, rho=0.5, gamma=0.87, anchors=2, similarity_prompts=1, query_stride=1,
+        levels=True, output_errors=False, share=None,
+    )  # fmt: skip
+    where = site(1, 1, geometry=replace(site().geometry, **text))
+    geometry = where.geometry
+    shape = (3, geometry.heads, geometry.tokens, geometry.head_dim)
+    q, k, v = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    # the first prompt's repetition is measured, which takes the call itself
+    assert (learner.weighed(where, 0), learner.weighed(where, 1)) == (None, (16, 8))
+    mass, _ = block_mass(q, k, block=(16, 8))
+    by_mass = learner.note_weighed(mass, q, k, v, where, 1)
+    for name, note in learner.note(q, k, v, where, 1).items():
+        torch.testing.assert_close(by_mass[name], note, rtol=1e-3, atol=1e-6)

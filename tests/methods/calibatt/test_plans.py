@@ -191,6 +191,14 @@ def test_one_calibration_serves_prompts_of_any_length_and_text_is_always_kept(
     learnt_part = unpacked(made.tables["bits"][1, 1], 8)[:, : rows.stop - rows.start, : columns.stop - columns.start]
     assert torch.equal(keep[:, rows, columns], learnt_part)
     assert not keep.all()
+    method = build("calibatt", calibration=made, gamma=2.0)
+    assert isinstance(method, Foreseen)
+    plans = [
+        method.plan(*(torch.zeros(2, plan.tokens, 16),) * 3, site(step, layer, geometry=own))
+        for step in range(2)
+        for layer in range(2)
+    ]
+    assert method.mean_density(text) == pytest.approx(torch.stack([one.density() for one in plans]).mean().item())
 
 
 @pytest.mark.parametrize("side", ["first", "last"])
