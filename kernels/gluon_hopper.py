@@ -96,8 +96,8 @@ class Gluon(FusedKernel):
             q, k, v: with channels side by side.
             out, lse, logsums: written to, the latter two in fp32; those of groups in powers of two.
         """
-        kinds: tuple[HeadKind, ...] = ("dense",) * q.shape[1]
-        self._launch(q, k, v, out, lse, Plan(tokens=q.shape[2], kinds=kinds), logsums=logsums)
+        plan = Plan.all_dense(q.shape[2], q.shape[1])
+        self._launch(q, k, v, out, lse, plan, logsums=logsums)
 
     def _launch(
         self,

@@ -257,7 +257,13 @@ class Plan:
     @classmethod
     def dense(cls, geometry: Geometry) -> Plan:
         """Every head computes everything; the same plan every time, since kernels and ranks keep things by plan."""
-        return _dense(geometry.tokens, geometry.heads)
+        return cls.all_dense(geometry.tokens, geometry.heads)
+
+    @staticmethod
+    @functools.lru_cache(maxsize=64)
+    def all_dense(tokens: int, heads: int) -> Plan:
+        """The same for so many tokens and heads."""
+        return Plan(tokens=tokens, kinds=_alike("dense", heads))
 
     @classmethod
     def masked(
@@ -366,11 +372,6 @@ class Plan:
     def nbytes(self) -> int:
         """Memory of the plan, in bytes."""
         return sum(part.nbytes for part in self.tensors())
-
-
-@functools.lru_cache(maxsize=64)
-def _dense(tokens: int, heads: int) -> Plan:
-    return Plan(tokens=tokens, kinds=_alike("dense", heads))
 
 
 def _alike(kind: HeadKind, heads: int) -> tuple[HeadKind, ...]:
