@@ -131,8 +131,8 @@ def _clock_mhz() -> float | None:
         return None
     try:
         frequency = psutil.cpu_freq()
-    # and raises where there is no file of frequencies
-    except (NotImplementedError, OSError):
+    # and raises where there is no file of frequencies, or it must not be read
+    except (NotImplementedError, FileNotFoundError, PermissionError):
         return None
     return float(frequency.current) or None if frequency else None
 

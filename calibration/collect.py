@@ -35,7 +35,7 @@ from calibatt.kernels.mask import block_count
 from calibatt.kernels.plan import Plan
 from calibatt.kernels.weighed import attend_and_weigh, takes_weighed
 from calibatt.methods.base import Trials
-from calibatt.methods.call import Call, SparseAttention
+from calibatt.methods.call import SparseAttention
 from calibatt.methods.catalogue import METHODS, build, learns_from
 from calibatt.methods.catalogue import learner as learner_of
 from calibatt.methods.facts import one_line
@@ -391,12 +391,11 @@ class Run:
     def _note(
         self, group: range, unit: UnitWriter, kernel: Attender, bar: Any, check_room: Callable[[Any], None]
     ) -> None:
-        watcher = _Watcher(self.learner, self.videos, group, unit, check_room)
-        attention = _Watched(kernel, watcher)
+        watcher = _Watcher(self.learner, self.videos, group, unit, kernel, check_room)
         start = time.perf_counter()
         try:
             self.videos.show(
-                attention, prompts=[self.prompts[prompt] for prompt in group], seed=self.seed + group.start,
+                watcher, prompts=[self.prompts[prompt] for prompt in group], seed=self.seed + group.start,
                 after_step=partial(bar.update, len(group)),
             )  # fmt: skip
         except torch.OutOfMemoryError:
@@ -442,36 +441,6 @@ def notes_in(folder: Path | None) -> Iterator[Path]:
         yield Path(temporary)
 
 
-class _Watched:
-    """Dense attention whose calls a watcher sees.
-
-    Args:
-        kernel: computes it, but where the mass of blocks is asked for and can be summed on the way.
-        watcher: told of every call.
-    """
-
-    def __init__(self, kernel: Attender, watcher: _Watcher) -> None:
-        self._kernel = kernel
-        self._watcher = watcher
-
-    def start_video(self) -> None:
-        """Nothing is kept from call to call."""
-
-    def __call__(
-        self,
-        q: Float[Tensor, "1 heads tokens head_dim"],
-        k: Float[Tensor, "1 heads tokens head_dim"],
-        v: Float[Tensor, "1 heads tokens head_dim"],
-        site: Site,
-    ) -> Float[Tensor, "1 heads tokens head_dim"]:
-        """Compute, and tell."""
-        plan = Plan.dense(site.geometry)
-        weighed = _weighed(q, k, v, self._watcher.weighed(site))
-        out, mass = (self._kernel.attend(q, k, v, plan), None) if weighed is None else weighed
-        self._watcher.saw(Call(site=site, q=q, k=k, v=v, plan=plan, out=out), mass)
-        return out
-
-
 def _weighed(q: Tensor, k: Tensor, v: Tensor, block: tuple[int, int] | None) -> tuple[Tensor, Tensor] | None:
     """Outputs and mass where a block is given and both can be had at once."""
     return attend_and_weigh(q, k, v, block=block) if block is not None and takes_weighed(q, block) else None
@@ -491,18 +460,27 @@ def rehearse(learner: Learner, q: Tensor, k: Tensor, v: Tensor, site: Site) -> N
         if weighed is None:
             learner.note(q[0], k[0], v[0], site, 1)
         else:
-            learner.note_weighed(weighed[1], q[0], k[0], v[0], site, 1)
+            learner.note_weighed(weighed[1], site)
 
 
 class _Watcher:
-    """Has a learner note the conditional calls of some videos that are made side by side, each site once.
+    """Dense attention of some videos made side by side, which has a learner note the conditional calls, each site once.
+
+    A kernel computes it, but where mass of blocks is noted and can be summed on the way.
 
     A GPU goes on while notes are on their way and are written: what is wrong with them is found some calls later.
     """
 
     def __init__(
-        self, learner: Learner, videos: Videos, group: range, unit: UnitWriter, check_room: Callable[[Any], None]
+        self,
+        learner: Learner,
+        videos: Videos,
+        group: range,
+        unit: UnitWriter,
+        kernel: Attender,
+        check_room: Callable[[Any], None],
     ) -> None:
+        self._kernel = kernel
         self._check_room = check_room
         self._learner = learner
         self._videos = videos
@@ -516,25 +494,36 @@ class _Watcher:
         self._clock = _Clock()
         self._room_unknown = True
 
-    def weighed(self, site: Site) -> tuple[int, int] | None:
-        """Blocks whose mass the learner can do with, of a call that is to be noted by itself."""
-        if site.branch != "cond" or len(self._group) > 1 or not isinstance(self._learner, WeighingLearner):
-            return None
-        return self._learner.weighed(site, self._group.start)
+    def start_video(self) -> None:
+        """What is seen is told apart by its site."""
 
-    def saw(self, call: Call, mass: Tensor | None) -> None:
-        """Note the call, or keep it until all videos' are there.
-
-        Args:
-            call: that is over.
-            mass: of the blocks that `weighed` gave, where it was summed.
+    def __call__(
+        self,
+        q: Float[Tensor, "1 heads tokens head_dim"],
+        k: Float[Tensor, "1 heads tokens head_dim"],
+        v: Float[Tensor, "1 heads tokens head_dim"],
+        site: Site,
+    ) -> Float[Tensor, "1 heads tokens head_dim"]:
+        """Compute the call; note it, or keep it until all videos' are there.
 
         Raises:
             ValueError: it is of another geometry or number of steps or layers than was announced, comes a second time,
                 or it or an earlier one is not finite.
             OSError: the notes cannot be written.
         """
-        site = call.site
+        weighed = _weighed(q, k, v, self._block(site))
+        out, mass = (self._kernel.attend(q, k, v, Plan.dense(site.geometry)), None) if weighed is None else weighed
+        self._saw((q[0], k[0], v[0], site), out, mass)
+        return out
+
+    def _block(self, site: Site) -> tuple[int, int] | None:
+        """Blocks whose mass the learner can do with, of a call that is to be noted by itself."""
+        if site.branch != "cond" or len(self._group) > 1 or not isinstance(self._learner, WeighingLearner):
+            return None
+        return self._learner.weighed(site, self._group.start)
+
+    def _saw(self, call: Seen, out: Tensor, mass: Tensor | None) -> None:
+        q, *_, site = call
         self._check_announced(site)
         if site.branch != "cond":
             return
@@ -544,14 +533,14 @@ class _Watcher:
                 f"attention was called twice at {where} of one video: calibrate with a scheduler that calls the model "
                 "once a step"
             )
-        self._clock.device = call.q.device
+        self._clock.device = q.device
         with self._clock.running():
-            self._calls.append((call.q[0], call.k[0], call.v[0], site))
-            self._finite.append(call.out.isfinite().all())
+            self._calls.append(call)
+            self._finite.append(out.isfinite().all())
             if len(self._calls) == len(self._group):
                 notes = self._notes(mass)
                 tensors = InFlight([torch.stack(self._finite), *notes.values()])
-                self._sent.append(_Sent(site=site, names=tuple(notes), tensors=tensors, dtype=call.q.dtype))
+                self._sent.append(_Sent(site=site, names=tuple(notes), tensors=tensors, dtype=q.dtype))
                 self._seen.add((site.step, site.layer))
                 self._calls.clear()
                 self._finite.clear()
@@ -595,7 +584,7 @@ class _Watcher:
             return self._learner.note_together(self._calls)
         ((q, k, v, site),) = self._calls
         if mass is not None and isinstance(self._learner, WeighingLearner):
-            return self._learner.note_weighed(mass, q, k, v, site, self._group.start)
+            return self._learner.note_weighed(mass, site)
         return self._learner.note(q, k, v, site, self._group.start)
 
     def _check_complete(self) -> None:

@@ -143,20 +143,12 @@ class WeighingLearner(Learner, Protocol):
         """Tokens of the query and key blocks by whose mass `note_weighed` notes a call; None where `note` has to."""
         ...
 
-    def note_weighed(
-        self,
-        mass: Float[Tensor, "heads q_blocks k_blocks"],
-        q: Float[Tensor, "heads tokens head_dim"],
-        k: Float[Tensor, "heads tokens head_dim"],
-        v: Float[Tensor, "heads tokens head_dim"],
-        site: Site,
-        prompt: int,
-    ) -> Mapping[str, Tensor]:
+    def note_weighed(self, mass: Float[Tensor, "heads q_blocks k_blocks"], site: Site) -> Mapping[str, Tensor]:
         """As `note`, to which it comes but for rounding.
 
         Args:
             mass: attention weights summed over the queries and keys of each block.
-            q, k, v, site, prompt: as for `note`.
+            site: where the call happened.
         """
         ...
 

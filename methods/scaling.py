@@ -195,17 +195,9 @@ class ScalingLearner:
         """The blocks, where all queries are looked at."""
         return None if self.query_stride > 1 or site.in_warmup(self.dense_steps) else self.block
 
-    def note_weighed(
-        self,
-        mass: Float[Tensor, "heads q_blocks k_blocks"],
-        q: Float[Tensor, "heads tokens head_dim"],
-        k: Float[Tensor, "heads tokens head_dim"],
-        v: Float[Tensor, "heads tokens head_dim"],
-        site: Site,
-        prompt: int,
-    ) -> Mapping[str, Tensor]:
+    def note_weighed(self, mass: Float[Tensor, "heads q_blocks k_blocks"], site: Site) -> Mapping[str, Tensor]:
         """As `note`."""
-        return self._noted(mean_mass(mass, q.shape[1], self.block[0], None), site)
+        return self._noted(mean_mass(mass, site.geometry.tokens, self.block[0], None), site)
 
     def _noted(self, energy: Float[Tensor, "heads q_blocks k_blocks"], site: Site) -> Mapping[str, Tensor]:
         entered = entry_levels(energy).masked_fill(text_blocks(site.geometry, self.block, energy.device), 0)

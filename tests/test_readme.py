@@ -111,7 +111,7 @@ def video_rows(records: Sequence[Record]) -> list[str]:
 
 def test_what_two_gpus_make_of_a_video_is_quoted_as_it_is() -> None:
     page = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
-    one, two = json.loads((ROOT / "docs" / "parallel.json").read_text(encoding="utf-8"))
+    one, two = json.loads((ROOT / "bench" / "results" / "parallel.json").read_text(encoding="utf-8"))
     assert (one["processes"], two["processes"]) == (1, 2)
     for run in (one, two):
         assert run["commit_info"]["dirty"] is False

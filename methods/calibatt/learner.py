@@ -105,38 +105,27 @@ class CalibAttLearner:
         Raises:
             ValueError: a frame has no more rows than there are anchors.
         """
-        return self._noted(*self._statistics(q, k, site.geometry, prompt), q, k, v, site, prompt)
+        energy, similarity = self._statistics(q, k, site.geometry, prompt)
+        return self._noted(energy, similarity, site, (q, k, v) if self._measures(prompt) else None)
 
     def weighed(self, site: Site, prompt: int) -> tuple[int, int] | None:
         """The blocks, where all queries are looked at and repetition is not, which takes a pass of its own."""
         return None if self.query_stride > 1 or self._measures(prompt) else self.block
 
-    def note_weighed(
-        self,
-        mass: Float[Tensor, "heads q_blocks k_blocks"],
-        q: Float[Tensor, "heads tokens head_dim"],
-        k: Float[Tensor, "heads tokens head_dim"],
-        v: Float[Tensor, "heads tokens head_dim"],
-        site: Site,
-        prompt: int,
-    ) -> Mapping[str, Tensor]:
+    def note_weighed(self, mass: Float[Tensor, "heads q_blocks k_blocks"], site: Site) -> Mapping[str, Tensor]:
         """As `note`."""
         # of queries with text too, whose blocks are left out
         energy = mean_mass(mass, site.geometry.tokens, self.block[0], None)
-        none = q.new_zeros(site.geometry.heads, dtype=torch.float32)
-        return self._noted(self._without_text(energy, site.geometry), none, q, k, v, site, prompt)
+        return self._noted(self._without_text(energy, site.geometry), mass.new_zeros(len(mass)), site, None)
 
     def _noted(
         self,
         energy: Float[Tensor, "heads rows columns"],
         similarity: Float[Tensor, "heads"],
-        q: Float[Tensor, "heads tokens head_dim"],
-        k: Float[Tensor, "heads tokens head_dim"],
-        v: Float[Tensor, "heads tokens head_dim"],
         site: Site,
-        prompt: int,
+        measured: tuple[Tensor, Tensor, Tensor] | None,
     ) -> Mapping[str, Tensor]:
-        """What `note` returns, by the energy of blocks without text."""
+        """What `note` returns, by the energy of blocks without text; q, k and v where repetition is measured."""
         geometry = site.geometry
         mass = (self.schedule or Schedule.published(geometry.video_tokens, site.steps)).mass(site.step, site.steps)
         keep = top_p(energy, mass)
@@ -148,7 +137,9 @@ class CalibAttLearner:
             levels = loss_levels(1 - mass_before(energy), mass)
             notes["levels"] = video_table(levels, geometry, self.block, left_over=MOST_LEVEL)
         if self.output_errors:
-            notes |= zip(OUTPUT_ERRORS, self._errors(q, k, v, keep, geometry, prompt), strict=True)
+            none = torch.zeros_like(similarity)
+            errors = (none, none) if measured is None else self._errors(*measured, keep, geometry)
+            notes |= zip(OUTPUT_ERRORS, errors, strict=True)
         return notes
 
     def merge(self, notes: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -228,12 +219,8 @@ class CalibAttLearner:
         v: Float[Tensor, "heads tokens head_dim"],
         keep: Bool[Tensor, "heads rows columns"],
         geometry: Geometry,
-        prompt: int,
     ) -> tuple[Float[Tensor, "heads"], Float[Tensor, "heads"]]:
         """Output errors of reuse and of the mask that keeps these blocks of those without text, and all others."""
-        if not self._measures(prompt):
-            none = q.new_zeros(geometry.heads, dtype=torch.float32)
-            return none, none
         whole = text_blocks(geometry, self.block, q.device).repeat(geometry.heads, 1, 1)
         rows, columns = (video_blocks(geometry, size) for size in self.block)
         whole[:, rows, columns] = keep
@@ -257,11 +244,8 @@ class MassLearner(CalibAttLearner):
         self,
         energy: Float[Tensor, "heads rows columns"],
         similarity: Float[Tensor, "heads"],
-        q: Float[Tensor, "heads tokens head_dim"],
-        k: Float[Tensor, "heads tokens head_dim"],
-        v: Float[Tensor, "heads tokens head_dim"],
         site: Site,
-        prompt: int,
+        measured: tuple[Tensor, Tensor, Tensor] | None,
     ) -> Mapping[str, Tensor]:
         """What every block withstands, and how alike the call's rows are.
 

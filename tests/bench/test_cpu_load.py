@@ -149,7 +149,7 @@ def test_a_child_that_begins_meanwhile_is_no_other(monkeypatch: pytest.MonkeyPat
     assert len(seen) == 1 or seen[1].own_s - seen[0].own_s >= 0.5
 
 
-@pytest.mark.parametrize("error", [NotImplementedError, FileNotFoundError])
+@pytest.mark.parametrize("error", [NotImplementedError, FileNotFoundError, PermissionError])
 def test_a_system_that_does_not_tell_its_clock_is_read_all_the_same(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,8 +130,8 @@ def test_rehearsing_takes_both_ways_in_which_prompts_are_noted(
         def weighed(self, site: Site, prompt: int) -> tuple[int, int]:
             return (16, 8)
 
-        def note_weighed(self, mass: torch.Tensor, *call: Any) -> Any:
-            ways.append(f"prompt {call[-1]} by mass")
+        def note_weighed(self, mass: torch.Tensor, site: Site) -> Any:
+            ways.append("a later prompt by mass")
 
         def merge(self, notes: Any) -> Any: ...
 
@@ -142,7 +142,7 @@ def test_rehearsing_takes_both_ways_in_which_prompts_are_noted(
         geometry=hand_made().geometry, step=0, steps=2, sigma=1.0, branch="cond", layer=0, layers=3, sample=0
     )  # fmt: skip
     collect.rehearse(Told(), x, x, x, site)
-    assert ways == ["prompt 0", "prompt 1 by mass" if summed else "prompt 1"]
+    assert ways == ["prompt 0", "a later prompt by mass" if summed else "prompt 1"]
 
 
 def test_every_prompt_starts_from_noise_of_its_own(hand_made: Made, run: Made, prompts: tuple[str, ...]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +46,19 @@ def test_a_plan_without_a_mask_stays_as_it_is() -> None:
     q, k, v = torch.randn((3, 2, 512, 16), generator=torch.Generator().manual_seed(0))
     method = WithRemainder(Scheduled(build("sparge"), steps=0.5, layers=0.0), "zeroth")
     assert [method.plan(q, k, v, site(step)).remainder for step in (4, 5)] == ["none", "zeroth"]
+
+
+@pytest.mark.parametrize("remainder", [None, "zeroth"])
+def test_a_plan_that_is_the_same_at_every_call_stays_one_plan(remainder: Any) -> None:
+    # what kernels and ranks keep, they keep by plan
+    geometry = Geometry(grid=(4, 4, 8), heads=2, head_dim=16)
+    radial: Any = build("radial", block=(16, 16), dense_steps=0.5, dense_layers=0)
+    method = radial if remainder is None else WithRemainder(radial, remainder)
+    q = torch.zeros(2, geometry.tokens, 16)
+    for step in (0, 9):
+        first, second = (method.plan(q, q, q, replace(site(step), geometry=geometry)) for _ in range(2))
+        assert first is second
+    assert (first.remainder, first.mask is None) == (remainder or "none", False)
 
 
 def test_a_method_with_a_remainder_of_its_own_takes_no_other_and_none_is_taken_from_it() -> None:

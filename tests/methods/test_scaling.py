@@ -60,7 +60,7 @@ def test_a_call_is_noted_by_its_mass_as_by_itself(text: dict[str, Any]) -> None:
     site, dense = replace(SITE, geometry=geometry), replace(SITE, geometry=geometry, step=0)
     assert (learner.weighed(site, 0), learner.weighed(dense, 0)) == ((16, 16), None)
     q, k, v = qkv(1, geometry)
-    by_mass = learner.note_weighed(block_mass(q, k, block=(16, 16))[0], q, k, v, site, 0)
+    by_mass = learner.note_weighed(block_mass(q, k, block=(16, 16))[0], site)
     for name, note in learner.note(q, k, v, site, 0).items():
         torch.testing.assert_close(by_mass[name], note)
 

@@ -279,6 +279,6 @@ def test_a_call_is_noted_by_its_mass_as_by_itself(kind: Any, text: dict[str, Any
     # the first prompt's repetition is measured, which takes the call itself
     assert (learner.weighed(where, 0), learner.weighed(where, 1)) == (None, (16, 8))
     mass, _ = block_mass(q, k, block=(16, 8))
-    by_mass = learner.note_weighed(mass, q, k, v, where, 1)
+    by_mass = learner.note_weighed(mass, where)
     for name, note in learner.note(q, k, v, where, 1).items():
         torch.testing.assert_close(by_mass[name], note, rtol=1e-3, atol=1e-6)
