@@ -125,10 +125,13 @@ class Gluon(FusedKernel):
         scale = math.log2(math.e) / math.sqrt(head_dim)
         k_means, v_means = means_of_blocks(k, v, plan, plan.mask)[:2]
         bonuses = bonuses_of_blocks(plan, scale, shape.tile_k) if plan.remainder != "none" else work
+        blocks = [_descriptor(x, shape.tile_k) for x in (k, v)]
+        # stand-ins are the keys and values themselves
+        means = [_descriptor(x, shape.tile_k) for x in (k_means, v_means)] if plan.remainder != "none" else blocks
         tensors = (
-            _descriptor(q, _ROWS), *(_descriptor(x, shape.tile_k) for x in (k, v, k_means, v_means)),
-            _descriptor(out, _ROWS), q if lse is None else lse, q if logsums is None else logsums, given.indices,
-            given.counts, given.kinds, given.computed, given.served, work, bonuses,
+            _descriptor(q, _ROWS), *blocks, *means, _descriptor(out, _ROWS), q if lse is None else lse,
+            q if logsums is None else logsums, given.indices, given.counts, given.kinds, given.computed, given.served,
+            work, bonuses,
         )  # fmt: skip
         reuse, with_lse = plan.reuse is not None, lse is not None
         mask_step = int(plan.mask is not None and plan.mask.heads > 1)
