@@ -167,7 +167,8 @@ class Record:
         interval_target: half the width of the interval of the paired speedup, as a share of it, at which an arm's
             rounds were to end; absent where their number was fixed. That it was is `interval_reached` in a file.
         phases_s: samples of each phase (`plan`, `attend`, …), none within another. In the denoise suite also
-            `transformer` (without its self-attention), `text` (encoders), `vae` and `scheduler`. In the kernel suite on
+            `transformer` (without its self-attention), `text` (encoders), `vae` and `scheduler`, of one round in eight
+            (in older files of each), since timing them takes the host some time. In the kernel suite on
             a GPU: `lists`, what it takes to make lists of the mask's bits (a part of each sample, taken again by
             itself), and `launch`, the host's time until all is queued, which is in no sample (`OUTSIDE_PHASES`).
         first_call_s: a kernel's first call under this plan in a kernel benchmark, in which it compiles what this run

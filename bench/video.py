@@ -20,13 +20,13 @@ class Video:
 
     Args:
         seconds: of the generation.
-        phases: seconds of its parts.
+        phases: seconds of its parts, where they were timed.
         energy_j: of the GPU, where there is one.
         telemetry: what was read meanwhile.
         peak_memory_bytes: of the GPU, likewise.
         alignment: where the model has one.
         psnr_db, ssim: against the dense video of its round, where there is one.
-        density, plan_memory_bytes: of the first video's plans.
+        density, plan_memory_bytes: of its plans, where they were looked at.
         method_error, error_calls: of the dense video of the first round, and the calls that it is pooled over.
     """
 

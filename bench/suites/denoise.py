@@ -35,8 +35,8 @@ from calibatt.methods.catalogue import build
 from calibatt.models.video_metrics import eight_bit, psnr_db, ssim
 
 NAME: Suite = "denoise"
-# plans are looked at, for their density, in the first of so many rounds: the host is a little later for it, and medians
-# of all rounds are not
+# parts are timed, and plans looked at for their density, in the first of so many rounds: the host is a little later for
+# it, and medians of all rounds are not
 _ROUNDS_A_LOOK = 8
 
 Frames = UInt8[Tensor, "3 frames height width"]
@@ -190,18 +190,19 @@ def _one_video(context: Context, course: _Course, round_: int, watch: Watch) -> 
     plans = PlanSummary() if round_ % _ROUNDS_A_LOOK == 0 else None
     if round_ == 0:
         course.plans = plans
-    meter = Meter(course.one.method, course.one.kernel, device, observers=[] if plans is None else [plans])
+    method, kernel = course.one.method, course.one.kernel
+    attention = SparseAttention(method, kernel) if plans is None else Meter(method, kernel, device, observers=[plans])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     watch.read()
     energy, start = watch.energy_j(), perf_counter()
-    seconds, video = timed(device, lambda: context.video(meter, round_))
+    seconds, video = timed(device, lambda: context.video(attention, round_))
     end, used = perf_counter(), watch.energy_j()
     watch.read()
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     if not video.isfinite().all():
         raise ValueError("the video has NaN or infinite values")
-    phases = without_attention(meter.timer.collect_s())
+    phases = without_attention(attention.timer.collect_s()) if isinstance(attention, Meter) else {}
     # to look at the plans is no part of the arm
     made = Video(seconds=seconds - phases.pop("observe", 0.0), phases=phases, peak_memory_bytes=peak)
     if energy is not None and used is not None:
@@ -266,7 +267,7 @@ def _record(context: Context, course: _Course, dense: _Course | None, artifacts:
         prompts=context.prompts[: len(videos)],
         guidance=context.guidance,
         samples_s=_all(videos, "seconds"),
-        phases_s={name: tuple(video.phases[name] for video in videos) for name in videos[0].phases},
+        phases_s={name: tuple(video.phases[name] for video in videos if video.phases) for name in videos[0].phases},
         plan_memory_bytes=max(video.plan_memory_bytes for video in videos if video.plan_memory_bytes is not None),
         density=statistics.fmean(video.density for video in videos if video.density is not None),
         method_error=videos[0].method_error,

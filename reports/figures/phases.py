@@ -50,8 +50,12 @@ def _bars(rows: Sequence[Row]) -> dict[str, list[float]]:
     medians = [_inside(row.record) for row in rows]
     names = [name for name in _LOOKS if name != "other"]
     names += sorted({name for parts in medians for name in parts} - set(_LOOKS))
-    bars = {name: [parts.get(name, 0.0) for parts in medians] for name in names}
     totals = [statistics.median(row.record.samples_s or ()) for row in rows]
+    # samples whose parts were timed took a little longer than the others
+    scales = [min(1.0, total / (sum(parts.values()) or total)) for total, parts in zip(totals, medians, strict=True)]
+    bars = {
+        name: [scale * parts.get(name, 0.0) for scale, parts in zip(scales, medians, strict=True)] for name in names
+    }
     rests = [total - sum(parts.values()) for total, parts in zip(totals, medians, strict=True)]
     bars["other"] = [rest if rest > _VISIBLE * total else 0.0 for rest, total in zip(rests, totals, strict=True)]
     return bars

@@ -206,6 +206,13 @@ def test_to_look_at_plans_is_no_part_of_the_time(fakes: Any, monkeypatch: pytest
     assert record.phases_s.keys() == {"plan", "attend"}
 
 
+def test_parts_are_timed_in_one_round_of_eight_since_that_takes_the_host_time(fakes: Any) -> None:
+    arms = [fakes.arm("dense"), fakes.arm("sparse")]
+    record = dict(run(fakes.context(prompts=9), arms, rounds=9, artifacts=None))[arms[1]]
+    assert len(record.samples_s or ()) == 9
+    assert {len(samples) for samples in (record.phases_s or {}).values()} == {2}
+
+
 def test_pictures_have_the_densities_of_all_sites_some_masks_and_three_videos(fakes: Any, tmp_path: Path) -> None:
     arms = [fakes.arm("dense"), fakes.arm("sparse")]
     records = dict(run(fakes.context(), arms, rounds=4, artifacts=tmp_path / "run.artifacts"))
