@@ -133,7 +133,14 @@ def _write(merged: Mapping[str, Any], out: Path, folder: Path, copies: Mapping[s
         for name, source in copies.items():
             folder.mkdir(exist_ok=True)
             shutil.copyfile(source, out.parent / name)
-        write_whole(out, json.dumps(merged, indent=4))
+        write_whole(out, _text(merged))
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise OSError(f"{out} cannot be written: {error.strerror or error}") from None
+
+
+def _text(merged: Mapping[str, Any]) -> str:
+    """As JSON with a line for each record: half of the length of an indented one, and lines differ where records do."""
+    facts = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in merged.items() if name != "benchmarks"]
+    records = ",\n".join(json.dumps(one) for one in merged["benchmarks"])
+    return "{" + ",\n".join([*facts, f'"benchmarks": [\n{records}\n]']) + "}\n"
