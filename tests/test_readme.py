@@ -109,6 +109,18 @@ def video_rows(records: Sequence[Record]) -> list[str]:
     return rows
 
 
+def test_planted_sparsities_stand_beside_the_published_ones_as_they_are() -> None:
+    records = load_run(ROOT / "bench" / "results" / "h200" / "native.json").records
+    rows = re.findall(r"\| (\w+) \| (\d+p) \| ([\d.]+) % \| ([\d.]+) % \|", PAGES)
+    published = {(name, size): (float(here), float(there)) for name, size, here, there in rows}
+    arms = {(one.method_label, one.resolution): one for one in records if one.method != "dense"}
+    assert published.keys() == arms.keys()
+    for arm, one in arms.items():
+        assert published[arm][0] == pytest.approx(100 * (1 - (one.density or 0)), abs=0.05)
+    near = {arm for arm, (here, there) in published.items() if abs(here - there) < 7}
+    assert near == {(name, size) for name in ("CalibAtt", "SpargeAttn", "Radial") for size in ("480p", "720p")}
+
+
 def test_what_two_gpus_make_of_a_video_is_quoted_as_it_is() -> None:
     page = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
     one, two = json.loads((ROOT / "bench" / "results" / "parallel.json").read_text(encoding="utf-8"))

@@ -22,8 +22,8 @@ from calibatt.models.planted.structure import KINDS, Kind, Shares
 from calibatt.models.shapes.concentration import MASS, PUBLISHED
 from calibatt.models.shapes.pipeline import WEIGHTS
 
-# Nothing published says how many heads attend how: these odds are ours. What densities CalibAtt's masks have with them
-# is yet to be measured beside the paper's, 0.375 at 720p and 0.319 at 480p for Wan 14B (arXiv 2603.05503).
+# Nothing published says how many heads attend how: these odds are ours. CalibAtt at its own settings has a density of
+# 0.332 at 720p and 0.295 at 480p with them, in its paper 0.375 and 0.319 for Wan 14B (docs/model-results.md).
 _ODDS: Mapping[Kind, float] = MappingProxyType({"local": 2, "temporal": 2, "spatial": 1, "row": 1, "diffuse": 1})
 # beyond this amplitude (of content, where a head is diffuse) a kind's share of keys hardly falls further
 _SHARPEST: Mapping[Kind, float] = MappingProxyType(
