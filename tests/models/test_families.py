@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -88,6 +89,27 @@ def test_it_is_calibrated_on_prompts_of_different_lengths_and_makes_videos(model
     assert video.shape == (3, size.frames, size.height, size.width)
     assert video.isfinite().all()
     assert not torch.equal(sparse, own)
+
+
+# one with two calls a step, and one whose branches are a batch with text among the keys
+@pytest.mark.parametrize("model", ["wan2.1-1.3b", "mochi-1"], indirect=True)
+def test_ten_more_videos_leave_no_tensor_behind(model: Any, exact: Any) -> None:
+    learnt = calibrate(
+        model.entry, model.pipe, resolution="tiny", prompts=model.prompts[:1], seed=0, anchors=2, kernel=exact
+    )
+    for method, calibration in (("calibatt", learnt), ("dfs", None)):
+        sparsify(model.pipe, method, calibration=calibration, kernel=exact)
+        model.run()
+        before = tensors_alive()
+        for _ in range(10):
+            model.run()
+        assert tensors_alive() == before
+        restore(model.pipe)
+
+
+def tensors_alive() -> int:
+    gc.collect()
+    return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
 
 
 @pytest.mark.slow
