@@ -311,12 +311,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What --set says."""
     from calibatt.methods.catalogue import settings_from
 
-    wrong = [given for given in arguments.set if "=" not in given]
-    if wrong:
-        raise ValueError(f"--set {wrong[0]}: give NAME=VALUE")
-    return settings_from(
-        arguments.method, arguments.preset, dict(given.split("=", 1) for given in arguments.set)
-    )  # fmt: skip
+    return settings_from(arguments.method, arguments.preset, arguments.set)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -819,6 +814,8 @@ def _method_shown(method: Any) -> int:
     names = [field.name for field in fields(config)]
     rows = [(name, *(str(getattr(preset, name)) for preset in method.presets.values())) for name in names]
     _table(("SETTING", *method.presets), rows)
+    if names:
+        print(f"\nIn place of a preset's: --set NAME=VALUE; in a benchmark --methods '{method.name}[NAME=VALUE,…]'")
     return 0
 
 
