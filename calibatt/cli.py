@@ -217,6 +217,13 @@ def _parser() -> argparse.ArgumentParser:
         default=24,
         help="once there are so many, further workloads have none; default: %(default)s",
     )
+    command.add_argument(
+        "--figure-width",
+        choices=("page", "column"),
+        default="page",
+        help="of the figures: both columns of a paper, 7 inches, or one, 3.33 inches, with type to match; "
+        "default: %(default)s",
+    )
     command.set_defaults(run=_report)
 
     command = commands.add_parser(
@@ -745,9 +752,11 @@ def _matrix(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from calibatt.reports.figures.style import SHEETS
     from calibatt.reports.page import write_report
 
-    print(f"wrote {write_report(arguments.files, arguments.out, arguments.figures)}")
+    sheet = SHEETS[arguments.figure_width]
+    print(f"wrote {write_report(arguments.files, arguments.out, arguments.figures, sheet)}")
     return 0
 
 
