@@ -223,7 +223,7 @@ def _own_settings(text: str, method: str, preset: str, given: Sequence[str], tak
         settings = settings_from(method, preset, given)
     except ValueError as error:
         raise ValueError(f"{text}: {error}") from None
-    for name in settings.keys() & taken.keys():
+    for name in sorted(settings.keys() & taken.keys()):
         raise ValueError(f"{text}: {taken[name]} gives {name}: leave out one of both")
     config = METHODS[method].presets[preset]
     # what is named runs: two arms that do the same are one
