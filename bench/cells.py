@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,7 +15,7 @@ from calibatt.kernels.base import dtype_name
 from calibatt.kernels.catalogue import KERNELS
 from calibatt.kernels.names import look_up
 from calibatt.kernels.plan import Remainder
-from calibatt.methods.catalogue import METHODS
+from calibatt.methods.catalogue import METHODS, setting_text, settings_from
 from calibatt.methods.remainder import own_remainder
 from calibatt.models.catalogue import MODELS
 from calibatt.models.device import working_dtype
@@ -30,6 +30,8 @@ _SHORT: Mapping[str, str] = {"attention": "attn"}
 TAIL: Remainder = "zeroth"
 # of two runs' noise: more than there are rounds, and than the seeds of videos that are learnt from or tuned on
 _SEEDS_APART = 100_000
+# letters in an arm's name, which is part of a file's: that may have 255 bytes
+_LONGEST_SETTINGS = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,8 @@ class Arm:
         kernel: name of the sparse kernel; dense itself runs on whichever is fastest.
         remainder: what stands for the blocks that the method leaves out; none where it is the method's own, if any.
         query_stride: of the calibration suite: of so many queries, what is learnt looks at one.
+        settings: of the method, in place of the preset's: `NAME=VALUE`, with commas between them, by name; only those
+            that are others than the preset's.
     """
 
     method: str
@@ -61,10 +65,13 @@ class Arm:
     block: tuple[int, int] | Literal["native"] | None = None
     remainder: Remainder = "none"
     query_stride: int = 1
+    settings: str = ""
 
     @classmethod
     def parse(cls, text: str, kernel: str, dense_first: tuple[float, float] | None = None) -> Arm:
-        """Read `method[/preset][+tail][=target]`: `radial/no-warmup=density`, `sparge+tail=0.35`, `sparge=30dB`.
+        """Read a method, then `/preset`, `[name=value,…]`, `+tail` and `=target`, each of which may be left out.
+
+        So `radial/no-warmup=density`, `sparge+tail=0.35`, `sparge=30dB`, `sparge/cdf[cdf=0.9,sink=true]`.
 
         Args:
             text: the arm.
@@ -74,9 +81,11 @@ class Arm:
         Raises:
             UnknownName: there is no such method, preset or kernel.
             ValueError: a preset is missing after /, what follows + is no tail, or is asked of dense or of a method that
-                has its own, a density or a fidelity is none, or is asked of a method that has no knob.
+                has its own, a density or a fidelity is none, or is asked of a method that has no knob; a setting does
+                not exist, makes no sense, or is one that the run gives.
         """
-        name, equal, wanted = text.partition("=")
+        plain, settings = _without_settings(text)
+        name, equal, wanted = plain.partition("=")
         name, plus, tail = name.partition("+")
         method, slash, preset = name.partition("/")
         if slash and not preset:
@@ -95,12 +104,18 @@ class Arm:
             raise ValueError(f"{text}: {own_remainder(found.remainder, TAIL)}")
         if equal and found.knob is None:
             raise ValueError(f"{method} has no knob that changes its density: leave out {equal}{wanted}")
+        taken = {"block": "--blocks"}
+        if equal and found.knob is not None:
+            taken[found.knob.field] = f"{equal}{wanted}"
+        if dense_first is not None:
+            taken.update(dict.fromkeys(found.without_dense, "what the run keeps dense in all arms"))
+        own = _own_settings(text, method, preset, settings, taken)
         if method == DENSE.method:
             return DENSE
         arm = cls(
             method=method, preset=preset, mode="native" if dense_first is None else "matched", kernel=kernel,
             dense_steps=dense_first and dense_first[0], dense_layers=dense_first and dense_first[1],
-            remainder=TAIL if plus else "none",
+            remainder=TAIL if plus else "none", settings=own,
         )  # fmt: skip
         if wanted.endswith("dB"):
             psnr = _number(text, wanted.removesuffix("dB"), most=PSNR_CAP_DB)
@@ -121,12 +136,18 @@ class Arm:
         block = "" if self.block is None else f"-{self.block_choice}"
         tail = "" if self.remainder == "none" else "+tail"
         stride = "" if self.query_stride == 1 else f"-stride{self.query_stride}"
-        return f"{self.method}{preset}{tail}{wanted}{first}{block}{stride}"
+        settings = f"[{self.settings}]" if self.settings else ""
+        return f"{self.method}{preset}{settings}{tail}{wanted}{first}{block}{stride}"
 
     @property
     def block_choice(self) -> str | None:
         """The choice of blocks in words: `native` or, say, `64x128`; None for the model's."""
         return "x".join(map(str, self.block)) if isinstance(self.block, tuple) else self.block
+
+    @property
+    def set_values(self) -> dict[str, Any]:
+        """The settings by name."""
+        return settings_from(self.method, self.preset, commas(self.settings) if self.settings else ())
 
     @property
     def untuned(self) -> Arm:
@@ -145,6 +166,7 @@ class Arm:
             "method_colour": method.colour,
             "method_marker": method.marker,
             "preset": self.preset,
+            "settings": self.settings or None,
             "mode": self.mode,
             "target_density": self.target_density,
             "target_psnr_db": self.target_psnr_db,
@@ -156,6 +178,60 @@ class Arm:
             "own_remainder": own or None,
             "query_stride": None if self.query_stride == 1 else self.query_stride,
         }
+
+
+def commas(text: str) -> list[str]:
+    """What stands between the commas of a text, but for those within brackets."""
+    depth, pieces = 0, [""]
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth <= 0:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    return [piece.strip() for piece in pieces]
+
+
+def _without_settings(text: str) -> tuple[str, list[str]]:
+    """An arm's text without what stands in brackets, and that.
+
+    Raises:
+        ValueError: there is nothing in them, one is missing, or they stand elsewhere than behind method and preset.
+    """
+    before, opened, rest = text.partition("[")
+    if not opened:
+        return text, []
+    given, _, after = rest.rpartition("]")
+    if not given.strip() or "+" in before or "=" in before or after[:1] not in ("", "+", "="):
+        raise ValueError(f"{text}: give settings as METHOD[NAME=VALUE,…], before + and = of the arm")
+    return before + after, commas(given)
+
+
+def _own_settings(text: str, method: str, preset: str, given: Sequence[str], taken: Mapping[str, str]) -> str:
+    """What is set in place of the preset's, in the one way to write it.
+
+    Args:
+        text: the arm, for messages.
+        method, preset: names in the catalogue.
+        given: settings, each `NAME=VALUE`.
+        taken: names of settings that something else of the run gives, with that.
+
+    Raises:
+        ValueError: a setting does not exist, makes no sense or is taken, or there are too many.
+    """
+    try:
+        settings = settings_from(method, preset, given)
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}") from None
+    for name in sorted(settings.keys() & taken.keys()):
+        raise ValueError(f"{text}: {taken[name]} gives {name}: leave out one of both")
+    config = METHODS[method].presets[preset]
+    # what is named runs: two arms that do the same are one
+    others = {name: value for name, value in settings.items() if value != getattr(config, name)}
+    written = ",".join(setting_text(name, others[name]) for name in sorted(others))
+    if len(written) > _LONGEST_SETTINGS:
+        raise ValueError(f"{text}: its settings have more than {_LONGEST_SETTINGS} letters: make it a preset")
+    return written
 
 
 def _number(text: str, wanted: str, *, most: float) -> float:

@@ -57,7 +57,7 @@ _BUSY_S, _GONE_S = (0.1, 0.3), (2.0, 5.0)
 _SPAWN = multiprocessing.get_context("spawn")
 
 
-class _Cells:
+class Cells:
     """Inputs, masks and kernels, the same in every process."""
 
     def __init__(self, device: torch.device) -> None:
@@ -119,10 +119,10 @@ def measure(device: torch.device, rounds: int) -> dict[str, list[Record]]:
     Raises:
         RuntimeError: an arm failed.
     """
-    cells, timer = _Cells(device), PhaseTimer(device)
+    cells, timer = Cells(device), PhaseTimer(device)
     works = cells.works(timer)
     taken = take_samples(
-        list(works), lambda name: Sample(seconds=_time(timer, works[name])),
+        list(works), lambda name: Sample(seconds=time_call(timer, works[name])),
         Goal(least=rounds, most=rounds, interval=None), device, partner="dense",
     )  # fmt: skip
     courses = {name: course for name, course in taken.items() if not isinstance(course, Failure)}
@@ -158,13 +158,14 @@ def _unit_per_share(device: torch.device, timer: PhaseTimer, work: Callable[[], 
     """Turns or cycles that take as long as the work: both are timed in turns, under the same load."""
     unit = _UNIT[device.type]
     works: list[Callable[[], object]] = [work, lambda: _spin(device, unit)]
-    pairs = [[_time(timer, one) for one in works] for _ in range(_CALIBRATING_ROUNDS + 1)]
+    pairs = [[time_call(timer, one) for one in works] for _ in range(_CALIBRATING_ROUNDS + 1)]
     # the first round warms up; a quarter of the way up, another process's share is in neither
     call, spin = (statistics.quantiles(samples)[0] for samples in zip(*pairs[1:], strict=True))
     return float(unit * call / spin)
 
 
-def _time(timer: PhaseTimer, work: Callable[[], object]) -> float:
+def time_call(timer: PhaseTimer, work: Callable[[], object]) -> float:
+    """Seconds of a piece of work, as the kernel suite takes a sample."""
     timer.lead()
     with timer.phase("attend"):
         work()

@@ -70,8 +70,8 @@ class Matrix:
         suite: that is run; what of it, `options` say.
         models, resolutions, steps, seeds: axes, as the options of `calibatt bench` of those names; where one is absent,
             runs have the option's default.
-        methods: the last axis, each `METHOD[/PRESET][+tail][=TARGET]`; several with commas between them are measured
-            in turns, in one run. Dense is in every run, so that each method is paired with it.
+        methods: the last axis, each as of `--methods`; several with commas between them are measured in turns, in one
+            run. Dense is in every run, so that each method is paired with it.
         options: further options of `calibatt bench` for every run, as on the command line.
     """
 

@@ -74,10 +74,11 @@ def block_of(arm: Arm, block: tuple[int, int]) -> tuple[int, int] | None:
 def run_settings(arm: Arm) -> Mapping[str, Any]:
     """Settings of the arm's method that the run asks for.
 
-    No dense steps of its own where all arms have the same; and how many queries what it learns looks at.
+    Its own; no dense steps of the method where all arms have the same; and how many queries what it learns looks at.
     """
     dense = {} if arm.dense_steps is None else METHODS[arm.method].without_dense
-    return dense if arm.query_stride == 1 else {**dense, "query_stride": arm.query_stride}
+    stride = {} if arm.query_stride == 1 else {"query_stride": arm.query_stride}
+    return {**arm.set_values, **dense, **stride}
 
 
 def lesson_of(arm: Arm, block: tuple[int, int], *, turned: Collection[str] = (), **settings: float) -> Lesson | None:

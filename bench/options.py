@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from calibatt.bench.captured import captured_steps
-from calibatt.bench.cells import DENSE, ORDERS, Arm, Cell, Order, Workload
+from calibatt.bench.cells import DENSE, ORDERS, Arm, Cell, Order, Workload, commas
 from calibatt.bench.masks import PATTERNS
 from calibatt.bench.record import Pattern
 from calibatt.bench.resampled import check_resampled
@@ -36,7 +36,7 @@ _DECIDING_NOTHING = ("--max-time", "--gate")
 
 
 def _names(text: str) -> tuple[str, ...]:
-    found = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    found = tuple(dict.fromkeys(name for name in commas(text) if name))
     if not found:
         raise ValueError("give at least one")
     return found
@@ -154,9 +154,9 @@ class Options:
     methods: tuple[str, ...] = field(
         metadata=_option(
             _names,
-            "METHOD[/PRESET][+tail][=TARGET], see `calibatt methods`; with +tail, means stand for blocks that are left "
-            "out; a target turns the method's knob: `density` is "
-            "CalibAtt's density, 0.35 that density, 30dB that PSNR against dense videos",
+            "METHOD, then what is wanted of /PRESET, [SETTING=VALUE,…], +tail and =TARGET, see `calibatt methods`: "
+            "'sparge/cdf[cdf=0.9]+tail'; with +tail, means stand for blocks that are left out; a target turns the "
+            "method's knob: `density` is CalibAtt's density, 0.35 that density, 30dB that PSNR against dense videos",
             default="dense,calibatt,radial,sparge,random",
         )
     )

@@ -142,6 +142,7 @@ class Record:
             the method's; `equal_density` has settings that give a density, target_density, or CalibAtt's where there is
             none; `equal_fidelity` those that give target_psnr_db. In the kernel suite the method is `blocks` and the
             preset the density that was asked for.
+        settings: what is set in place of the preset's, `NAME=VALUE` with commas between them; absent for nothing.
         dense_steps, dense_layers: shares of the first steps and layers that are dense in every arm of the run.
         kernel, block: the kernel as it was asked for, and tokens of a query and of a key block.
         ran_on: what the default kernel chose, for the sparse plans where there are any.
@@ -223,6 +224,7 @@ class Record:
     compiled: bool | None = None
     layers: int | None = None
     preset: _Name | None = None
+    settings: _Name | None = None
     inputs: _Name | None = None
     mode: Mode | None = None
     target_density: float | None = None
@@ -419,6 +421,8 @@ class Record:
 
     def _spelt(self, method: str, tail: str, equal_density: str, density: str, fidelity: str) -> str:
         name = method if self.preset in (None, "default") else f"{method}/{self.preset}"
+        if self.settings is not None:
+            name += f"[{self.settings}]"
         if self.remainder is not None and not self.own_remainder:
             name += tail
         if self.mode == "equal_density":
@@ -456,7 +460,7 @@ class Record:
             self.mode, self.target_density, self.target_psnr_db, self.dense_steps, self.dense_layers, self.remainder,
             self.query_stride,
         )  # fmt: skip
-        return (*self.workload, self.method, self.preset, *wanted, self.block_choice, kernel)
+        return (*self.workload, self.method, self.preset, self.settings, *wanted, self.block_choice, kernel)
 
     def to_extra_info(self) -> dict[str, Any]:
         """The fields as they stand in the file; what was not measured is absent."""

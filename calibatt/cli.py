@@ -217,6 +217,13 @@ def _parser() -> argparse.ArgumentParser:
         default=24,
         help="once there are so many, further workloads have none; default: %(default)s",
     )
+    command.add_argument(
+        "--figure-width",
+        choices=("page", "column"),
+        default="page",
+        help="of the figures: both columns of a paper, 7 inches, or one, 3.33 inches, with type to match; "
+        "default: %(default)s",
+    )
     command.set_defaults(run=_report)
 
     command = commands.add_parser(
@@ -311,12 +318,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What --set says."""
     from calibatt.methods.catalogue import settings_from
 
-    wrong = [given for given in arguments.set if "=" not in given]
-    if wrong:
-        raise ValueError(f"--set {wrong[0]}: give NAME=VALUE")
-    return settings_from(
-        arguments.method, arguments.preset, dict(given.split("=", 1) for given in arguments.set)
-    )  # fmt: skip
+    return settings_from(arguments.method, arguments.preset, arguments.set)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -750,9 +752,11 @@ def _matrix(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from calibatt.reports.figures.style import SHEETS
     from calibatt.reports.page import write_report
 
-    print(f"wrote {write_report(arguments.files, arguments.out, arguments.figures)}")
+    sheet = SHEETS[arguments.figure_width]
+    print(f"wrote {write_report(arguments.files, arguments.out, arguments.figures, sheet)}")
     return 0
 
 
@@ -819,6 +823,8 @@ def _method_shown(method: Any) -> int:
     names = [field.name for field in fields(config)]
     rows = [(name, *(str(getattr(preset, name)) for preset in method.presets.values())) for name in names]
     _table(("SETTING", *method.presets), rows)
+    if names:
+        print(f"\nIn place of a preset's: --set NAME=VALUE; in a benchmark --methods '{method.name}[NAME=VALUE,…]'")
     return 0
 
 

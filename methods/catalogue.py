@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -193,18 +193,32 @@ def has_blocks(name: str, *, preset: str = "default") -> bool:
     return getattr(config, "block", None) is not None
 
 
-def settings_from(name: str, preset: str, texts: Mapping[str, str]) -> dict[str, Any]:
-    """Settings of a method from texts, as a command line has them: JSON, or else a text.
+def settings_from(name: str, preset: str, given: Iterable[str]) -> dict[str, Any]:
+    """Settings of a method from texts, as a command line has them.
 
     Args:
         name, preset: as for `build`.
-        texts: values of fields of the method's config.
+        given: each `NAME=VALUE`, a field of the method's config and its value: JSON, or else a text.
 
     Raises:
         UnknownName: there is no such method or preset.
-        ValueError: a setting does not exist, is of another type, or makes no sense.
+        ValueError: one is not of that form, does not exist, is given twice, is of another type, or makes no sense.
     """
-    return _typed(name, preset, {key: _value(text) for key, text in texts.items()})
+    values: dict[str, Any] = {}
+    for text in given:
+        key, equal, value = text.partition("=")
+        if not (key and equal):
+            raise ValueError(f"setting {text!r}: give NAME=VALUE")
+        if key in values:
+            raise ValueError(f"setting {key}: give it once")
+        values[key] = _value(value)
+    return _typed(name, preset, values)
+
+
+def setting_text(name: str, value: Any) -> str:
+    """A setting as `settings_from` reads it: the same text for the same value."""
+    bare = isinstance(value, str) and value.isidentifier() and _value(value) == value
+    return f"{name}={value if bare else json.dumps(value, separators=(',', ':'), default=asdict)}"
 
 
 def settings_beside(learnt: Learnt) -> dict[str, Any]:

@@ -181,6 +181,7 @@ COLUMNS: Sequence[Column] = (
         brief=True,
     ),
     Column("preset", "named settings of the method", lambda row: row.record.preset or ""),
+    Column("settings", "set in place of the preset's", lambda row: row.record.settings or ""),
     Column(
         "mode",
         "own settings, or one schedule, density or fidelity",

@@ -19,6 +19,7 @@ from calibatt.reports.columns import COLUMNS, Column
 from calibatt.reports.data import records_csv, records_json
 from calibatt.reports.facts import run_facts, title, workload_facts, workloads
 from calibatt.reports.figures.catalogue import OVERVIEWS, Picture, pictures
+from calibatt.reports.figures.style import SHEETS, Sheet
 from calibatt.reports.findings import findings
 from calibatt.reports.headlines import headlines
 from calibatt.reports.pairs import HEAD, MEASURES, Measure, Standing, standings
@@ -90,7 +91,7 @@ class Part:
         return found | {clip.name: clip.content for section in self.sections for clip in section.clips}
 
 
-def write_report(paths: Sequence[Path], out: Path, figures: int = FIGURES) -> Path:
+def write_report(paths: Sequence[Path], out: Path, figures: int = FIGURES, sheet: Sheet = SHEETS["page"]) -> Path:
     """Write a report of one or more runs.
 
     All is made before anything of an earlier report is touched. Its page is then replaced by a single rename, so that
@@ -100,6 +101,7 @@ def write_report(paths: Sequence[Path], out: Path, figures: int = FIGURES) -> Pa
         paths: files of `pytest bench --benchmark-json`.
         out: folder of the report: new, empty, or an earlier report, which is replaced.
         figures: once there are so many, further workloads have none.
+        sheet: what figures are to stand on, a page or a column of one.
 
     Returns:
         The page.
@@ -116,7 +118,7 @@ def write_report(paths: Sequence[Path], out: Path, figures: int = FIGURES) -> Pa
     old = _files_of_report(out)
     parts: list[Part] = []
     for number, run in enumerate(runs, start=1):
-        parts.append(_part(run, number, figures - sum(len(part.drawn) for part in parts)))
+        parts.append(_part(run, number, figures - sum(len(part.drawn) for part in parts), sheet))
     data = {"data.csv": records_csv(runs), "records.json": records_json(runs)}
     texts = {
         PAGE: _html(parts, data),
@@ -189,23 +191,25 @@ def _used(sections: Sequence[Section]) -> list[int]:
     return sorted({i for section in sections for i, _ in section.columns})
 
 
-def _part(run: Run, number: int, figures: int) -> Part:
+def _part(run: Run, number: int, figures: int, sheet: Sheet) -> Part:
     found = workloads(run.records)
     suites = dict.fromkeys(records[0].suite for records in found)
     arms = [row for records in found for row in rows(records)]
     overviews = [
         picture
         for suite in suites
-        for picture in pictures(run, [row for row in arms if row.record.suite == suite], f"{number}-{suite}", OVERVIEWS)
+        for picture in pictures(
+            run, [row for row in arms if row.record.suite == suite], f"{number}-{suite}", OVERVIEWS, sheet
+        )
     ]
     left, sections = figures - len(overviews), []
     for place, records in enumerate(found, start=1):
-        sections.append(_section(run, records, f"{number}.{place}", draw=left > 0))
+        sections.append(_section(run, records, f"{number}.{place}", sheet=sheet if left > 0 else None))
         left -= len(sections[-1].pictures or ())
     return Part(anchor=f"run-{number}", name=run.path.name, facts=run_facts(run), pictures=overviews, sections=sections)
 
 
-def _section(run: Run, records: Sequence[Record], number: str, *, draw: bool) -> Section:
+def _section(run: Run, records: Sequence[Record], number: str, *, sheet: Sheet | None) -> Section:
     arms = rows(records)
     cells = [[column.read(arm) for column in COLUMNS] for arm in arms]
     shown = [i for i in range(len(COLUMNS)) if any(row[i] for row in cells)]
@@ -221,8 +225,8 @@ def _section(run: Run, records: Sequence[Record], number: str, *, draw: bool) ->
         columns=[(i, COLUMNS[i]) for i in shown],
         rows=[(arm, [row[i] for i in shown]) for arm, row in zip(arms, cells, strict=True)],
         standings=[(measure, found) for measure in MEASURES if (found := standings(arms, measure))],
-        pictures=pictures(run, illustrated(run, arms), stem) if draw else None,
-        clips=clips(run, arms, stem) if draw else (),
+        pictures=None if sheet is None else pictures(run, illustrated(run, arms), stem, sheet=sheet),
+        clips=() if sheet is None else clips(run, arms, stem),
         untimed=[arm for arm in arms if arm.record.outcome != "ok"],
     )
 

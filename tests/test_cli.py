@@ -178,7 +178,7 @@ def test_settings_are_set_by_name(tiny: list[str], capsys: pytest.CaptureFixture
     film = ["generate", "a red circle, still, over grey", "-o", str(tmp_path / "x.gif"), "--calibration", str(out)]
     assert main([*film, *how]) == 0
     capsys.readouterr()
-    for given, says in (("beside", "--set beside: give NAME=VALUE"), ("besides=2", "no setting besides")):
+    for given, says in (("beside", "setting 'beside': give NAME=VALUE"), ("besides=2", "no setting besides")):
         assert main(["calibrate", *how, "--set", given, "-o", str(tmp_path / "y")]) == 2
         assert says in capsys.readouterr().err
 
@@ -456,6 +456,8 @@ def test_a_method_is_shown_with_its_source_its_settings_and_its_presets(capsys: 
         ["SETTING", "default", "no-warmup"],
         ["dense_steps", "0.24", "0.0"],
     ]
+    # and how one is set
+    assert "--methods 'radial[NAME=VALUE,…]'" in said
 
 
 def test_a_method_that_is_not_there_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,10 +49,16 @@ def cells(options: Options) -> list[Cell]:
 
 
 def _strided(arm: Arm, workload: Workload, strides: Sequence[int]) -> list[Arm]:
-    """The arm at every stride; as it is where nothing that it learns has one."""
+    """The arm at every stride; as it is where nothing that it learns has one.
+
+    Raises:
+        ValueError: it has a stride among its settings, and the run others.
+    """
     lesson = lesson_of(arm, workload.block)
     if lesson is None or "query_stride" not in settings_of(lesson.learner):
         return [arm]
+    if "query_stride" in arm.set_values and set(strides) != {1}:
+        raise ValueError(f"{arm}: --query-strides gives query_stride: leave out one of both")
     return [replace(arm, query_stride=stride) for stride in strides]
 
 

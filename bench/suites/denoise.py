@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -287,7 +288,7 @@ def _all(videos: Sequence[Video], name: str) -> tuple[Any, ...] | None:
 
 
 def _artifact_name(context: Context, arm: Arm) -> str:
-    return f"{context.name}-{arm}-{arm.kernel}".replace("/", "_").replace("=", "_") + ".npz"
+    return re.sub(r"[^\w.+-]", "_", f"{context.name}-{arm}-{arm.kernel}") + ".npz"
 
 
 def _save_artifact(context: Context, course: _Course, folder: Path) -> None:

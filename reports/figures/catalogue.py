@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from calibatt.bench.record import Run
 from calibatt.reports.facts import imprint, samples
 from calibatt.reports.figures import density, fidelity, frames, heatmap, ideal, masks, phases, speedup
-from calibatt.reports.figures.style import sign
+from calibatt.reports.figures.style import SHEETS, Sheet, drawn_on, sign
 from calibatt.reports.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# sharp on a screen of two pixels a point, at seven inches across
-_DPI = 160
+# across, on whatever sheet: sharp on a screen of two pixels a point, where a page's width is shown, and in print
+_PIXELS = 1120
 # the kinds of files of a figure, and what is left out of each, so that one run makes the same files every time
 _FILES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
@@ -78,7 +78,9 @@ class Picture:
         return f"data:image/webp;base64,{base64.b64encode(self.shown).decode()}"
 
 
-def pictures(run: Run, rows: Sequence[Row], stem: str, modules: Sequence[FigureModule] = FIGURES) -> list[Picture]:
+def pictures(
+    run: Run, rows: Sequence[Row], stem: str, modules: Sequence[FigureModule] = FIGURES, sheet: Sheet = SHEETS["page"]
+) -> list[Picture]:
     """Every figure that the arms have something for.
 
     Args:
@@ -86,6 +88,7 @@ def pictures(run: Run, rows: Sequence[Row], stem: str, modules: Sequence[FigureM
         rows: the arms.
         stem: what the names of the files start with.
         modules: the figures to draw.
+        sheet: what they are to stand on.
     """
     import matplotlib
 
@@ -93,7 +96,7 @@ def pictures(run: Run, rows: Sequence[Row], stem: str, modules: Sequence[FigureM
     facts = imprint(run, rows)
     # names and prompts are shown as they are: a dollar sign is no formula. Without a salt, names inside an SVG file
     # are drawn at random
-    with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "calibatt"}):
+    with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "calibatt"}), drawn_on(sheet):
         for module in modules:
             kind = module.__name__.rpartition(".")[2]
             for title, figure in module.draw(rows):
@@ -101,7 +104,7 @@ def pictures(run: Run, rows: Sequence[Row], stem: str, modules: Sequence[FigureM
                 files = {}
                 for suffix, metadata in _FILES.items():
                     buffer = io.BytesIO()
-                    figure.savefig(buffer, format=suffix, dpi=_DPI, metadata=metadata, bbox_inches=box)
+                    figure.savefig(buffer, format=suffix, dpi=_PIXELS / sheet.width, metadata=metadata, bbox_inches=box)
                     files[suffix] = buffer.getvalue()
                 shown, size = _for_page(files["png"], lossy=module in _PHOTOGRAPHS)
                 names = {f"{stem}-{len(found) + 1}-{kind}.{suffix}": content for suffix, content in files.items()}

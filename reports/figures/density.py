@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibatt.reports.figures.style import FONT, SMALL, new_figure, sparse_portions
+from calibatt.reports.figures.style import FONT, SMALL, beside, in_lines, new_figure, size, sparse_portions
 from calibatt.reports.rows import Row
 
 if TYPE_CHECKING:
@@ -23,8 +22,8 @@ CAPTION = (
 )
 KEY = "Share of the block products computed at each call, no interval."
 
-# letters of the font above one of two maps
-_TITLE_CHARACTERS = 32
+# of the width, above one of two maps
+_TITLE = 0.38
 
 
 def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
@@ -35,7 +34,7 @@ def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
 
 
 def _figure(maps: Sequence[tuple[Row, NDArray[np.floating]]]) -> Figure:
-    columns = min(2, len(maps))
+    columns = min(beside(2), len(maps))
     lines = -(-len(maps) // columns)
     figure = new_figure(3.0 * lines + 0.3)
     grid = figure.subplots(lines, columns, squeeze=False)
@@ -60,9 +59,9 @@ def _map(axes: Axes, row: Row, values: NDArray[np.floating]) -> Any:
     shown = range(0, layers, every)
     axes.set_yticks([(layer + 0.5) * heads for layer in shown], list(map(str, shown)))
     axes.set_xticks(range(0, steps, -(-steps // 8)))
-    name = textwrap.fill(row.heading, _TITLE_CHARACTERS)
-    axes.set_title(f"{name}\nmean {values.mean():.2f}", fontsize=FONT, color=row.colour, loc="left")
+    name = in_lines(row.heading, FONT, _TITLE * 2 / beside(2))
+    axes.set_title(f"{name}\nmean {values.mean():.2f}", fontsize=size(FONT), color=row.colour, loc="left")
     axes.set_xlabel("step")
     axes.set_ylabel(f"layer ({heads} heads each)" if heads > 1 else "layer")
-    axes.tick_params(labelsize=SMALL)
+    axes.tick_params(labelsize=size(SMALL))
     return image

@@ -15,7 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibatt.bench.record import plain
-from calibatt.reports.figures.style import INK, SMALL, legend, marked, name_modes, new_figure, plain_axes
+from calibatt.reports.figures.style import (
+    INK,
+    SMALL,
+    beside,
+    legend,
+    marked,
+    name_modes,
+    new_figure,
+    plain_axes,
+    sheet,
+    size,
+)
 from calibatt.reports.front import unbeaten
 from calibatt.reports.rows import RANDOM, Row, shared_words, short
 
@@ -57,9 +68,9 @@ _SAME_VIDEO_DB = 10 * math.log10(255**2 * 12)
 # the closest, the slowest and the farthest, a control, and one that is close
 _MOST_NAMES = 12
 _MOST_FRONT = 6
-# letters of a name, in up to three lines; and of a line of it: a third of the width
+# letters of a name, in up to three lines; and of a line of it, the share of the width
 _LONGEST_NAME = 90
-_LINE_OF_NAME = 30
+_LINE_OF_NAME = 0.34
 # where a name may stand around its point: in so many directions, points away; farther it needs a line that leads there
 _DIRECTIONS = 16
 _DISTANCES = (7, 12, 18, 27, 38, 52, 70, 95)
@@ -177,7 +188,8 @@ def _named(points: Sequence[_Point], front: Sequence[_Point]) -> list[_Point]:
 def _figure(panels: Sequence[_Panel], shared: Sequence[str]) -> Figure:
     unnamed = any(len(panel.named) < len(panel.points) for panel in panels)
     looks = {point.row.record.method: point.row for panel in panels for point in panel.points} if unnamed else {}
-    figure = new_figure((_CROWDED if unnamed else _HEIGHT) * len(panels) + 0.25 * -(-len(looks) // _LEGEND_COLUMNS))
+    legend_lines = -(-len(looks) // beside(_LEGEND_COLUMNS))
+    figure = new_figure(size(_CROWDED if unnamed else _HEIGHT) * len(panels) + 0.25 * legend_lines)
     grid = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axes, panel in zip(grid, panels, strict=True):
         _draw_panel(axes, panel)
@@ -216,7 +228,7 @@ def _draw_panel(axes: Axes, panel: _Panel) -> None:
     plain_axes(axes)
     name_modes(axes, rows)
     if labelled := len(axes.get_legend_handles_labels()[1]):
-        legend(axes, labelled)
+        legend(axes, min(labelled, beside(_LEGEND_COLUMNS)))
 
 
 def _of_calls(rows: Sequence[Row]) -> str:
@@ -244,7 +256,7 @@ def _dense_level(axes: Axes, rows: Sequence[Row]) -> None:
         axes.axhline(level, color=INK, linewidth=1, linestyle=":", zorder=1)
         axes.annotate(
             "dense videos", (0, level), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points",
-            fontsize=SMALL, color=INK,
+            fontsize=size(SMALL), color=INK,
         )  # fmt: skip
 
 
@@ -255,7 +267,9 @@ def _name_methods(figure: Figure, axes: Axes, rows: Sequence[Row]) -> None:
                   **(marked(row, size=8) | {"fillstyle": "full"}))[0]
         for row in rows
     ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=_LEGEND_COLUMNS, frameon=False, fontsize=SMALL)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=beside(_LEGEND_COLUMNS), frameon=False, fontsize=size(SMALL)
+    )
     for handle in handles:
         # or the legend of the axes would have it too
         handle.remove()
@@ -289,8 +303,8 @@ def _name_points(figure: Figure, axes: Axes, panel: _Panel, shared: Sequence[str
         beyond = f": {point.close:.0f} dB" if panel.measure == "psnr_db" and point.close > _SAME_VIDEO_DB else ""
         text = axes.annotate(
             _in_lines(plain(name, _LONGEST_NAME) + beyond), (point.x, point.y), xytext=(0, 0),
-            textcoords="offset points", ha="left", va="bottom", fontsize=SMALL, color=INK, zorder=6, linespacing=1.0,
-            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            textcoords="offset points", ha="left", va="bottom", fontsize=size(SMALL), color=INK, zorder=6,
+            linespacing=1.0, path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )  # fmt: skip
         # the layout is done: a name must not move it
         text.set_in_layout(False)
@@ -372,7 +386,7 @@ class _Crowd:
 def _in_lines(name: str) -> str:
     """A name as a narrow block, for which there is more room than for a line."""
     parts = name.replace(" at ", "\nat ").replace(", ", ",\n").splitlines()
-    return "\n".join(line for part in parts for line in textwrap.wrap(part, _LINE_OF_NAME))
+    return "\n".join(line for part in parts for line in textwrap.wrap(part, sheet().letters(SMALL, _LINE_OF_NAME)))
 
 
 def _apart(ones: _Floats, others: _Floats) -> Any:

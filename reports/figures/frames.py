@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibatt.bench.record import plain
-from calibatt.reports.figures.style import FONT, WIDTH, new_figure, parts, sparse_portions
+from calibatt.reports.figures.style import FONT, new_figure, parts, sheet, size, sparse_portions
 from calibatt.reports.rows import DENSE, Row
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ CAPTION = (
 )
 KEY = "One video of each arm, of the same prompt and noise; dB: its PSNR against the dense one."
 
-# letters of the font that fill the width
-_CAPTION_CHARACTERS = 85
 # letters of a prompt that are shown: some twelve lines
 _LONGEST_PROMPT = 1000
 
@@ -55,14 +53,14 @@ def _prompt(rows: Sequence[Row], number: int) -> str:
 def _figure(rows: Sequence[tuple[Row, NDArray[np.uint8]]], number: int) -> tuple[str, Figure]:
     prompt = _prompt([row for row, _ in rows], number)
     columns, height, width, _ = rows[0][1].shape
-    lines = textwrap.wrap(prompt, _CAPTION_CHARACTERS)
-    figure = new_figure(len(rows) * (WIDTH / columns * height / width + 0.34) + 0.2 * len(lines))
+    lines = textwrap.wrap(prompt, sheet().letters(FONT))
+    figure = new_figure(len(rows) * (sheet().width / columns * height / width + 0.34) + 0.2 * len(lines))
     if lines:
-        figure.suptitle("\n".join(lines), fontsize=FONT, x=0.01, ha="left")
+        figure.suptitle("\n".join(lines), fontsize=size(FONT), x=0.01, ha="left")
     for part, (row, video) in zip(parts(figure, len(rows)), rows, strict=True):
         psnr = row.record.psnr_db
         name = row.heading if psnr is None or number >= len(psnr) else f"{row.heading}: {psnr[number]:.1f} dB"
-        part.suptitle(name, fontsize=FONT, color=row.colour, fontweight="bold", x=0.01, ha="left")
+        part.suptitle(name, fontsize=size(FONT), color=row.colour, fontweight="bold", x=0.01, ha="left")
         for axes, frame in zip(part.subplots(1, columns, squeeze=False)[0], video, strict=False):
             axes.imshow(frame, interpolation="nearest")
             axes.set_axis_off()

@@ -12,7 +12,7 @@ import numpy as np
 
 from calibatt.bench.record import Record
 from calibatt.reports.facts import parts_of_title
-from calibatt.reports.figures.style import FAINT, FONT, INK, SMALL, new_figure
+from calibatt.reports.figures.style import FAINT, FONT, INK, SMALL, beside, in_lines, new_figure, size
 from calibatt.reports.rows import DENSE, Row, shared_words, short
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ _LEAST_RANGE = 1.25
 # of the sum of a colour's red, green and blue, weighted as eyes see them: what is darker has white figures
 _DARK = 0.5
 _TINY = 7.0
+# of the width, at most, for names of workloads
+_NAMES = 0.35
 
 
 def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
@@ -50,7 +52,7 @@ def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
         # one scale, so that figures can be compared
         scale = _scale(name, [value for row in known if (value := read(row.record)) is not None])
         for lines in _portions(workloads, _MOST_LINES):
-            for columns in _portions(arms, _MOST_COLUMNS):
+            for columns in _portions(arms, beside(_MOST_COLUMNS)):
                 yield f"{name} over all workloads", _figure(cells, lines, columns, name, scale)
 
 
@@ -86,16 +88,16 @@ def _figure(
     axes = figure.add_subplot()
     axes.set_facecolor(FAINT)
     image = axes.imshow(values, aspect="auto", interpolation="nearest", **scale)
-    if len(columns) <= _MOST_WRITTEN_COLUMNS and values.size <= _MOST_WRITTEN:
+    if len(columns) <= beside(_MOST_WRITTEN_COLUMNS) and values.size <= _MOST_WRITTEN:
         _write(axes, image, values, form)
     records = [next(row.record for (line, _), row in cells.items() if line == wanted) for wanted in lines]
-    axes.set_yticks(range(len(lines)), _names(records), fontsize=SMALL)
+    axes.set_yticks(range(len(lines)), [in_lines(one, SMALL, _NAMES) for one in _names(records)], fontsize=size(SMALL))
     axes.set_xticks(range(len(columns)), [short(row, shared) for row in looks], rotation=60, ha="right",
-                    rotation_mode="anchor", fontsize=SMALL)  # fmt: skip
+                    rotation_mode="anchor", fontsize=size(SMALL))  # fmt: skip
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, location="top", fraction=0.04, pad=0.02, aspect=50)
-    bar.set_label("speedup over dense" if name == "Speedup" else name, fontsize=FONT)
+    bar.set_label("speedup over dense" if name == "Speedup" else name, fontsize=size(FONT))
     if name == "Speedup":
         _label_ratios(bar)
     return figure
@@ -127,7 +129,7 @@ def _write(axes: Axes, image: Any, values: Any, form: str) -> None:
             red, green, blue, _ = image.cmap(image.norm(value))
             # weights of Rec. 601
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < _DARK
-            axes.text(column, line, form.format(value), ha="center", va="center", fontsize=_TINY,
+            axes.text(column, line, form.format(value), ha="center", va="center", fontsize=size(_TINY),
                       color="white" if dark else INK)  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from calibatt.reports.figures.style import INK, legend, new_figure, plain_axes
+from calibatt.reports.figures.style import INK, beside, legend, new_figure, plain_axes, size
 from calibatt.reports.rows import COLOURS, Row
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
             lines.setdefault(name, []).append((record.density, record.of_ideal))
     if max(map(len, lines.values()), default=0) < 2:
         return
-    figure = new_figure(4.4 + 0.2 * -(-len(lines) // 2))
+    figure = new_figure(size(4.4) + 0.2 * -(-len(lines) // beside(2)))
     axes = figure.add_subplot()
     for number, (name, points) in enumerate(sorted(lines.items())):
         x, y = zip(*sorted(points), strict=True)
@@ -52,7 +52,7 @@ def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
     axes.set_xlabel("density: share of the blocks computed")
     axes.set_ylabel("speedup × density")
     plain_axes(axes)
-    legend(axes, 2)
+    legend(axes, beside(2))
     yield TITLE, figure
 
 

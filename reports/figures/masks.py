@@ -1,4 +1,4 @@
-"""A few masks, one row of them an arm."""
+"""A few masks an arm, in one row, or where a figure is narrow in two."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from calibatt.reports.artifact import Pictures
-from calibatt.reports.figures.style import FONT, SMALL, WIDTH, new_figure, parts, sparse_portions
+from calibatt.reports.figures.style import FONT, SMALL, beside, new_figure, parts, sheet, size, sparse_portions
 from calibatt.reports.rows import Row
 
 if TYPE_CHECKING:
@@ -29,10 +29,12 @@ def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
 
 def _figure(rows: Sequence[tuple[Row, Pictures]]) -> Figure:
     columns = max(len(pictures.masks) for _, pictures in rows if pictures.masks is not None)
-    figure = new_figure(len(rows) * (WIDTH / max(columns, 3) + 0.6))
+    across = beside(columns)
+    down = -(-columns // across)
+    figure = new_figure(len(rows) * down * (sheet().width / max(across, beside(3)) + 0.6))
     for part, (row, pictures) in zip(parts(figure, len(rows)), rows, strict=True):
-        part.suptitle(row.heading, fontsize=FONT, color=row.colour, fontweight="bold", x=0.02, ha="left")
-        _masks(part.subplots(1, columns, squeeze=False)[0], row, pictures)
+        part.suptitle(row.heading, fontsize=size(FONT), color=row.colour, fontweight="bold", x=0.02, ha="left")
+        _masks(part.subplots(down, across, squeeze=False), row, pictures)
     return figure
 
 
@@ -40,19 +42,20 @@ def _masks(grid: Any, row: Row, pictures: Pictures) -> None:
     masks, sites = pictures.masks, pictures.mask_sites
     assert masks is not None
     assert sites is not None
-    for axes, mask, (step, layer, head) in zip(grid, masks, sites, strict=False):
+    for axes, mask, (step, layer, head) in zip(grid.flat, masks, sites, strict=False):
         axes.imshow(
             mask, cmap="Greys", vmin=0, vmax=1.15, interpolation="nearest", aspect="auto",
             extent=(0, mask.shape[1], mask.shape[0], 0),
         )  # fmt: skip
         _frame_boundaries(axes, row, pictures)
-        axes.set_title(f"step {step}, layer {layer}\nhead {head}, density {mask.mean():.2f}", fontsize=SMALL)
+        axes.set_title(f"step {step}, layer {layer}\nhead {head}, density {mask.mean():.2f}", fontsize=size(SMALL))
         axes.set_box_aspect(1)
-        axes.tick_params(labelsize=SMALL - 2)
+        axes.tick_params(labelsize=size(SMALL - 2))
         axes.locator_params(nbins=4, integer=True)
-        axes.set_xlabel("key block", fontsize=SMALL - 1, labelpad=1)
-    grid[0].set_ylabel("query block", fontsize=SMALL - 1, labelpad=1)
-    for axes in grid[len(masks) :]:
+        axes.set_xlabel("key block", fontsize=size(SMALL - 1), labelpad=1)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("query block", fontsize=size(SMALL - 1), labelpad=1)
+    for axes in grid.flat[len(masks) :]:
         axes.remove()
 
 

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibatt.bench.record import OUTSIDE_PHASES, Record
-from calibatt.reports.figures.style import INK, SMALL, lines, mark_lines, name_lines, new_figure, plain_axes
+from calibatt.reports.figures.style import (
+    INK,
+    SMALL,
+    beside,
+    lines,
+    mark_lines,
+    name_lines,
+    new_figure,
+    plain_axes,
+    size,
+)
 from calibatt.reports.rows import Row, shared_words
 
 if TYPE_CHECKING:
@@ -77,7 +87,7 @@ def _figure(rows: Sequence[Row], shared: Sequence[str]) -> Figure:
             left = left + widths
     for y, end in enumerate(left):
         axes.annotate(
-            f"{end:.3g} {unit}", (end, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=SMALL,
+            f"{end:.3g} {unit}", (end, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=size(SMALL),
             color=INK,
         )  # fmt: skip
     name_lines(axes, rows, shared)
@@ -86,7 +96,7 @@ def _figure(rows: Sequence[Row], shared: Sequence[str]) -> Figure:
     plain_axes(axes)
     mark_lines(axes, rows)
     # the axes are narrower where names are long
-    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=SMALL)
+    figure.legend(loc="outside upper left", ncols=beside(4), frameon=False, fontsize=size(SMALL))
     return figure
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from calibatt.reports.figures.style import INK, SMALL, lines, marked, name_lines, new_figure, plain_axes
+from calibatt.reports.figures.style import INK, SMALL, in_lines, lines, marked, name_lines, new_figure, plain_axes, size
 from calibatt.reports.rows import Row, shared_words
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ CAPTION = (
     "hollow marker has too few rounds for an interval."
 )
 KEY = "Dots: {samples}. Marker: their median. Bar: its 95 % interval (sign test)."
+# of the width, for the figures beside each line
+_FIGURES = 0.25
 
 
 def draw(rows: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
@@ -37,7 +39,7 @@ def _figure(rows: Sequence[Row], shared: Sequence[str]) -> Figure:
     baselines = sorted({row.record.baseline for row in rows if row.record.baseline})
     axes.annotate(
         f"dense ({', '.join(baselines)})" if baselines else "dense", (1, 1.0), xycoords=("data", "axes fraction"),
-        xytext=(0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=SMALL, color=INK,
+        xytext=(0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=size(SMALL), color=INK,
     )  # fmt: skip
     name_lines(axes, rows, shared)
     axes.margins(x=0.08)
@@ -57,7 +59,5 @@ def _line(axes: Axes, y: int, row: Row) -> None:
         known, shown = True, f"{interval.low:.2f}–{interval.high:.2f}"
         axes.hlines(y, interval.low, interval.high, color=row.colour, linewidth=2.5, zorder=3)
     axes.plot(interval.median, y, zorder=4, **marked(row, size=8, hollow=not known))
-    axes.annotate(
-        f"{interval.median:.2f}×  ({shown})", (1.01, y), xycoords=("axes fraction", "data"), va="center",
-        fontsize=SMALL, color=INK,
-    )  # fmt: skip
+    figures = in_lines(f"{interval.median:.2f}×  ({shown})", SMALL, _FIGURES)
+    axes.annotate(figures, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=size(SMALL), color=INK)

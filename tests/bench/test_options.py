@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from calibatt.bench.cells import DENSE, Arm, Cell, PermutationArm, Workload
-from calibatt.bench.offline import CALIBRATION_SEED
+from calibatt.bench.offline import CALIBRATION_SEED, run_settings
 from calibatt.bench.options import Options, add_options, check_gate, check_output, deciding, refuse_pytest_options
 from calibatt.bench.record import SUITES
 from calibatt.bench.session import Settings, prompts_for
@@ -62,6 +62,35 @@ def test_arms_are_named_by_method_preset_and_mode() -> None:
     assert Arm.parse("dense", "flex") == DENSE
 
 
+def test_settings_stand_in_an_arms_name_and_in_its_record() -> None:
+    arm = Arm.parse("sparge/cdf[sink=true, cdf=0.90]+tail", "flex", (0.1, 0.0))
+    assert str(arm) == "sparge/cdf[cdf=0.9,sink=true]+tail-dense0.1x0"
+    assert (arm.method, arm.preset, arm.remainder, arm.mode) == ("sparge", "cdf", "zeroth", "matched")
+    assert arm.facts()["settings"] == "cdf=0.9,sink=true"
+    assert dict(run_settings(arm)) == {"cdf": 0.9, "sink": True}
+    # the target turns another setting
+    near = Arm.parse("sparge[similarity=0.2]=0.35", "flex")
+    assert (str(near), near.target_density) == ("sparge[similarity=0.2]=0.35", 0.35)
+    assert near.untuned == Arm.parse("sparge[similarity=0.2]", "flex")
+    # what the preset has is nothing of its own
+    assert Arm.parse("sparge[topk=0.5]", "flex") == Arm.parse("sparge", "flex")
+    assert Arm.parse("sparge", "flex").facts()["settings"] is None
+
+
+def test_arms_that_differ_by_a_setting_are_cells_of_their_own() -> None:
+    found = cells("attention", methods="sparge,sparge[topk=0.3],sparge[topk=0.30],sparge[topk=null,cdf=0.9]")
+    arms = ("sparge", "sparge[topk=0.3]", "sparge[cdf=0.9,topk=null]")
+    assert found == [f"shapes-quick-6-{arm}-default" for arm in arms]
+
+
+def test_a_stride_is_given_by_the_run_or_by_the_arm() -> None:
+    assert cells("calibration", methods="calibatt[query_stride=4]") == [
+        "shapes-quick-6-calibatt[query_stride=4]-default"
+    ]
+    with pytest.raises(ValueError, match="--query-strides gives query_stride: leave out one of both"):
+        cells("calibration", methods="calibatt[query_stride=4]", query_strides="1,2")
+
+
 def test_guidance_is_one_for_all_videos_of_a_run() -> None:
     options = Options.read(given(guidance="1", methods="dense"))
     (workload,) = options.workloads()
@@ -105,11 +134,30 @@ def test_an_arm_without_its_target_is_what_learns_for_it() -> None:
         ("sparge=infdB", "a PSNR such as 30dB"),
         ("calibatt=1e9dB", "at most 120dB"),
         ("sparge=nan", "a PSNR such as 30dB"),
+        ("sparge[topk]", r"^sparge\[topk\]: setting 'topk': give NAME=VALUE$"),
+        ("sparge[topk=0.3", r"give settings as METHOD\[NAME=VALUE"),
+        ("sparge[]", r"give settings as METHOD\[NAME=VALUE"),
+        ("sparge=0.35[sink=true]", "before \\+ and = of the arm"),
+        ("sparge[sink=true]/cdf", "before \\+ and = of the arm"),
+        ("sparge[tokp=0.3]", r"^sparge\[tokp=0.3\]: sparge has no setting tokp: it has similarity, topk"),
+        ("sparge[topk=half]", "topk: Input should be a valid number"),
+        ("sparge[cdf=0.9]", "give one of them"),
+        ("sparge[topk=0.3]=0.35", "=0.35 gives topk: leave out one of both"),
+        ("sparge[block=[64,64]]", "--blocks gives block: leave out one of both"),
+        ("dense[topk=0.3]", "dense has no setting topk: it has none"),
+        (f"calibatt[{','.join(f'{name}={1 / 3}' for name in 'abcdefg')}]", "calibatt has no setting a, b, c"),
+        (f"sparge[similarity={1 / 3},topk={1 / 3},pv_threshold={1 / 3},sink=true,int8=true]", "more than 100 letters"),
     ],
 )
-def test_an_arm_that_does_not_exist_is_refused(text: str, message: str) -> None:
+def test_an_arm_that_does_not_exist_is_refused_in_a_line(text: str, message: str) -> None:
     with pytest.raises((UnknownName, ValueError), match=message):
         Arm.parse(text, "flex")
+
+
+def test_dense_steps_are_given_by_the_run_or_by_the_arm() -> None:
+    assert Arm.parse("radial[dense_steps=0.5]", "flex").settings == "dense_steps=0.5"
+    with pytest.raises(ValueError, match="what the run keeps dense in all arms gives dense_steps: leave out one"):
+        Arm.parse("radial[dense_steps=0.5]", "flex", (0.1, 0.0))
 
 
 @pytest.mark.parametrize(

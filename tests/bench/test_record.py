@@ -141,6 +141,10 @@ def test_the_arm_and_the_title_differ_in_the_name_and_the_target_alone() -> None
     assert approximating.key != Record(**{**facts, "mode": "equal_density", "target_density": 0.35}).key
     # what a method has of itself is no part of its name
     assert replace(approximating, own_remainder=True).arm == "sparge/x =0.35, 20% of the steps dense"
+    set_too = replace(approximating, settings="sink=true")
+    assert set_too.arm == "sparge/x[sink=true]+tail =0.35, 20% of the steps dense"
+    assert set_too.title == "SpargeAttn/x[sink=true] + tail at density 0.35, 20% of the steps dense"
+    assert set_too.key != approximating.key
     # a method of somebody else's may have a name that looks like a target
     assert Record(**{**TIMED, "method": "mine =density"}).title == "mine =density"
 

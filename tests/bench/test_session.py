@@ -63,6 +63,8 @@ def test_a_wrong_option_is_one_line_before_anything_runs(tmp_path: Path, bench: 
     for arguments, message in (
         (["--models", "shape"], "--models shape: unknown model 'shape': did you mean shapes"),
         (["--prompts", str(unreadable), "--rounds", "1", "--calibration-prompts", "1"], "unknown word 'purple'"),
+        (["--methods", "dense,sparge[tokp=0.3]"], "sparge[tokp=0.3]: sparge has no setting tokp"),
+        (["--methods", "dense,sparge[topk=half]"], "sparge[topk=half]: topk: Input should be a valid number"),
         ([f"--benchmark-json={tmp_path}", "--benchmark-disable"], "--benchmark-disable: nothing would be measured"),
         ([f"--gate={unreadable}", f"--benchmark-json={tmp_path}/x.json"], "prompts.txt: Invalid JSON"),
     ):
@@ -95,6 +97,25 @@ def test_a_run_that_is_gated_ends_with_the_verdict(tmp_path: Path, bench: Bench)
     done = bench(*arguments, "--gate", str(before))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "gone from the run" in done.stdout
+
+
+@pytest.mark.slow
+def test_arms_that_differ_by_a_setting_are_measured_beside_each_other(tmp_path: Path, bench: Bench) -> None:
+    path = tmp_path / "bench.json"
+    arms = ("calibatt", "calibatt[gamma=0.5]", "sparge[topk=0.25]")
+    done = bench(
+        "-k", "attention", "--methods", f"dense,{','.join(arms)}", "--steps", "2", "--rounds", "1",
+        "--calibration-prompts", "1", f"--benchmark-json={path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {record.arm: record for record in load_run(path).records}
+    assert set(found) == {"dense", *arms}
+    density = {arm: found[arm].density or 0.0 for arm in arms}
+    # what is learnt offline: more heads reuse rows
+    assert 0 < density["calibatt[gamma=0.5]"] < density["calibatt"] - 0.01
+    # what is chosen at every call: the preset keeps half
+    assert 0.2 < density["sparge[topk=0.25]"] < 0.45
+    assert "sparge[topk=0.25]" in done.stdout
 
 
 @pytest.mark.slow

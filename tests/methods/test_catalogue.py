@@ -13,7 +13,7 @@ import torch
 from calibatt.kernels.geometry import Geometry
 from calibatt.kernels.names import UnknownName
 from calibatt.methods.base import Method
-from calibatt.methods.catalogue import METHODS, build, has_blocks, learner, learns_from, settings_from
+from calibatt.methods.catalogue import METHODS, build, has_blocks, learner, learns_from, setting_text, settings_from
 from calibatt.methods.learning import Learner, Learnt, settings_of
 from calibatt.methods.site import Site
 
@@ -176,29 +176,40 @@ def test_density_is_monotonic_along_the_knob(name: str, learn: Learn) -> None:
 @pytest.mark.parametrize(("name", "preset"), ARMS)
 def test_every_preset_can_be_set_from_texts(name: str, preset: str) -> None:
     config = METHODS[name].presets[preset]
-    texts = {field.name: json.dumps(getattr(config, field.name), default=asdict) for field in fields(config)}
-    assert settings_from(name, preset, texts) == {field: getattr(config, field) for field in texts}
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    texts = [f"{field}={json.dumps(value, default=asdict)}" for field, value in values.items()]
+    assert settings_from(name, preset, texts) == values
+    # and as arms are named
+    assert settings_from(name, preset, [setting_text(*one) for one in values.items()]) == values
 
 
 def test_settings_from_texts_are_of_their_types() -> None:
-    texts = {"beside": "2", "over_prompts": "max", "block": "[64, 32]", "weighed": "false", "density": "1"}
-    assert settings_from("budget", "default", texts) == {
+    texts = ["beside=2", "over_prompts=max", "block=[64, 32]", "weighed=false", "density=1"]
+    found = settings_from("budget", "default", texts)
+    assert found == {
         "beside": 2, "over_prompts": "max", "block": (64, 32), "weighed": False, "density": 1.0,
     }  # fmt: skip
+    shown = ["beside=2", "over_prompts=max", "block=[64,32]", "weighed=false", "density=1.0"]
+    assert [setting_text(*one) for one in found.items()] == shown
+    # a text that would be read as something else
+    assert setting_text("name", "null") == 'name="null"'
 
 
 @pytest.mark.parametrize(
-    ("texts", "says"),
+    ("given", "says"),
     [
-        ({"beside": "two"}, "beside: Input should be a valid integer"),
-        ({"beside": "2.5"}, "beside: Input should be a valid integer"),
-        ({"over_prompts": "most"}, "over_prompts: Input should be 'mean' or 'max'"),
-        ({"density": "NaN"}, "density: "),
-        ({"beside": "0"}, "at least one prompt: got beside=0"),
-        ({"bside": "2"}, "budget has no setting bside: it has density, "),
+        (["beside=two"], "beside: Input should be a valid integer"),
+        (["beside=2.5"], "beside: Input should be a valid integer"),
+        (["over_prompts=most"], "over_prompts: Input should be 'mean' or 'max'"),
+        (["density=NaN"], "density: "),
+        (["beside=0"], "at least one prompt: got beside=0"),
+        (["bside=2"], "budget has no setting bside: it has density, "),
+        (["beside"], "setting 'beside': give NAME=VALUE"),
+        (["=2"], "setting '=2': give NAME=VALUE"),
+        (["beside=2", "beside=3"], "setting beside: give it once"),
     ],
 )
-def test_what_is_no_setting_is_refused_in_one_line(texts: dict[str, str], says: str) -> None:
+def test_what_is_no_setting_is_refused_in_one_line(given: list[str], says: str) -> None:
     with pytest.raises(ValueError, match=says) as caught:
-        settings_from("budget", "default", texts)
+        settings_from("budget", "default", given)
     assert "\n" not in str(caught.value)

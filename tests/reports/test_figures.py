@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from calibatt.bench.record import Record, Run, load_run
 from calibatt.reports.facts import imprint, samples, workloads
 from calibatt.reports.figures import catalogue, density, fidelity, frames, heatmap, ideal, masks, phases, speedup
-from calibatt.reports.figures.style import new_figure, sign
+from calibatt.reports.figures.style import SHEETS, drawn_on, new_figure, sign
 from calibatt.reports.rows import Row, illustrated, look, rows, shared_words, short
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
@@ -52,6 +53,29 @@ def test_every_module_of_the_folder_is_in_the_catalogue_and_says_how_to_read_it(
         assert module.TITLE
         assert module.CAPTION.endswith(".")
         assert module.KEY.endswith(".")
+
+
+@pytest.mark.parametrize("name", SHEETS)
+def test_figures_are_as_wide_as_their_sheet_and_so_is_all_that_stands_in_them(
+    name: str, full_run: Path, make: SimpleNamespace
+) -> None:
+    run, sheet = load_run(full_run), SHEETS[name]
+    arms = _rows(*run.records, folder=full_run.parent)
+    with drawn_on(sheet):
+        drawn = {
+            module: figure for module in (*catalogue.FIGURES, *catalogue.OVERVIEWS) for _, figure in module.draw(arms)
+        }
+        # there are no kernel benchmarks here
+        assert set(drawn) == {*catalogue.FIGURES, heatmap} - {ideal}
+        for module, figure in drawn.items():
+            box = sign(figure, f"{imprint(run, arms)}\n{module.KEY}")
+            assert (box.width, figure.get_size_inches()[0]) == (sheet.width, sheet.width)
+            # the finest type that Nature prints has 5 points
+            assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= 5
+            drawn_in = figure.get_tightbbox()
+            # inches: a hundredth is less than a line
+            assert drawn_in.x0 > -0.01, module
+            assert drawn_in.x1 < sheet.width + 0.01, module
 
 
 def test_one_round_is_drawn_and_said_to_have_no_interval(make: SimpleNamespace) -> None:

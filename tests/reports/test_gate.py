@@ -53,6 +53,17 @@ def _code(verdict: Verdict) -> ExitCode:
     return verdict.exit_code
 
 
+def test_arms_of_unlike_settings_are_not_compared(make: SimpleNamespace) -> None:
+    before, now = _steady(make, 1.3), _steady(make, 1.0, settings="rho=0.5")
+    verdict = judge(_run(now), _run(before, now))
+    assert _code(verdict) == ExitCode.REGRESSION
+    # the one is gone, the other as it was; a slower one is no regression of the faster
+    assert [(one.code.name, one.reason) for one in verdict.judgements if "rho=0.5" not in one.arm] == [
+        ("REGRESSION", "gone from the run")
+    ]
+    assert all(one.code == ExitCode.PASS for one in verdict.judgements if "rho=0.5" in one.arm)
+
+
 def test_a_run_passes_against_itself(make: SimpleNamespace) -> None:
     run = _run(make.dense_arm(), make.arm("calibatt"), make.broken("sta"))
     assert _code(judge(run, run)) == ExitCode.PASS == 0

@@ -27,6 +27,7 @@ from calibatt.bench.record import UnusableFile, load_run
 from calibatt.cli import _parser
 from calibatt.reports import page as page_module
 from calibatt.reports.figures.catalogue import Picture
+from calibatt.reports.figures.style import SHEETS
 from calibatt.reports.page import write_report
 from calibatt.reports.rows import GLYPHS, labels, look
 
@@ -85,7 +86,7 @@ def _text(page: Path) -> str:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the figures out, which take most of the time."""
-    monkeypatch.setattr("calibatt.reports.page.pictures", lambda *_: [])
+    monkeypatch.setattr("calibatt.reports.page.pictures", lambda *_, **how: [])
     monkeypatch.setattr("calibatt.reports.page.clips", lambda *_: [])
 
 
@@ -199,6 +200,20 @@ def test_every_picture_on_the_page_is_a_file_beside_it(full_run: Path, tmp_path:
     for kind in ("speedup", "fidelity", "phases", "density", "masks", "frames"):
         for suffix in ("png", "svg", "pdf"):
             assert any(name.endswith(f"-{kind}.{suffix}") for name in named)
+
+
+def test_files_of_figures_are_as_wide_as_a_column_where_that_is_asked_for(small_run: Path, tmp_path: Path) -> None:
+    pages = [write_report([small_run], tmp_path / name, sheet=sheet).parent for name, sheet in SHEETS.items()]
+    names = [sorted(file.name for file in page.iterdir()) for page in pages]
+    assert names[0] == names[1]
+    for page, sheet in zip(pages, SHEETS.values(), strict=True):
+        widths = [
+            float(re.findall(r'<svg .*?width="([\d.]+)pt"', path.read_text(encoding="utf-8"), flags=re.DOTALL)[0])
+            for path in page.glob("*.svg")
+        ]
+        assert widths
+        # points, 72 an inch
+        assert all(width == pytest.approx(72 * sheet.width, abs=1) for width in widths)
 
 
 def test_each_figure_links_its_files_and_nothing_else(full_run: Path, tmp_path: Path) -> None:
@@ -420,7 +435,7 @@ def test_dying_while_a_report_is_replaced_leaves_a_whole_page_that_the_next_run_
             for name in names
         ]
         monkeypatch.setattr(
-            "calibatt.reports.page.pictures", lambda run, rows, stem, *modules: [] if modules else drawn
+            "calibatt.reports.page.pictures", lambda run, rows, stem, *modules, **how: [] if modules else drawn
         )
         return write_report([small_run], out).read_bytes()
 
