@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from calibatt.models.entry import Resolution
-from calibatt.models.shapes.entry import SHAPES
-from calibatt.models.shapes.pipeline import SHIFT, WEIGHTS, load_pipeline
+from calibatt.models.shapes.entry import SHAPES, STUDENT
+from calibatt.models.shapes.pipeline import SHIFT, WEIGHTS, load_pipeline, load_student
 from calibatt.models.shapes.reader import attributes
 from calibatt.models.shapes.scenes import held_out_captions
 
@@ -106,16 +106,47 @@ def evaluate_weights(weights: Path, *, out: Path, device: torch.device) -> None:
         device: to generate on.
     """
     pipe = load_pipeline(device=device, dtype=torch.bfloat16, weights=weights)
+    results = _of_every_size(pipe, steps=SHAPES.steps, guidance=SHAPES.guidance, pictures=out)
+    facts = {"captions": _CAPTIONS, "steps": SHAPES.steps, "guidance": SHAPES.guidance, "shift": SHIFT}
+    (out / "results.json").write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
+
+
+def evaluate_student(weights: Path, *, out: Path, device: torch.device) -> None:
+    """Write results.json and pictures of the 4-step student; beside it its teacher in as many steps.
+
+    The teacher goes by the student's noise levels and by its own, without guidance and with.
+
+    Args:
+        weights: folder of the student's adapter.
+        out: where the files go, as of `evaluate_weights`.
+        device: to generate on.
+    """
+    student = load_student(device=device, dtype=torch.bfloat16, weights=weights)
+    teacher = load_pipeline(device=device, dtype=torch.bfloat16)
+    own, levels = teacher.scheduler, student.scheduler
+    arms = [("student", student, levels, STUDENT.guidance, out)]
+    arms += [("teacher", teacher, one, scale, None) for one in (levels, own) for scale in (1.0, SHAPES.guidance)]
+    results = []
+    for name, pipe, scheduler, guidance, pictures in arms:
+        pipe.scheduler = scheduler
+        scores = _of_every_size(pipe, steps=STUDENT.steps, guidance=guidance, pictures=pictures)
+        sigmas = [round(sigma, 4) for sigma in scheduler.sigmas.tolist()]
+        results.append({"weights": name, "sigmas": sigmas, "guidance": guidance, "results": scores})
+    facts = {"captions": _CAPTIONS, "steps": STUDENT.steps, "measured": results}
+    (out / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _of_every_size(pipe: Any, *, steps: int, guidance: float, pictures: Path | None) -> dict[str, dict[str, float]]:
+    """Scores by size, and pictures in a folder where there is one."""
     texts = held_out_captions(_CAPTIONS, seed=0)
     results = {}
     for name, size in SHAPES.resolutions.items():
-        videos = sample(pipe, texts, size=size, steps=SHAPES.steps, guidance=SHAPES.guidance, seed=0)
+        videos = sample(pipe, texts, size=size, steps=steps, guidance=guidance, seed=0)
         results[name] = score(videos, texts)
-        print(name, results[name], flush=True)
-        if name in _PICTURES:
-            draw_samples(videos, texts, out / _PICTURES[name])
-    facts = {"captions": _CAPTIONS, "steps": SHAPES.steps, "guidance": SHAPES.guidance, "shift": SHIFT}
-    (out / "results.json").write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
+        print(f"{name}, {steps} steps, guidance {guidance:g}: {results[name]}", flush=True)
+        if pictures is not None and name in _PICTURES:
+            draw_samples(videos, texts, pictures / _PICTURES[name])
+    return results
 
 
 def scan_settings(weights: Path, *, out: Path, device: torch.device) -> None:
