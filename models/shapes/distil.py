@@ -96,8 +96,9 @@ class Distillation(Training):
                 self.teacher, x, text, sigmas=between(start, end, count=self.recipe.substeps),
                 guidance=self.recipe.guidance,
             )  # fmt: skip
+            # an input with a gradient, so that the first layer is compiled as the others are
             with self.half():
-                step = velocity(self.student, x, text, sigma=start)
+                step = velocity(self.student, x.detach().requires_grad_(), text, sigma=start)
             loss = torch.nn.functional.mse_loss(step, goal)
             loss.backward()
             losses.append(loss.detach())

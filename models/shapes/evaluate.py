@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from calibatt.models.entry import Resolution
 from calibatt.models.shapes.entry import SHAPES, STUDENT
-from calibatt.models.shapes.pipeline import SHIFT, WEIGHTS, load_pipeline, load_student
+from calibatt.models.shapes.pipeline import SHIFT, STUDENT_WEIGHTS, WEIGHTS, load_pipeline, load_student
 from calibatt.models.shapes.reader import attributes
 from calibatt.models.shapes.scenes import held_out_captions
 
@@ -88,7 +89,9 @@ def sample(
 
 def score(videos: Float[Tensor, "videos 3 frames height width"], captions: Sequence[str]) -> dict[str, float]:
     """Mean alignment, and the fraction of each attribute that is right."""
-    verdicts = [attributes(video, text) for video, text in zip(videos, captions, strict=True)]
+    # a large video takes a core a quarter of a second
+    with ThreadPoolExecutor() as pool:
+        verdicts = list(pool.map(attributes, videos, captions))
     flat = [[ok for kind in verdict.values() for ok in kind] for verdict in verdicts]
     scores = {"alignment": sum(sum(oks) / len(oks) for oks in flat) / len(flat)}
     for kind in verdicts[0]:
@@ -114,7 +117,7 @@ def evaluate_weights(weights: Path, *, out: Path, device: torch.device) -> None:
 def evaluate_student(weights: Path, *, out: Path, device: torch.device) -> None:
     """Write results.json and pictures of the 4-step student; beside it its teacher in as many steps.
 
-    The teacher goes by the student's noise levels and by its own, without guidance and with.
+    The teacher goes by the student's noise levels, without guidance and with, and without guidance by its own.
 
     Args:
         weights: folder of the student's adapter.
@@ -124,15 +127,18 @@ def evaluate_student(weights: Path, *, out: Path, device: torch.device) -> None:
     student = load_student(device=device, dtype=torch.bfloat16, weights=weights)
     teacher = load_pipeline(device=device, dtype=torch.bfloat16)
     own, levels = teacher.scheduler, student.scheduler
-    arms = [("student", student, levels, STUDENT.guidance, out)]
-    arms += [("teacher", teacher, one, scale, None) for one in (levels, own) for scale in (1.0, SHAPES.guidance)]
-    results = []
-    for name, pipe, scheduler, guidance, pictures in arms:
+    taught = [(levels, STUDENT.guidance), (levels, SHAPES.guidance), (own, STUDENT.guidance)]
+    arms = [("student", student, levels, STUDENT.guidance), *(("teacher", teacher, *one) for one in taught)]
+    measured = []
+    for name, pipe, scheduler, guidance in arms:
         pipe.scheduler = scheduler
+        scheduler.set_timesteps(STUDENT.steps)
+        arm = {"weights": name, "sigmas": [round(x, 4) for x in scheduler.sigmas.tolist()], "guidance": guidance}
+        print(arm, flush=True)
+        pictures = out if pipe is student else None
         scores = _of_every_size(pipe, steps=STUDENT.steps, guidance=guidance, pictures=pictures)
-        sigmas = [round(sigma, 4) for sigma in scheduler.sigmas.tolist()]
-        results.append({"weights": name, "sigmas": sigmas, "guidance": guidance, "results": scores})
-    facts = {"captions": _CAPTIONS, "steps": STUDENT.steps, "measured": results}
+        measured.append({**arm, "results": scores})
+    facts = {"captions": _CAPTIONS, "steps": STUDENT.steps, "measured": measured}
     (out / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
@@ -143,7 +149,7 @@ def _of_every_size(pipe: Any, *, steps: int, guidance: float, pictures: Path | N
     for name, size in SHAPES.resolutions.items():
         videos = sample(pipe, texts, size=size, steps=steps, guidance=guidance, seed=0)
         results[name] = score(videos, texts)
-        print(f"{name}, {steps} steps, guidance {guidance:g}: {results[name]}", flush=True)
+        print(name, results[name], flush=True)
         if pictures is not None and name in _PICTURES:
             draw_samples(videos, texts, pictures / _PICTURES[name])
     return results
@@ -225,12 +231,15 @@ def main() -> None:
     """Measure the shipped weights, or those of a folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for results.json and pictures, or scan.json")
-    parser.add_argument("--scan", action="store_true", help="try guidances and shifts in place of the default ones")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the transformer")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--scan", action="store_true", help="try guidances and shifts in place of the default ones")
+    kind.add_argument("--student", action="store_true", help="the 4-step student, and its teacher in as many steps")
+    parser.add_argument("--weights", type=Path, help="folder of the transformer, or of the student's adapter")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    measure = scan_settings if args.scan else evaluate_weights
-    measure(args.weights, out=args.out, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    measure = scan_settings if args.scan else evaluate_student if args.student else evaluate_weights
+    weights = args.weights or (STUDENT_WEIGHTS if args.student else WEIGHTS)
+    measure(weights, out=args.out, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 # sigmas are shifted towards noise, where layout, colour and motion are decided; Wan's own value at 720p
 SHIFT = 5.0
 # of the 4-step student: an adapter of these weights
-STUDENT = Path(__file__).parent / "student"
+STUDENT_WEIGHTS = Path(__file__).parent / "student"
 # The student's last step begins here; with the schedule of 20 steps, which reaches 0.02 a step before its end, the last
 # of four would have nothing to do. So its sigmas are 1, 0.965, 0.891, 0.625 and 0, much as those that Wan's 4-step
 # students were distilled for (t = 1, ¾, ½, ¼, shifted: 1, 0.938, 0.833, 0.625, 0)
@@ -125,7 +125,7 @@ def load_student(*, device: torch.device, dtype: torch.dtype, weights: Path | No
         OSError: the folder holds no adapter, or one of other weights.
     """
     transformer = _transformer(WEIGHTS)
-    merge(transformer, (STUDENT if weights is None else weights) / FILE)
+    merge(transformer, (STUDENT_WEIGHTS if weights is None else weights) / FILE)
     return assemble(cast(transformer, dtype), terminal=STUDENT_TERMINAL).to(device)
 
 

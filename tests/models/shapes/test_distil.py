@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -227,6 +229,42 @@ def test_a_resumed_distillation_ends_bit_for_bit_where_an_uninterrupted_one_does
         resumed.advance(0.0)
     assert all(torch.equal(a, b) for a, b in zip(resumed.average, whole.average, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(half.average, whole.average, strict=True))
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[Path]]:
+    """Runs the command on a small transformer, into tmp_path; returns the folders whose adapter was measured."""
+    measured: list[Path] = []
+    monkeypatch.setattr(distil, "load_pipeline", lambda **_: SimpleNamespace(transformer=new_base()))
+    monkeypatch.setattr(distil, "Distilling", lambda: TINY)
+    monkeypatch.setattr(distil, "evaluate_student", lambda weights, **_: measured.append(weights))
+
+    def run_with(*options: str) -> list[Path]:
+        monkeypatch.setattr("sys.argv", ["distil", "--out", str(tmp_path), *options])
+        distil.main()
+        return measured
+
+    return run_with
+
+
+def test_the_command_leaves_an_adapter_that_fits_and_goes_on_with_resume(
+    command: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "student"
+    assert command("--steps", "3") == [folder]
+    first = load_file(folder / FILE)
+    merge(new_base(), folder / FILE)
+    command("--steps", "5", "--resume")
+    assert json.loads((folder / "loss.json").read_text())["steps"] == 5
+    assert any(not torch.equal(tensor, first[name]) for name, tensor in load_file(folder / FILE).items())
+
+
+def test_the_command_says_in_a_line_that_there_is_nothing_to_resume(
+    command: Callable[..., list[Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command("--steps", "3", "--resume")
+    assert "there is no checkpoint" in capsys.readouterr().err.splitlines()[-1]
 
 
 def shipped_with(folder: Path, scale: float) -> Path:
