@@ -23,7 +23,14 @@ from calibatt.models.shapes.distil import Distillation, Distilling, between, mea
 from calibatt.models.shapes.entry import SHAPES, STUDENT
 from calibatt.models.shapes.evaluate import sample, score
 from calibatt.models.shapes.lora import FILE, Factors, matrices, merge, save
-from calibatt.models.shapes.pipeline import assemble, load_pipeline, load_student, new_transformer
+from calibatt.models.shapes.pipeline import (
+    STUDENT_WEIGHTS,
+    WEIGHTS,
+    assemble,
+    load_pipeline,
+    load_student,
+    new_transformer,
+)
 from calibatt.models.shapes.scenes import held_out_captions
 from calibatt.models.shapes.text import TEXT_DIM
 from calibatt.models.shapes.training import Stage, run
@@ -305,6 +312,15 @@ def test_an_adapter_of_the_recipes_rank_is_a_file_of_less_than_1_75_mb(tmp_path:
     training = Distillation(Distilling(), seed=0, base=base)
     save(training.averaged(), tmp_path / FILE, base=training.teacher)
     assert (tmp_path / FILE).stat().st_size < 1_750_000
+
+
+def test_the_card_has_what_the_shipped_student_reaches() -> None:
+    measured = json.loads((STUDENT_WEIGHTS / "results.json").read_text())["measured"]
+    card = (WEIGHTS / "MODEL_CARD.md").read_text()
+    assert measured[0]["weights"] == "student"
+    for arm in measured:
+        shown = " | ".join(f"{arm['results'][size]['alignment']:.3f}" for size in SHAPES.resolutions)
+        assert f"| {shown} |" in card
 
 
 @pytest.mark.slow
