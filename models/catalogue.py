@@ -7,7 +7,7 @@ from typing import Any
 from calibatt.kernels.names import Catalogue
 from calibatt.models.entry import Family, ModelEntry
 from calibatt.models.families import cogvideox, hunyuan, ltx, mochi, wan
-from calibatt.models.shapes.entry import SHAPES
+from calibatt.models.shapes.entry import SHAPES, STUDENT
 
 # one line a family, which is a file with its models
 _FAMILIES = (
@@ -27,5 +27,5 @@ def _fault(found: Any) -> str | None:
 
 
 MODELS: Catalogue[ModelEntry] = Catalogue(
-    "model", (SHAPES, *(entry for _, entries in _FAMILIES for entry in entries)), fault=_fault
+    "model", (SHAPES, STUDENT, *(entry for _, entries in _FAMILIES for entry in entries)), fault=_fault
 )

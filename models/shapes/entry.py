@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +20,12 @@ def _load(device: torch.device, dtype: torch.dtype, weights: Path | None) -> Any
     from calibatt.models.shapes.pipeline import load_pipeline
 
     return load_pipeline(device=device, dtype=dtype, weights=weights)
+
+
+def _load_student(device: torch.device, dtype: torch.dtype, weights: Path | None) -> Any:
+    from calibatt.models.shapes.pipeline import load_student
+
+    return load_student(device=device, dtype=dtype, weights=weights)
 
 
 def _untrained(geometry: Geometry, layers: int, device: torch.device, dtype: torch.dtype) -> ForwardPass:
@@ -73,4 +80,14 @@ SHAPES = ModelEntry(
     alignment=_align,
     captions=_captions,
     read=_read,
+)
+
+# distilled to need no more steps and no guidance (distil.py)
+STUDENT = replace(
+    SHAPES,
+    name="shapes-4step",
+    steps=4,
+    guidance=1.0,
+    resolutions=MappingProxyType({name: replace(size, steps=4) for name, size in SHAPES.resolutions.items()}),
+    loader=_load_student,
 )

@@ -12,11 +12,18 @@ from typing import Any
 import torch
 
 from calibatt.models.shapes.codec import PixelCodec
+from calibatt.models.shapes.lora import FILE, merge
 from calibatt.models.shapes.text import TEXT_DIM, SceneTextEncoder, SceneTokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
 # sigmas are shifted towards noise, where layout, colour and motion are decided; Wan's own value at 720p
 SHIFT = 5.0
+# of the 4-step student: an adapter of these weights
+STUDENT_WEIGHTS = Path(__file__).parent / "student"
+# The student's last step begins here; with the schedule of 20 steps, which reaches 0.02 a step before its end, the last
+# of four would have nothing to do. So its sigmas are 1, 0.965, 0.891, 0.625 and 0, much as those that Wan's 4-step
+# students were distilled for (t = 1, ¾, ½, ¼, shifted: 1, 0.938, 0.833, 0.625, 0)
+STUDENT_TERMINAL = 0.625
 # of its transformer, but for layers, heads and head dim
 SIZES: Mapping[str, Any] = MappingProxyType(
     {
@@ -46,12 +53,13 @@ def new_transformer(*, layers: int = 8, heads: int = 4) -> Any:
     return WanTransformer3DModel(num_layers=layers, num_attention_heads=heads, attention_head_dim=64, **SIZES)
 
 
-def assemble(transformer: Any, *, shift: float = SHIFT) -> Any:
+def assemble(transformer: Any, *, shift: float = SHIFT, terminal: float | None = None) -> Any:
     """A WanPipeline around a transformer.
 
     Args:
         transformer: a WanTransformer3DModel that takes this model's text features.
         shift: of the flow-matching schedule.
+        terminal: noise level at which the last step begins, to which the schedule is stretched; None leaves it alone.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -60,7 +68,7 @@ def assemble(transformer: Any, *, shift: float = SHIFT) -> Any:
         tokenizer=SceneTokenizer(),
         text_encoder=SceneTextEncoder(),
         vae=PixelCodec(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=terminal),
         transformer=transformer,
     )
 
@@ -102,11 +110,35 @@ def load_pipeline(*, device: torch.device, dtype: torch.dtype, weights: Path | N
     Raises:
         OSError: the folder holds no weights, or others than this model's.
     """
+    transformer = _transformer(WEIGHTS if weights is None else weights)
+    return assemble(cast(transformer, dtype)).to(device)
+
+
+def load_student(*, device: torch.device, dtype: torch.dtype, weights: Path | None = None) -> Any:
+    """The 4-step student as a WanPipeline: the shipped weights with its adapter merged, and its own noise levels.
+
+    Args:
+        device, dtype: of the transformer.
+        weights: a folder with another adapter of the shipped weights; the shipped one where None.
+
+    Raises:
+        OSError: the folder holds no adapter, or one of other weights.
+    """
+    transformer = _transformer(WEIGHTS)
+    merge(transformer, (STUDENT_WEIGHTS if weights is None else weights) / FILE)
+    return assemble(cast(transformer, dtype), terminal=STUDENT_TERMINAL).to(device)
+
+
+def _transformer(folder: Path) -> Any:
+    """The transformer of a folder, in fp32.
+
+    Raises:
+        OSError: as `load_pipeline`.
+    """
     from diffusers import WanTransformer3DModel
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = WEIGHTS if weights is None else weights
     if (folder / "transformer").is_dir():
         folder /= "transformer"
     files = sorted(folder.glob("*.safetensors"))
@@ -124,8 +156,7 @@ def load_pipeline(*, device: torch.device, dtype: torch.dtype, weights: Path | N
         # torch lists every parameter that does not fit, one a line
         reason = " ".join(str(error).split())
         raise OSError(f"{folder} does not hold this model: {reason:.200}") from None
-    transformer.eval().requires_grad_(False)
-    return assemble(cast(transformer, dtype)).to(device)
+    return transformer.eval().requires_grad_(False)
 
 
 def cast(transformer: Any, dtype: torch.dtype) -> Any:

@@ -17,7 +17,7 @@ from calibatt.models.catalogue import MODELS
 from calibatt.models.entry import ModelEntry
 
 CPU = torch.device("cpu")
-OF_THE_HUB = [name for name in MODELS if name != "shapes"]
+OF_THE_HUB = [name for name in MODELS if name not in ("shapes", "shapes-4step")]
 
 
 def refusal(entry: ModelEntry, weights: Path | None = None) -> str:

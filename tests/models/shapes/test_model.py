@@ -13,7 +13,8 @@ from calibatt.models.shapes.evaluate import sample, score
 from calibatt.models.shapes.pipeline import WEIGHTS, assemble, load_pipeline, new_transformer
 from calibatt.models.shapes.scenes import held_out_captions
 from calibatt.models.shapes.text import LENGTH, TEXT_DIM, SceneTextEncoder, SceneTokenizer
-from calibatt.models.shapes.train import Muon, Recipe, Stage, Training, train
+from calibatt.models.shapes.train import FlowTraining, Muon, Recipe
+from calibatt.models.shapes.training import Stage, run
 
 _TINY = Recipe(
     layers=1,
@@ -85,20 +86,21 @@ def test_the_shipped_weights_show_far_more_of_unseen_captions_than_chance() -> N
 
 @pytest.mark.slow
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
-    training = train(_TINY, out=tmp_path, seed=0, device=torch.device("cpu"), steps=100)
+    training = FlowTraining(_TINY, seed=0, device=torch.device("cpu"))
+    run(training, out=tmp_path, minutes=None, steps=100, resume=False)
     assert training.curve[-1].loss < 0.8 * training.curve[0].loss
 
 
 @pytest.mark.slow
 def test_a_resumed_training_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     device = torch.device("cpu")
-    whole = Training(_TINY, seed=0, device=device)
-    half = Training(_TINY, seed=0, device=device)
+    whole = FlowTraining(_TINY, seed=0, device=device)
+    half = FlowTraining(_TINY, seed=0, device=device)
     for training, steps in ((whole, 6), (half, 3)):
         for _ in range(steps):
             training.advance(0.0)
     half.save(tmp_path / "checkpoint.pt")
-    resumed = Training(_TINY, seed=0, device=device)
+    resumed = FlowTraining(_TINY, seed=0, device=device)
     resumed.restore(tmp_path / "checkpoint.pt")
     for _ in range(3):
         resumed.advance(0.0)
@@ -109,7 +111,7 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(tmp_path: Path)
 
 
 def test_a_training_can_start_from_the_shipped_weights() -> None:
-    training = Training(Recipe(), seed=0, device=torch.device("cpu"))
+    training = FlowTraining(Recipe(), seed=0, device=torch.device("cpu"))
     training.begin_with(WEIGHTS)
     shipped = load_pipeline(device=torch.device("cpu"), dtype=torch.float32).transformer
     for a, b in zip(training.averaged().parameters(), shipped.parameters(), strict=True):
@@ -136,7 +138,7 @@ def test_matrices_taken_together_are_updated_as_torch_takes_them_one_by_one() ->
 
 def test_a_checkpoint_of_another_recipe_is_refused_in_a_line(tmp_path: Path) -> None:
     device = torch.device("cpu")
-    Training(_TINY, seed=0, device=device).save(tmp_path / "checkpoint.pt")
-    other = Training(replace(_TINY, rate=2 * _TINY.rate), seed=0, device=device)
-    with pytest.raises(ValueError, match="another recipe: give --start"):
+    FlowTraining(_TINY, seed=0, device=device).save(tmp_path / "checkpoint.pt")
+    other = FlowTraining(replace(_TINY, rate=2 * _TINY.rate), seed=0, device=device)
+    with pytest.raises(ValueError, match="another recipe: resume it with"):
         other.restore(tmp_path / "checkpoint.pt")
