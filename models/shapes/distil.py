@@ -46,7 +46,7 @@ class Distilling(Pace):
     """
 
     stages: tuple[Stage, ...] = (Stage(until=1.0, shares={"quick": 0.5, "standard": 0.4, "large": 0.1}),)
-    batches: Mapping[str, int] = field(default_factory=lambda: {"quick": 4, "standard": 2, "large": 1})
+    batches: Mapping[str, int] = field(default_factory=lambda: {"quick": 8, "standard": 4, "large": 1})
     rate: float = 1e-3
     warm_up: int = 50
     ema: float = 0.99
