@@ -121,6 +121,17 @@ def test_planted_sparsities_stand_beside_the_published_ones_as_they_are() -> Non
     assert near == {(name, size) for name in ("CalibAtt", "SpargeAttn", "Radial") for size in ("480p", "720p")}
 
 
+@pytest.mark.parametrize("name", ["1.3B", "14B"])
+def test_planted_heads_stand_beside_the_published_ones_as_they_were_measured(name: str) -> None:
+    path = ROOT / "models" / "planted" / f"shares-wan2.1-{name.lower()}-720p.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for kind, own, first in (("planted", "late", ""), ("published", "late_published", "_published")):
+        shares = dict(zip(found["levels"], found[own]["quantiles"], strict=True))
+        shown = [found[own]["mean"], *(shares[level] for level in (0.05, 0.25, 0.5, 0.75, 0.95))]
+        cells = [*shown, found[f"mean_at_first_step{first}"]]
+        assert f"| Wan 2.1 {name}, {kind} | {' | '.join(f'{100 * cell:.1f}' for cell in cells)} |" in PAGES
+
+
 def test_what_two_gpus_make_of_a_video_is_quoted_as_it_is() -> None:
     page = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
     one, two = json.loads((ROOT / "bench" / "results" / "parallel.json").read_text(encoding="utf-8"))
