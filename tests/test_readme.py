@@ -132,6 +132,18 @@ def test_planted_heads_stand_beside_the_published_ones_as_they_were_measured(nam
         assert f"| Wan 2.1 {name}, {kind} | {' | '.join(f'{100 * cell:.1f}' for cell in cells)} |" in PAGES
 
 
+def test_what_measuring_adds_is_quoted_as_it_is() -> None:
+    page = " ".join((ROOT / "docs" / "gate.md").read_text(encoding="utf-8").split())
+    found = json.loads((ROOT / "bench" / "results" / "overhead.json").read_text(encoding="utf-8"))
+    assert found["commit_info"]["dirty"] is False
+    for cell in found["cells"].values():
+        less = [100 * (1 - cell["harness"][name]) for name in ("median", "high", "low")]
+        assert "{:.1f} % ({:.1f} to {:.1f})".format(*less) in page
+        more = [100 * (cell["telemetry"][name] - 1) for name in ("median", "low", "high")]
+        assert "{:+.1f} % ({:+.1f} to {:+.1f})".format(*more).replace("-", "−") in page
+        assert cell["harness"]["verdict"] == "within"
+
+
 def test_what_two_gpus_make_of_a_video_is_quoted_as_it_is() -> None:
     page = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
     one, two = json.loads((ROOT / "bench" / "results" / "parallel.json").read_text(encoding="utf-8"))
