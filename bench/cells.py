@@ -104,9 +104,9 @@ class Arm:
             raise ValueError(f"{text}: {own_remainder(found.remainder, TAIL)}")
         if equal and found.knob is None:
             raise ValueError(f"{method} has no knob that changes its density: leave out {equal}{wanted}")
-        taken = {"block": "--blocks"}
+        taken = {"block": "the choice of blocks (--blocks)"}
         if equal and found.knob is not None:
-            taken[found.knob.field] = f"{equal}{wanted}"
+            taken.update(dict.fromkeys((found.knob.field, *found.knob.learnt_with), f"{equal}{wanted}"))
         if dense_first is not None:
             taken.update(dict.fromkeys(found.without_dense, "what the run keeps dense in all arms"))
         own = _own_settings(text, method, preset, settings, taken)

@@ -169,7 +169,8 @@ class Record:
             rounds were to end; absent where their number was fixed. That it was is `interval_reached` in a file.
         phases_s: samples of each phase (`plan`, `attend`, …), none within another. In the denoise suite also
             `transformer` (without its self-attention), `text` (encoders), `vae` and `scheduler`, of one round in eight
-            (in older files of each), since timing them takes the host some time. In the kernel suite on
+            (in older files of each), on a GPU of a video apart from the samples where the host is not far ahead. In the
+            kernel suite on
             a GPU: `lists`, what it takes to make lists of the mask's bits (a part of each sample, taken again by
             itself), and `launch`, the host's time until all is queued, which is in no sample (`OUTSIDE_PHASES`).
         first_call_s: a kernel's first call under this plan in a kernel benchmark, in which it compiles what this run

@@ -141,6 +141,11 @@ def _write(merged: Mapping[str, Any], out: Path, folder: Path, copies: Mapping[s
 
 def _text(merged: Mapping[str, Any]) -> str:
     """As JSON with a line for each record: half of the length of an indented one, and lines differ where records do."""
-    facts = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in merged.items() if name != "benchmarks"]
-    records = ",\n".join(json.dumps(one) for one in merged["benchmarks"])
-    return "{" + ",\n".join([*facts, f'"benchmarks": [\n{records}\n]']) + "}\n"
+    return "{" + ",\n".join(f"{json.dumps(name)}: {_lines(value)}" for name, value in merged.items()) + "}\n"
+
+
+def _lines(value: Any) -> str:
+    """A value as JSON; of a list, each entry on a line of its own."""
+    if not isinstance(value, list):
+        return json.dumps(value)
+    return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"

@@ -117,7 +117,7 @@ def test_planted_sparsities_stand_beside_the_published_ones_as_they_are() -> Non
     assert published.keys() == arms.keys()
     for arm, one in arms.items():
         assert published[arm][0] == pytest.approx(100 * (1 - (one.density or 0)), abs=0.05)
-    near = {arm for arm, (here, there) in published.items() if abs(here - there) < 7}
+    near = {arm for arm, (here, there) in published.items() if abs(here - there) < 5}
     assert near == {(name, size) for name in ("CalibAtt", "SpargeAttn", "Radial") for size in ("480p", "720p")}
 
 
@@ -141,7 +141,7 @@ def test_what_measuring_adds_is_quoted_as_it_is() -> None:
         assert "{:.1f} % ({:.1f} to {:.1f})".format(*less) in page
         more = [100 * (cell["telemetry"][name] - 1) for name in ("median", "low", "high")]
         assert "{:+.1f} % ({:+.1f} to {:+.1f})".format(*more).replace("-", "−") in page
-        assert cell["harness"]["verdict"] == "within"
+        assert {cell[kind]["verdict"] for kind in ("harness", "telemetry")} == {"not known"}
 
 
 def test_what_two_gpus_make_of_a_video_is_quoted_as_it_is() -> None:

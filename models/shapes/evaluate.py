@@ -239,7 +239,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     measure = scan_settings if args.scan else evaluate_student if args.student else evaluate_weights
     weights = args.weights or (STUDENT_WEIGHTS if args.student else WEIGHTS)
-    measure(weights, out=args.out, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        measure(weights, out=args.out, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except OSError as problem:
+        parser.error(str(problem))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Sheet:
 
 # ACM's proceedings have columns of 3.33 inches, 0.33 apart (its template for Word); IEEE's, of 3.5 and 7.16, are wider
 # (ieeeauthorcenter.ieee.org, "Size Requirements for Graphics"). On a page type stays readable when a phone shrinks it
-# by half; in a column the finest has 6.4 points, and Nature's has 5 to 7 (research-figure-guide.nature.com)
+# by half; in a column the finest has 5.6 points, and Nature's has 5 to 7 (research-figure-guide.nature.com)
 SHEETS: Mapping[str, Sheet] = MappingProxyType(
     {"page": Sheet(width=7.0, type_scale=1.0), "column": Sheet(width=3.33, type_scale=0.8)}
 )

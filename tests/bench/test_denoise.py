@@ -206,7 +206,20 @@ def test_to_look_at_plans_is_no_part_of_the_time(fakes: Any, monkeypatch: pytest
     assert record.phases_s.keys() == {"plan", "attend"}
 
 
-def test_parts_are_timed_in_one_round_of_eight_since_that_takes_the_host_time(fakes: Any) -> None:
+def test_where_events_would_hold_the_host_up_parts_are_timed_in_a_video_that_is_no_sample(
+    fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms = [fakes.arm("dense"), fakes.arm("sparse")]
+    before = dict(run(fakes.context(), arms, rounds=2, artifacts=None))[arms[1]]
+    made = len(fakes.videos)
+    monkeypatch.setattr("calibatt.bench.suites.denoise._looks_apart", lambda context: True)
+    apart = dict(run(fakes.context(), arms, rounds=2, artifacts=None))[arms[1]]
+    # one of each arm, in the first round
+    assert len(fakes.videos) == made + made + 2
+    assert (apart.samples_s, apart.phases_s, apart.density) == (before.samples_s, before.phases_s, before.density)
+
+
+def test_parts_are_timed_in_one_round_of_eight(fakes: Any) -> None:
     arms = [fakes.arm("dense"), fakes.arm("sparse")]
     record = dict(run(fakes.context(prompts=9), arms, rounds=9, artifacts=None))[arms[1]]
     assert len(record.samples_s or ()) == 9

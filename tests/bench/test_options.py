@@ -143,7 +143,7 @@ def test_an_arm_without_its_target_is_what_learns_for_it() -> None:
         ("sparge[topk=half]", "topk: Input should be a valid number"),
         ("sparge[cdf=0.9]", "give one of them"),
         ("sparge[topk=0.3]=0.35", "=0.35 gives topk: leave out one of both"),
-        ("sparge[block=[64,64]]", "--blocks gives block: leave out one of both"),
+        ("sparge[block=[64,64]]", r"the choice of blocks \(--blocks\) gives block: leave out one of both"),
         ("dense[topk=0.3]", "dense has no setting topk: it has none"),
         (f"calibatt[{','.join(f'{name}={1 / 3}' for name in 'abcdefg')}]", "calibatt has no setting a, b, c"),
         (f"sparge[similarity={1 / 3},topk={1 / 3},pv_threshold={1 / 3},sink=true,int8=true]", "more than 100 letters"),

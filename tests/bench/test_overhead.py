@@ -51,7 +51,7 @@ def test_the_harness_and_the_telemetry_add_little_to_work_that_rests(rested: Cal
     found = rested()
     assert (found.calls, len(found.bare_s), len(found.timed_s), len(found.watched_s)) == (1, 6, 6, 6)
     # a sleep of 10 ms takes some hundredths of a millisecond more, now and then
-    assert all(0.95 < ratio.median < 1.05 for ratio in found.ratios.values())
+    assert all(0.9 < ratio.median < 1.1 for ratio in found.ratios.values())
 
 
 def test_what_the_harness_does_between_its_marks_is_seen(
@@ -68,13 +68,13 @@ def test_what_the_harness_does_between_its_marks_is_seen(
     # of the marks of several pieces of work, by itself it has one
     assert found.a_turn > 3
     assert found.ratios["harness"].median > 1.04
-    assert found.ratios["telemetry"].median == pytest.approx(1, abs=0.03)
+    assert found.ratios["harness"].median > found.ratios["telemetry"].median + 0.03
 
 
 def test_telemetry_that_holds_up_what_is_timed_is_seen(rested: Callable[..., Overhead]) -> None:
     found = rested(watch=_Busy)
     assert found.ratios["telemetry"].median > 1.04
-    assert found.ratios["harness"].median == pytest.approx(1, abs=0.03)
+    assert found.ratios["telemetry"].median > found.ratios["harness"].median + 0.03
     assert len(found.readings_s) > 6
 
 
@@ -91,6 +91,8 @@ def test_an_overhead_is_within_its_limit_or_beyond_it_only_where_the_whole_inter
     assert (of(0.99, 1.01), of(1.011, 1.02), of(1.0, 1.02), of(None, None)) == (
         "within", "beyond", "not known", "not known",
     )  # fmt: skip
+    # what is faster when it is measured was not measured under like conditions
+    assert of(0.9, 0.98) == "not known"
 
 
 def test_where_others_had_the_device_nothing_is_known() -> None:

@@ -71,7 +71,7 @@ def test_figures_are_as_wide_as_their_sheet_and_so_is_all_that_stands_in_them(
             box = sign(figure, f"{imprint(run, arms)}\n{module.KEY}")
             assert (box.width, figure.get_size_inches()[0]) == (sheet.width, sheet.width)
             # the finest type that Nature prints has 5 points
-            assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= 5
+            assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= 5.6
             drawn_in = figure.get_tightbbox()
             # inches: a hundredth is less than a line
             assert drawn_in.x0 > -0.01, module

@@ -219,6 +219,7 @@ def test_an_adapters_gradients_are_those_through_its_product() -> None:
         torch.testing.assert_close(own.grad, theirs, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_distilling_lowers_the_loss(tmp_path: Path) -> None:
     training = Distillation(replace(TINY, guidance=4.0), seed=0, base=new_base())
     run(training, out=tmp_path, minutes=None, steps=150, resume=False)
