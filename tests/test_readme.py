@@ -12,8 +12,9 @@ from statistics import fmean, median
 import pytest
 
 import calibatt
+from calibatt.bench.overhead import LIMITS, verdict
 from calibatt.bench.record import Record, load_run
-from calibatt.bench.statistics import holm, paired_p, paired_ratio, paired_shift
+from calibatt.bench.statistics import Interval, holm, paired_p, paired_ratio, paired_shift
 from calibatt.reports.page import tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,7 +142,9 @@ def test_what_measuring_adds_is_quoted_as_it_is() -> None:
         assert "{:.1f} % ({:.1f} to {:.1f})".format(*less) in page
         more = [100 * (cell["telemetry"][name] - 1) for name in ("median", "low", "high")]
         assert "{:+.1f} % ({:+.1f} to {:+.1f})".format(*more).replace("-", "−") in page
-        assert {cell[kind]["verdict"] for kind in ("harness", "telemetry")} == {"not known"}
+        for kind, limit in LIMITS.items():
+            ratio = Interval(**{name: cell[kind][name] for name in ("median", "low", "high")})
+            assert verdict(ratio, limit) == "not known"
 
 
 def test_what_two_gpus_make_of_a_video_is_quoted_as_it_is() -> None:
